@@ -1,0 +1,1 @@
+"""Environments: the protocol that scripts are written against, and what satisfies it."""

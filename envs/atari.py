@@ -1,0 +1,94 @@
+"""envpool's environments (Atari, and the small classic ones that tests use) as pure, jittable steps."""
+
+from typing import NamedTuple
+
+import envpool
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
+
+from envs.protocol import EpisodeStats, Timestep
+
+CLASSIC = ("Acrobot-v1", "CartPole-v1", "Catch-v0")
+
+
+def env_ids() -> list[str]:
+    """The ids `make_env` takes: envpool's Atari games with pixels, and a few classic environments."""
+    atari = [env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
+    return sorted(atari) + list(CLASSIC)
+
+
+def env_seeds(seed: int, num_envs: int) -> list[int]:
+    """A seed for each environment, such that runs with different seeds share none.
+
+    envpool would otherwise seed environment i with seed + i, and the runs with seeds s and s + 1 would share all
+    environments but one.
+    """
+    seeds = np.random.SeedSequence(seed).generate_state(num_envs) >> 1  # envpool takes 31 bits
+    return [int(s) for s in seeds]
+
+
+class PoolState(NamedTuple):
+    """`handle` orders the calls to the pool: whoever drops or reuses an old one gets wrong results, not an error."""
+
+    handle: UInt8[Array, " 8"]
+    over: Bool[Array, " B"]  # the last observation ended an episode (for the agent: a lost life counts)
+    episode: EpisodeStats
+
+
+class Pool:
+    """An envpool pool behind the protocol of `envs.protocol.Env`.
+
+    One pool serves one program: its address is compiled into whatever jits `step`. The emulators' state lives in the pool,
+    so it can be neither copied nor saved.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, seed: int, **options):
+        self.pool = envpool.make(
+            env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options
+        )
+        self.num_envs = num_envs
+        self.num_actions = int(self.pool.action_space.n)
+        self.handle, _, _, self._step = self.pool.xla()
+
+    def reset(self) -> tuple[PoolState, Array]:
+        """Starts every environment anew and returns the state to thread through `step` and the first observations."""
+        obs, _ = self.pool.reset()
+        state = PoolState(
+            jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), EpisodeStats.zeros(self.num_envs)
+        )
+        return state, jnp.asarray(obs)
+
+    def step(self, state: PoolState, action: Int[Array, " B"]) -> tuple[PoolState, Timestep]:
+        """One step of every environment; see `envs.protocol.Timestep`."""
+        handle, (obs, reward, terminated, truncated, info) = self._step(state.handle, action.astype(jnp.int32))
+        terminated, truncated = terminated.astype(bool), truncated.astype(bool)
+        valid = ~state.over
+        # only Atari reports rewards before clipping, and whether an end is a lost life or the end of the game
+        unclipped = info.get("reward", reward)
+        finished = info["terminated"].astype(bool) | truncated if "terminated" in info else terminated | truncated
+        episode = state.episode.update(unclipped, valid, finished)
+        timestep = Timestep(obs, reward, terminated, truncated, valid, episode)
+        return PoolState(handle, terminated | truncated, episode), timestep
+
+
+def make_env(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, stochastic: bool = False) -> Pool:
+    """A pool of environments.
+
+    Args:
+        env_id: one of `env_ids()`.
+        num_envs: how many step together.
+        seed: of the whole pool, see `env_seeds`.
+        reward_clip: train on the sign of Atari's rewards.
+        stochastic: Atari's stochastic protocol: the last action is repeated with probability 0.3, and up to 60 no-ops
+            start a game (instead of 0 and 30).
+
+    Raises:
+        ValueError: the id is not known.
+    """
+    if env_id not in env_ids():
+        raise ValueError(f"unknown environment {env_id!r}")
+    if env_id in CLASSIC:
+        return Pool(env_id, num_envs, seed)
+    protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
+    return Pool(env_id, num_envs, seed, episodic_life=True, reward_clip=reward_clip, **protocol)

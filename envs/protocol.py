@@ -1,0 +1,55 @@
+"""What a script asks of an environment. Emulators and pure JAX environments alike satisfy it."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+
+class EpisodeStats(NamedTuple):
+    """The running episode of each environment. Lost lives do not end it, clipping does not touch its return."""
+
+    episode_return: Float[Array, " B"]  # sum of unclipped, undiscounted rewards so far
+    episode_length: Int[Array, " B"]  # steps so far, those that only reset the environment left out
+    finished: Bool[Array, " B"]  # true where the last step ended the episode: the other two are then its totals
+
+    @classmethod
+    def zeros(cls, num_envs: int) -> "EpisodeStats":
+        """No step taken yet."""
+        return cls(jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs, bool))
+
+    def update(self, reward: Float[Array, " B"], valid: Bool[Array, " B"], finished: Bool[Array, " B"]) -> "EpisodeStats":
+        """The statistics after a step with the given *unclipped* reward; an episode that had ended starts anew."""
+        episode_return = jnp.where(self.finished, 0.0, self.episode_return) + jnp.where(valid, reward, 0.0)
+        episode_length = jnp.where(self.finished, 0, self.episode_length) + valid
+        return EpisodeStats(episode_return, episode_length, finished)
+
+
+class Timestep(NamedTuple):
+    """What the step that took `action` in the observation before it returned, for B environments.
+
+    After a step that returned `terminated` or `truncated`, `obs` is the last observation of that episode. The *next* step
+    ignores its action, returns the first observation of a new episode, reward 0 and both flags false, and is marked by
+    `valid` false: it is no transition, and nothing may learn from it.
+    """
+
+    obs: Num[Array, "B *obs"]
+    reward: Float[Array, " B"]  # as the agent is trained on it: clipped where the environment clips
+    terminated: Bool[Array, " B"]  # nothing follows: do not bootstrap
+    truncated: Bool[Array, " B"]  # cut off by a time limit: bootstrap from the value of `obs`
+    valid: Bool[Array, " B"]
+    episode: EpisodeStats
+
+
+class Env(Protocol):
+    """B environments that step together."""
+
+    num_envs: int
+    num_actions: int
+
+    def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:
+        """Start anew: the state to thread through `step`, and the first observations."""
+
+    def step(self, state: Any, action: Int[Array, " B"]) -> tuple[Any, Timestep]:
+        """One step of every environment. Pure in the state and jittable."""

@@ -1,0 +1,1 @@
+"""Network modules that every script shares: encoder, heads, certified Lipschitz layers, world model."""

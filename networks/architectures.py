@@ -1,0 +1,106 @@
+"""Encoder, actor and critic: what PPO and every world-model method share.
+
+A latent is always a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 64 for vector observations.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from networks.convolution import conv2d
+
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": nn.relu,
+    "elu": nn.elu,
+    "gelu": nn.gelu,
+    "silu": nn.silu,
+    "tanh": nn.tanh,
+}
+
+
+class Conv(nn.Module):
+    """A VALID convolution with square kernels, orthogonal initialisation."""
+
+    features: int
+    size: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w O"]:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return conv2d(x, kernel, self.stride) + bias
+
+
+def dense(features: int, scale: float = float(np.sqrt(2)), name: str | None = None) -> nn.Dense:
+    """A dense layer with orthogonal initialisation of the given gain."""
+    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), name=name)
+
+
+class Encoder(nn.Module):
+    """phi: observation -> latent. The convolutions of the Nature DQN for pixels; one dense layer for vectors."""
+
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N h w c"]:
+        activation = ACTIVATIONS[self.activation]
+        if obs.ndim == 4:  # stacked grey frames, channels first, as emulators return them
+            x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
+            x = activation(Conv(32, 8, 4)(x))
+            x = activation(Conv(64, 4, 2)(x))
+            return activation(Conv(64, 3, 1)(x))
+        x = obs.reshape(obs.shape[0], -1).astype(jnp.float32)
+        return activation(dense(64)(x))[:, None, None, :]
+
+
+class Hidden(nn.Module):
+    """The dense layers between a latent and a head."""
+
+    layers: Sequence[int]
+    activation: str
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N d"]) -> Float[Array, "N k"]:
+        for features in self.layers:
+            x = dense(features)(x)
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+            x = ACTIVATIONS[self.activation](x)
+        return x
+
+
+class ActorCritic(nn.Module):
+    """The latent policy pi(a|z), as logits, and the value V(z).
+
+    The two share their dense layers; with `decoupled` each has its own, so that only the latent is shared.
+    """
+
+    num_actions: int
+    layers: Sequence[int] = (512,)
+    activation: str = "relu"
+    layer_norm: bool = False
+    decoupled: bool = False
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"]) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
+        x = z.reshape(z.shape[0], -1)
+        hidden = Hidden(self.layers, self.activation, self.layer_norm, name="hidden")(x)
+        if self.decoupled:
+            critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="critic_hidden")(x)
+        else:
+            critic_hidden = hidden
+        logits = dense(self.num_actions, 0.01, name="actor")(hidden)
+        value = dense(1, 1.0, name="critic")(critic_hidden)
+        return logits, jnp.squeeze(value, -1)
+
+
+def num_parameters(params) -> int:
+    """How many numbers a tree of parameters holds."""
+    return sum(p.size for p in jax.tree.leaves(params))

@@ -1,0 +1,96 @@
+"""The one place that decides how a convolution is computed on which platform.
+
+On a GPU or TPU `lax.conv` is the right choice both ways. On a CPU, XLA computes the *gradient* of a convolution inside
+`lax.scan` about a hundred times slower than outside one, because the loop loses the fast convolution for any but the plain
+forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution for the
+gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def conv2d(
+    x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"], stride: int = 1, padding: str = "VALID"
+) -> Float[Array, "N h w O"]:
+    """Two-dimensional convolution (cross-correlation, as in every deep-learning library), channels last.
+
+    Args:
+        x: input maps.
+        kernel: the filters.
+        stride: the same for both axes.
+        padding: "VALID", or "SAME" (zeros, the surplus one on the bottom and right).
+
+    Raises:
+        ValueError: an unknown padding.
+    """
+    if padding == "SAME":
+        pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    elif padding != "VALID":
+        raise ValueError(f"padding must be VALID or SAME, not {padding!r}")
+    return lax.platform_dependent(
+        x, kernel, cpu=lambda x, kernel: cpu_conv(x, kernel, stride), default=lambda x, kernel: valid_conv(x, kernel, stride)
+    )
+
+
+def valid_conv(x: Array, kernel: Array, stride: int = 1, pad: int = 0) -> Array:
+    """`lax.conv` in the one layout used here."""
+    return lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad), (pad, pad)], dimension_numbers=LAYOUT)
+
+
+def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
+    """A VALID convolution whose gradient is fast on a CPU inside `lax.scan`.
+
+    A stride s becomes 1 by moving each s x s block of pixels into the channels (and of the kernel likewise).
+    """
+    if stride == 1:
+        return _unit_stride_conv(x, kernel)
+    kh, kw, c, o = kernel.shape
+    rows, cols = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
+    taps_h, taps_w = -(-kh // stride), -(-kw // stride)
+    kernel = jnp.pad(kernel, ((0, taps_h * stride - kh), (0, taps_w * stride - kw), (0, 0), (0, 0)))
+    kernel = kernel.reshape(taps_h, stride, taps_w, stride, c, o).transpose(0, 2, 1, 3, 4, 5)
+    kernel = kernel.reshape(taps_h, taps_w, stride * stride * c, o)
+
+    blocks_h, blocks_w = rows + taps_h - 1, cols + taps_w - 1
+    x = x[:, : blocks_h * stride, : blocks_w * stride]
+    x = jnp.pad(x, ((0, 0), (0, blocks_h * stride - x.shape[1]), (0, blocks_w * stride - x.shape[2]), (0, 0)))
+    x = x.reshape(-1, blocks_h, stride, blocks_w, stride, c).transpose(0, 1, 3, 2, 4, 5)
+    return _unit_stride_conv(x.reshape(-1, blocks_h, blocks_w, stride * stride * c), kernel)
+
+
+@jax.custom_vjp
+def _unit_stride_conv(x, kernel):
+    return valid_conv(x, kernel)
+
+
+def _forward(x, kernel):
+    return valid_conv(x, kernel), (x, kernel)
+
+
+def _backward(residuals, g):
+    x, kernel = residuals
+    kh, kw, c, o = kernel.shape
+    _, rows, cols, _ = g.shape
+    if o < c:  # shift the narrower of the two maps: all taps become one product
+        shifts = [
+            jnp.pad(g, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)
+        ]
+        shifted = jnp.stack(shifts, axis=3).reshape(-1, kh * kw * o)
+        dkernel = (x.reshape(-1, c).T @ shifted).reshape(c, kh, kw, o).transpose(1, 2, 0, 3)
+    else:
+        flat_g = g.reshape(-1, o).T
+        windows = [x[:, i : i + rows, j : j + cols].reshape(-1, c) for i in range(kh) for j in range(kw)]
+        dkernel = jnp.stack([(flat_g @ window).T for window in windows]).reshape(kh, kw, c, o)
+    # XLA drops this convolution where nobody asks for the gradient of x, as for the pixels
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    dx = lax.conv_general_dilated(g, flipped, (1, 1), [(kh - 1, kh - 1), (kw - 1, kw - 1)], dimension_numbers=LAYOUT)
+    return dx, dkernel
+
+
+_unit_stride_conv.defvjp(_forward, _backward)

@@ -1,0 +1,157 @@
+"""Layers whose Lipschitz constant is at most 1 for *every* value of their parameters, and close to an isometry.
+
+Matrices. W is first rescaled: with D = diag(row sums of |W^T W|), the matrix W D^{-1/2} has norm at most 1, because
+D - W^T W is diagonally dominant, hence positive semi-definite (almost-orthogonal layers, Prach & Lampert, 2022, theorem 1).
+That alone is a certificate, but training may leave all its singular values far below 1. So a few Newton-Schulz steps
+W <- W (3 I - W^T W) / 2 follow (Bjorck & Bowie, 1971). A step maps each singular value s to s (3 - s^2) / 2, which increases
+on [0, 1] and takes it into itself: the certificate is kept **whatever the number of steps**, and every singular value
+moves towards 1. Nothing here relies on convergence.
+
+Convolutions. A 2 x 2 kernel is a product of three factors, each of norm at most 1 (block convolutions, Li et al., 2019): a
+matrix H as above and, along each of the two axes, (I - P) + P * (shift by one pixel) with P = R R^T and R as above. P is
+symmetric with eigenvalues p in [0, 1], so in its eigenbasis, at frequency w, the factor is (1 - p) + p e^{iw}, of modulus
+at most 1. The bound is that of the convolution on the infinite grid; zero padding, then reading a window, multiplies it
+with projections, so it holds for the padded map too.
+
+Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, *batch]`, as `[N, m] @ [m, n]` wants it: rows
+are inputs, columns outputs.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from networks.convolution import conv2d
+
+NEWTON_SCHULZ_STEPS = 4
+
+
+def matmul(a: Float[Array, "m k *batch"], b: Float[Array, "k n *batch"]) -> Float[Array, "m n *batch"]:
+    """The product of two matrices, or of each pair in two batches, in full float32 on every platform."""
+    if a.ndim == 2:
+        # a GPU would round float32 products to 10 bits of mantissa: more than the certificate's tolerance
+        return jnp.matmul(a, b, precision="highest")
+    # many small matrices: a sum over k that vectorises over the batch is several times faster than a batched product
+    return sum(a[:, k, None] * b[k][None] for k in range(a.shape[1]))
+
+
+def transpose(a: Float[Array, "m n *batch"]) -> Float[Array, "n m *batch"]:
+    """Each matrix of the batch transposed."""
+    return jnp.swapaxes(a, 0, 1)
+
+
+def orthogonaliser(gram: Float[Array, "n n *batch"], steps: int = NEWTON_SCHULZ_STEPS) -> Float[Array, "n n *batch"]:
+    """The matrix M such that W M has norm at most 1, and singular values near 1, given the Gram matrix W^T W.
+
+    Working with the Gram matrix keeps the iteration on the smaller side of W, and lets a layer apply W and M one after
+    the other instead of forming W M. A zero column of W stays zero.
+
+    Args:
+        gram: W^T W, one or a batch.
+        steps: Newton-Schulz steps; 0 leaves the almost-orthogonal rescaling alone.
+    """
+    row_sums = jnp.sum(jnp.abs(gram), axis=1)
+    # the gradient of rsqrt at 0 is infinite, so the argument is replaced, not only the result
+    scale = jnp.where(row_sums > 0, jax.lax.rsqrt(jnp.where(row_sums > 0, row_sums, 1.0)), 0.0)
+    gram = scale[:, None] * gram * scale[None]
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype).reshape(*gram.shape[:2], *(1,) * (gram.ndim - 2))
+    total = eye
+    for k in range(steps):
+        step = 1.5 * eye - 0.5 * gram
+        total = matmul(total, step) if k else step
+        if k < steps - 1:
+            gram = matmul(matmul(gram, step), step)  # both are polynomials of the same matrix: they commute
+    return scale[:, None] * total
+
+
+def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
+    """`kernel` made (semi-)orthogonal: operator norm at most 1 for any value of it, singular values near 1."""
+    m, n = kernel.shape[:2]
+    if m >= n:
+        return matmul(kernel, orthogonaliser(matmul(transpose(kernel), kernel)))
+    return matmul(transpose(orthogonaliser(matmul(kernel, transpose(kernel)))), kernel)
+
+
+def projection(basis: Float[Array, "m r *batch"]) -> Float[Array, "m m *batch"]:
+    """R R^T for R = `orthogonal(basis)`: symmetric, eigenvalues in [0, 1], near the projection on the span of `basis`."""
+    basis = orthogonal(basis)
+    return matmul(basis, transpose(basis))
+
+
+def orthogonal_conv_kernel(
+    dense: Float[Array, "m n *batch"], vertical: Float[Array, "w r *batch"], horizontal: Float[Array, "w r *batch"]
+) -> Float[Array, "2 2 m n *batch"]:
+    """A 2 x 2 kernel from m to n channels whose convolution has norm at most 1 (see the head of this file).
+
+    Args:
+        dense: the factor that changes the number of channels.
+        vertical, horizontal: their spans are what is shifted by a pixel along each axis; w is the larger of m and n.
+    """
+    h, p, q = orthogonal(dense), projection(vertical), projection(horizontal)
+    if dense.shape[0] > dense.shape[1]:
+        hp, hq = matmul(p, h), matmul(q, h)
+        both = matmul(q, hp)
+    else:
+        hp, hq = matmul(h, p), matmul(h, q)
+        both = matmul(hp, q)
+    return jnp.stack([jnp.stack([h - hp - hq + both, hq - both]), jnp.stack([hp - both, both])])
+
+
+def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    """Sorts the channels in pairs (GroupSort(2), Anil et al., 2019): a permutation, so norm and gradient norm survive."""
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    return jnp.stack([pairs.min(-1), pairs.max(-1)], -1).reshape(x.shape)
+
+
+def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n *batch"]:
+    """Initialiser: independent random (semi-)orthogonal matrices, [m, n, *batch]."""
+    m, n, *batch = shape
+    normal = jax.random.normal(key, (*batch, max(m, n), min(m, n)))
+    q = jnp.moveaxis(jnp.linalg.qr(normal)[0], (-2, -1), (0, 1))
+    return q if m >= n else transpose(q)
+
+
+class LipschitzDense(nn.Module):
+    """A dense layer that is 1-Lipschitz in the Euclidean norm."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch m"]) -> Float[Array, "*batch n"]:
+        m, n = x.shape[-1], self.features
+        kernel = self.param("kernel", orthogonal_init, (m, n))
+        bias = self.param("bias", nn.initializers.zeros, (n,))
+        # applying the kernel and its orthogonaliser in turn costs less than forming their product
+        if m >= n:
+            return (x @ kernel) @ orthogonaliser(matmul(kernel.T, kernel)) + bias
+        return (x @ orthogonaliser(matmul(kernel, kernel.T)).T) @ kernel + bias
+
+
+class LipschitzScalars(nn.Module):
+    """`features` scalar outputs, **each** of which is a 1-Lipschitz function of the input (not the vector of them)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch m"]) -> Float[Array, "*batch n"]:
+        kernel = self.param("kernel", orthogonal_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        squares = jnp.sum(kernel**2, axis=0)
+        return x @ (kernel * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))) + bias
+
+
+class LipschitzConv(nn.Module):
+    """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between whole feature maps."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W O"]:
+        m, n = x.shape[-1], self.features
+        wide = max(m, n)
+        dense = self.param("dense", orthogonal_init, (m, n))
+        vertical = self.param("vertical", orthogonal_init, (wide, wide // 2))
+        horizontal = self.param("horizontal", orthogonal_init, (wide, wide // 2))
+        bias = self.param("bias", nn.initializers.zeros, (n,))
+        return conv2d(x, orthogonal_conv_kernel(dense, vertical, horizontal), padding="SAME") + bias

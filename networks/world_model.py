@@ -1,0 +1,169 @@
+"""The latent world model: transition P(z'|z, a) and reward R(z, a) of continuous latents.
+
+Only the transition of the action taken is computed: each sample gathers its action's kernel, and one batched product does
+the rest. Computing all A actions to select one would cost A times as much, in time and in memory.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from networks.architectures import ACTIVATIONS, dense
+from networks.convolution import conv2d
+from networks.lipschitz import (
+    LipschitzConv,
+    LipschitzDense,
+    LipschitzScalars,
+    group_sort,
+    matmul,
+    orthogonal,
+    orthogonal_init,
+    projection,
+)
+from utils.distributions import Deterministic, Normal, soft_mixture
+
+DENSITIES = ("deterministic", "normal", "mixture_normal")
+GROUPS = 16  # of the channels, in the last convolution of the transition
+MIN_SCALE = 1e-6
+
+
+def per_action_conv(
+    x: Float[Array, "N H W C"], kernels: Float[Array, "A 2 2 G c o"], action: Int[Array, " N"]
+) -> Float[Array, "N H W G o"]:
+    """A grouped 2 x 2 convolution with SAME zero padding whose kernel is, for each sample, that of its action.
+
+    Args:
+        x: maps of C = G * c channels.
+        kernels: one for each of the A actions.
+        action: which of them a sample takes.
+    """
+    n, height, width, _ = x.shape
+    num_actions, _, _, groups, c, o = kernels.shape
+    padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    taps = [padded[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)]
+    patches = jnp.stack(taps, axis=3).reshape(n, height * width, 4, groups, c)
+    patches = patches.transpose(0, 3, 1, 2, 4).reshape(n, groups, height * width, 4 * c)
+    kernels = kernels.transpose(0, 3, 1, 2, 4, 5).reshape(num_actions, groups, 4 * c, o)
+    y = patches @ kernels[action]
+    return y.transpose(0, 2, 1, 3).reshape(n, height, width, groups, o)
+
+
+class Transition(nn.Module):
+    """The transition network: (z, a) -> distribution of z'.
+
+    Two 2 x 2 convolutions; the second is grouped and has one kernel per action, which gives `components` locations and
+    scales for each channel of z'.
+
+    With `lipschitz`, a sample of z' with its noise fixed is a K-Lipschitz function of z, K = `lipschitz_constant`, for every
+    action and every value of the parameters: the hidden map is 1-Lipschitz (certified convolution, GroupSort), and so is
+    the map to each component's location and to the argument of its softplus. Half of K is given to the locations and half
+    to the scales; noise is clipped to [-1, 1]. The mixture's weights depend on the action alone: weights that depend on
+    z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all. Averaging
+    near-orthogonal maps is also how this network contracts where it should.
+    """
+
+    num_actions: int
+    density: str = "mixture_normal"
+    components: int = 5
+    lipschitz: bool = True
+    lipschitz_constant: float = 1.0
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
+        components = self.components if self.density == "mixture_normal" else 1
+        maps = components if self.density == "deterministic" else 2 * components
+        if self.lipschitz:
+            return self._certified(z, action, components, maps)
+        return self._unconstrained(z, action, components, maps)
+
+    def _certified(self, z, action, components, maps):
+        num_actions, channels = self.num_actions, z.shape[-1]
+        hidden = group_sort(LipschitzConv(2 * channels, name="hidden")(z))
+
+        c, o = 2 * channels // GROUPS, channels // GROUPS
+        wide = max(c, o)
+        h = orthogonal(self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS)))
+        p = projection(self.param("vertical", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS)))
+        q = projection(self.param("horizontal", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS)))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        weights = jnp.ones((num_actions, 1))
+        if components > 1:
+            weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
+
+        # the locations enter through their average alone, so their kernels are averaged before the convolution
+        h = jnp.concatenate(
+            [jnp.einsum("coamg,am->coag", h[..., :components, :], weights)[..., None, :], h[..., components:, :]], axis=3
+        )
+        bias = jnp.concatenate(
+            [jnp.einsum("agmo,am->ago", bias[:, :, :components], weights)[:, :, None], bias[:, :, components:]], axis=2
+        )
+        # one kernel of norm at most 1 per map, as in `orthogonal_conv_kernel`; the maps share what is shifted
+        ph, qh = matmul(p, h), matmul(q, h)
+        both = matmul(q, ph)
+        kernels = jnp.stack([jnp.stack([h - ph - qh + both, qh - both]), jnp.stack([ph - both, both])])
+        kernels = kernels.transpose(4, 0, 1, 6, 2, 5, 3).reshape(num_actions, 2, 2, GROUPS, c, -1)
+        raw = per_action_conv(hidden, kernels, action)
+        raw = raw.reshape(*raw.shape[:-1], -1, o) + bias[action][:, None, None]  # [N, h, w, groups, maps, o]
+
+        if self.density == "deterministic":
+            return Deterministic(self.lipschitz_constant * raw.reshape(z.shape))
+        half = 0.5 * self.lipschitz_constant
+        average = soft_mixture(
+            weights[action][:, None, None, None, :, None],
+            half * raw[..., :1, :],
+            half * (nn.softplus(raw[..., 1:, :]) + MIN_SCALE),
+            axis=-2,
+            noise_clip=1.0,
+        )
+        return average.reshape(z.shape)
+
+    def _unconstrained(self, z, action, components, maps):
+        num_actions, channels = self.num_actions, z.shape[-1]
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("hidden_kernel", init, (2, 2, channels, 2 * channels))
+        bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
+        hidden = ACTIVATIONS[self.activation](conv2d(z, kernel, padding="SAME") + bias)
+
+        c, o = 2 * channels // GROUPS, channels // GROUPS
+        per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(1, 2, 4), batch_axis=(0, 3))
+        kernels = self.param("kernels", per_action, (num_actions, 2, 2, GROUPS, c, maps * o))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        raw = per_action_conv(hidden, kernels, action)
+        raw = raw.reshape(*raw.shape[:-1], maps, o) + bias[action][:, None, None]
+        if self.density == "deterministic":
+            return Deterministic(raw.reshape(z.shape))
+        loc, scale = raw[..., :components, :], nn.softplus(raw[..., components:, :]) + MIN_SCALE
+        weights = jnp.ones(())
+        if components > 1:
+            logits = dense(num_actions * components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
+            logits = jnp.take_along_axis(logits.reshape(-1, num_actions, components), action[:, None, None], 1)
+            weights = nn.softmax(logits).reshape(-1, 1, 1, 1, components, 1)
+        return soft_mixture(weights, loc, scale, axis=-2).reshape(z.shape)
+
+
+class Reward(nn.Module):
+    """The reward network: (z, a) -> expected reward. Two dense layers and one output for each action.
+
+    With `lipschitz`, R(., a) is K-Lipschitz for every action a, K = `lipschitz_constant`.
+    """
+
+    num_actions: int
+    lipschitz: bool = True
+    lipschitz_constant: float = 1.0
+    activation: str = "relu"
+    features: int = 256
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Float[Array, " N"]:
+        x = z.reshape(z.shape[0], -1)
+        if self.lipschitz:
+            x = group_sort(LipschitzDense(self.features)(x))
+            x = group_sort(LipschitzDense(self.features)(x))
+            rewards = self.lipschitz_constant * LipschitzScalars(self.num_actions)(x)
+        else:
+            x = ACTIVATIONS[self.activation](dense(self.features)(x))
+            x = ACTIVATIONS[self.activation](dense(self.features)(x))
+            rewards = dense(self.num_actions, 1.0)(x)
+        return jnp.take_along_axis(rewards, action[:, None], axis=1)[:, 0]

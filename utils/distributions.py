@@ -1,0 +1,81 @@
+"""The distributions of continuous latents."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@flax.struct.dataclass
+class Deterministic:
+    """A point mass. It has no density, hence no `log_prob`."""
+
+    loc: Float[Array, "*shape"]
+
+    def sample(self, key: jax.Array) -> Float[Array, "*shape"]:
+        """The point; the key is not used."""
+        return self.loc
+
+    def mean(self) -> Float[Array, "*shape"]:
+        """The point."""
+        return self.loc
+
+
+@flax.struct.dataclass
+class Normal:
+    """Independent normals. With `noise_clip` c the standard noise of a sample is clipped to [-c, c].
+
+    The clip is what makes a sample a Lipschitz function of (loc, scale): |dz'| <= |dloc| + c |dscale| for any fixed noise.
+    """
+
+    loc: Float[Array, "*shape"]
+    scale: Float[Array, "*shape"]
+    noise_clip: float | None = flax.struct.field(pytree_node=False, default=None)
+
+    def reshape(self, shape: tuple[int, ...]) -> "Normal":
+        """The same distribution of a reshaped array."""
+        return Normal(self.loc.reshape(shape), self.scale.reshape(shape), self.noise_clip)
+
+    def sample(self, key: jax.Array) -> Float[Array, "*shape"]:
+        """One reparameterised sample (gradients reach loc and scale)."""
+        noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
+        if self.noise_clip is not None:
+            noise = jnp.clip(noise, -self.noise_clip, self.noise_clip)
+        return self.loc + self.scale * noise
+
+    def mean(self) -> Float[Array, "*shape"]:
+        """The expectation: `loc`, with or without the clip, which is symmetric."""
+        return self.loc
+
+    def log_prob(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Log-density per element.
+
+        Raises:
+            ValueError: the noise is clipped; that distribution has atoms, and no density.
+        """
+        if self.noise_clip is not None:
+            raise ValueError("a normal with clipped noise has no density: use noise_clip=None, or sample from it")
+        return -0.5 * ((x - self.loc) / self.scale) ** 2 - jnp.log(self.scale) - 0.5 * jnp.log(2 * jnp.pi)
+
+
+def soft_mixture(
+    weights: Float[Array, "..."],
+    loc: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    axis: int = -1,
+    noise_clip: float | None = None,
+) -> Normal:
+    """The soft mixture of normals: the weighted *average* of one sample of each component.
+
+    An average of independent normals is a normal, with mean sum_k w_k loc_k and variance sum_k (w_k scale_k)^2, so one noise
+    per element is drawn instead of k, and there is a density. (A mixture in the usual sense would draw one component.)
+    For fixed weights the scale sqrt(sum_k (w_k s_k)^2) is a Lipschitz function of (s_1, ..., s_k) with constant
+    sqrt(sum_k w_k^2) <= 1, so a certificate for every component holds for the average.
+
+    Args:
+        weights: non-negative, summing to 1 over `axis`.
+        loc, scale: the components, along `axis`; the three arguments broadcast.
+        noise_clip: as in `Normal`; it clips the noise of the average.
+    """
+    variance = jnp.sum((weights * scale) ** 2, axis)
+    return Normal(jnp.sum(weights * loc, axis), jnp.sqrt(variance), noise_clip)

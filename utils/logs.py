@@ -1,0 +1,149 @@
+"""Logging: TensorBoard always, Weights & Biases on demand, and a progress line on the terminal."""
+
+import collections
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import tensorboardX
+from tqdm import tqdm
+
+from utils import scores
+from utils.run import RunArgs, UsageError, describe_device
+
+PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
+UPDATES_SHOWN = 20  # the return on the progress line is that of the episodes of so many updates
+
+
+class Logger:
+    """Writes the metrics of a run, one set per iteration, while the device is already busy with the next iteration.
+
+    A context manager: on leaving it, whether the run ended, failed or was interrupted, all is flushed and the terminal says
+    where the logs are.
+
+    Raises:
+        UsageError: W&B cannot start (on entry).
+        OSError: the log folder cannot be written (on entry, or later when the disk is full).
+    """
+
+    def __init__(self, args: RunArgs, algorithm: str, steps_per_iteration: int):
+        self.args = args
+        self.steps_per_iteration = steps_per_iteration
+        self.name = f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
+        self.folder = Path(args.logdir) / self.name
+        self.reference = scores.reference(args.env_id)
+        self.episodes = collections.deque(maxlen=UPDATES_SHOWN)  # number and mean return, of each update
+        self.pending = None
+        self.step = 0
+        self.warned = False
+        self.run = None
+
+    def __enter__(self) -> "Logger":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.args.track:
+            self._start_wandb()
+        self.writer = tensorboardX.SummaryWriter(str(self.folder))
+        rows = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(self.args).items())
+        self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
+        iterations = self.args.total_timesteps // self.steps_per_iteration
+        self.total_steps = iterations * self.steps_per_iteration
+        print(f"{self.name}: {self.total_steps:,} steps in {iterations:,} updates\n{describe_device()}")
+        print("compiling ...", flush=True)
+        self.interactive = sys.stdout.isatty()
+        self.started = self.first = self.last = self.printed = time.perf_counter()
+        self.bar = tqdm(
+            total=self.total_steps,
+            unit="step",
+            disable=not self.interactive,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format="{percentage:3.0f}%|{bar}| {n:,}/{total:,} steps [{elapsed}<{remaining}{postfix}]",
+        )
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind in (None, KeyboardInterrupt):
+                self._flush_pending()
+        finally:
+            self.bar.close()
+            self.writer.close()
+            if self.run is not None:
+                self.run.finish(exit_code=int(kind is not None))
+            print(f"{'ended' if kind is None else 'stopped'} after {self.step:,} steps")
+            print(f"logs: {self.folder}   (uv run tensorboard --logdir {self.args.logdir})", flush=True)
+
+    def log(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the iteration just dispatched and writes those of the one before it."""
+        self._flush_pending()
+        self.pending = metrics
+
+    def _flush_pending(self) -> None:
+        if self.pending is None:
+            return
+        metrics = {k: float(v) for k, v in jax.device_get(self.pending).items()}
+        self.pending = None
+        now = time.perf_counter()
+        self.step += self.steps_per_iteration
+        if self.step == self.steps_per_iteration:
+            # the rate leaves out what came before the first update: compilation
+            self.first = now
+            self._say(f"first update after {now - self.started:.1f} s")
+        else:
+            metrics["charts/SPS"] = (self.step - self.steps_per_iteration) / (now - self.first)
+            metrics["charts/SPS_update"] = self.steps_per_iteration / (now - self.last)
+        self.last = now
+
+        episodes = metrics.pop("episodes")
+        self.episodes.append((episodes, metrics["charts/episodic_return"]))
+        if episodes > 0:
+            episodic_return = metrics["charts/episodic_return"]
+            if self.reference is not None:
+                metrics["charts/human_normalized_score"] = self.reference.human_normalized(episodic_return)
+                metrics["charts/relative_improvement"] = self.reference.relative_improvement(episodic_return)
+        else:
+            del metrics["charts/episodic_return"], metrics["charts/episodic_length"]
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, self.step)
+        self._show(metrics, now)
+
+    def _show(self, metrics: dict[str, float], now: float) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad and not self.warned:
+            self.warned = True
+            self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
+        sps = metrics.get("charts/SPS", math.nan)
+        count = sum(n for n, _ in self.episodes)
+        mean = sum(n * value for n, value in self.episodes) / count if count else math.nan
+        self.bar.set_postfix_str(f"{sps:,.0f} steps/s, return {mean:.1f}", refresh=False)
+        self.bar.update(self.steps_per_iteration)
+        if not self.interactive and (now - self.printed > PLAIN_LINE_SECONDS or self.step == self.total_steps):
+            self.printed = now
+            left = (self.total_steps - self.step) / sps if sps > 0 else math.nan
+            left = "?" if math.isnan(left) else tqdm.format_interval(left)
+            print(f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {mean:.1f}, {left} left", flush=True)
+
+    def _say(self, line: str) -> None:
+        self.bar.write(line, file=sys.stdout) if self.interactive else print(line, flush=True)
+
+    def _start_wandb(self) -> None:
+        import wandb  # here, because it takes a second to import and most first runs do without
+
+        try:
+            self.run = wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                group=self.args.wandb_group,
+                tags=self.args.wandb_tags,
+                name=self.name,
+                dir=self.args.logdir,
+                config=dataclasses.asdict(self.args),
+                sync_tensorboard=True,
+                save_code=True,
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UsageError(f"--track: W&B did not start ({reason}); run `wandb login` or set WANDB_MODE=offline") from error

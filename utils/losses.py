@@ -1,0 +1,27 @@
+"""Elementary losses and reductions."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def smooth_l1_loss(error: Float[Array, "*shape"], beta: float = 1.0) -> Float[Array, "*shape"]:
+    """Huber's loss per element, scaled as in Fast R-CNN (Girshick, 2015): e^2 / (2 beta) below beta, |e| - beta / 2 above.
+
+    Raises:
+        ValueError: beta is not positive.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, not {beta}")
+    size = jnp.abs(error)
+    return jnp.where(size < beta, 0.5 * error**2 / beta, size - 0.5 * beta)
+
+
+def masked_mean(x: Float[Array, "*shape"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
+    """The mean of x where `valid`; 0 where nothing is. What is masked reaches neither the value nor the gradient."""
+    return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def masked_normalize(x: Float[Array, "*shape"], valid: Bool[Array, "*shape"], eps: float = 1e-8) -> Float[Array, "*shape"]:
+    """x less its mean, over its standard deviation, both taken where `valid`."""
+    mean = masked_mean(x, valid)
+    return (x - mean) / (jnp.sqrt(masked_mean((x - mean) ** 2, valid)) + eps)
