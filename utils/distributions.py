@@ -32,15 +32,13 @@ class Normal:
     scale: Float[Array, "*shape"]
     noise_clip: float | None = flax.struct.field(pytree_node=False, default=None)
 
-    def reshape(self, shape: tuple[int, ...]) -> "Normal":
-        """The same distribution of a reshaped array."""
-        return Normal(self.loc.reshape(shape), self.scale.reshape(shape), self.noise_clip)
-
     def sample(self, key: jax.Array) -> Float[Array, "*shape"]:
         """One reparameterised sample (gradients reach loc and scale)."""
         noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
         if self.noise_clip is not None:
             noise = jnp.clip(noise, -self.noise_clip, self.noise_clip)
+        # drawing noise is dear, and XLA would do it again wherever it is used
+        noise = jax.lax.optimization_barrier(noise)
         return self.loc + self.scale * noise
 
     def mean(self) -> Float[Array, "*shape"]:
