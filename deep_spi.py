@@ -200,9 +200,7 @@ def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
     return Agent(
         encoder=Encoder(args.activation),
-        actor_critic=ActorCritic(
-            num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr
-        ),
+        actor_critic=ActorCritic(num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr),
         transition=Transition(
             num_actions,
             args.transition_density,
@@ -252,9 +250,7 @@ def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Arg
 
     (env_state, obs), steps = jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))
     _, value = policy(obs)
-    steps = steps._replace(
-        obs=jnp.concatenate([steps.obs, obs[None]]), value=jnp.concatenate([steps.value, value[None]])
-    )
+    steps = steps._replace(obs=jnp.concatenate([steps.obs, obs[None]]), value=jnp.concatenate([steps.value, value[None]]))
     return state._replace(env_state=env_state, obs=obs), steps
 
 
@@ -450,9 +446,7 @@ def main(args: Args) -> None:
     env = make_env(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env)
     agent = make_agent(args, env.num_actions)
     optimizer = make_optimizer(args)
-    iteration = jax.jit(
-        partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0
-    )
+    iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)
     steps_per_iteration = args.num_envs * args.num_steps
     with Logger(args, "deep_spi", steps_per_iteration) as logger:
         state = init_state(args, env, agent, optimizer)

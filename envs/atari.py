@@ -44,9 +44,7 @@ class Pool:
     """
 
     def __init__(self, env_id: str, num_envs: int, seed: int, **options):
-        self.pool = envpool.make(
-            env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options
-        )
+        self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
         self.num_envs = num_envs
         self.num_actions = int(self.pool.action_space.n)
         self.handle, _, _, self._step = self.pool.xla()
@@ -54,9 +52,7 @@ class Pool:
     def reset(self) -> tuple[PoolState, Array]:
         """Starts every environment anew and returns the state to thread through `step` and the first observations."""
         obs, _ = self.pool.reset()
-        state = PoolState(
-            jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), EpisodeStats.zeros(self.num_envs)
-        )
+        state = PoolState(jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), EpisodeStats.zeros(self.num_envs))
         return state, jnp.asarray(obs)
 
     def step(self, state: PoolState, action: Int[Array, " B"]) -> tuple[PoolState, Timestep]:

@@ -34,7 +34,10 @@ def conv2d(
     elif padding != "VALID":
         raise ValueError(f"padding must be VALID or SAME, not {padding!r}")
     return lax.platform_dependent(
-        x, kernel, cpu=lambda x, kernel: cpu_conv(x, kernel, stride), default=lambda x, kernel: valid_conv(x, kernel, stride)
+        x,
+        kernel,
+        cpu=lambda x, kernel: cpu_conv(x, kernel, stride),
+        default=lambda x, kernel: valid_conv(x, kernel, stride),
     )
 
 
@@ -61,7 +64,8 @@ def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
     x = x[:, : blocks_h * stride, : blocks_w * stride]
     x = jnp.pad(x, ((0, 0), (0, blocks_h * stride - x.shape[1]), (0, blocks_w * stride - x.shape[2]), (0, 0)))
     x = x.reshape(-1, blocks_h, stride, blocks_w, stride, c).transpose(0, 1, 3, 2, 4, 5)
-    return _unit_stride_conv(x.reshape(-1, blocks_h, blocks_w, stride * stride * c), kernel)
+    x = x.reshape(-1, blocks_h, blocks_w, stride * stride * c)
+    return _unit_stride_conv(lax.optimization_barrier(x), kernel)  # or XLA would rearrange x once more for the gradient
 
 
 @jax.custom_vjp
@@ -78,9 +82,7 @@ def _backward(residuals, g):
     kh, kw, c, o = kernel.shape
     _, rows, cols, _ = g.shape
     if o < c:  # shift the narrower of the two maps: all taps become one product
-        shifts = [
-            jnp.pad(g, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)
-        ]
+        shifts = [jnp.pad(g, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
         shifted = jnp.stack(shifts, axis=3).reshape(-1, kh * kw * o)
         dkernel = (x.reshape(-1, c).T @ shifted).reshape(c, kh, kw, o).transpose(1, 2, 0, 3)
     else:

@@ -46,8 +46,9 @@ def per_action_conv(
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
     taps = [padded[:, i : i + height, j : j + width] for i in (0, 1) for j in (0, 1)]
     patches = jnp.stack(taps, axis=3).reshape(n, height * width, 4 * c, groups)
-    kernels = kernels.transpose(0, 3, 5, 1, 2, 4).reshape(num_actions, groups, o, 4 * c)
-    return _per_sample_product(kernels[action], patches)
+    kernels = kernels.transpose(0, 3, 5, 1, 2, 4).reshape(num_actions, -1)
+    kernels = jax.lax.optimization_barrier(kernels)  # or XLA would compute them anew for every sample
+    return _per_sample_product(kernels[action].reshape(n, groups, o, 4 * c), patches)
 
 
 @jax.custom_vjp
@@ -130,7 +131,8 @@ class Transition(nn.Module):
 
         # the locations enter through their average alone, so their kernels are averaged before the convolution
         h = jnp.concatenate(
-            [jnp.einsum("coamg,am->coag", h[..., :components, :], weights)[..., None, :], h[..., components:, :]], axis=3
+            [jnp.einsum("coamg,am->coag", h[..., :components, :], weights)[..., None, :], h[..., components:, :]],
+            axis=3,
         )
         bias = jnp.concatenate(
             [jnp.einsum("agmo,am->ago", bias[:, :, :components], weights)[:, :, None], bias[:, :, components:]], axis=2

@@ -124,7 +124,10 @@ class Logger:
             self.printed = now
             left = (self.total_steps - self.step) / sps if sps > 0 else math.nan
             left = "?" if math.isnan(left) else tqdm.format_interval(left)
-            print(f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {mean:.1f}, {left} left", flush=True)
+            print(
+                f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {mean:.1f}, {left} left",
+                flush=True,
+            )
 
     def _say(self, line: str) -> None:
         self.bar.write(line, file=sys.stdout) if self.interactive else print(line, flush=True)
