@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
-from envs.atari import make_env
+from envs.atari import CLASSIC, make_env
 from envs.protocol import Env, EpisodeStats
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
@@ -102,6 +102,10 @@ def check(args: Args) -> None:
     )
     for flag in ("ent_coef", "vf_coef"):
         require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
+    require(
+        not args.stochastic_env or args.env_id not in CLASSIC,
+        f"--stochastic-env: a protocol of Atari, not of --env-id {args.env_id}: leave it out",
+    )
     for flag in ("learning_rate", "max_grad_norm", "target_kl"):
         value = getattr(args, flag)
         require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
@@ -243,6 +247,7 @@ def loss_fn(
 
     log_probs = jax.nn.log_softmax(logits)
     log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
+    log_ratio = jnp.where(batch.valid, log_ratio, 0.0)  # a huge masked ratio would turn its masked gradient into NaN
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
@@ -324,36 +329,37 @@ def update(
         return params, opt_state, metrics
 
     def minibatch_step(carry, minibatch):
+        stopped = carry[2]
         if args.target_kl is None:
             params, opt_state, metrics = learn(*carry[:2], *minibatch)
-            return (params, opt_state, carry[2]), metrics
-        stopped = carry[2]
+            return (params, opt_state, stopped), (metrics, ~stopped)
         shapes = jax.eval_shape(learn, *carry[:2], *minibatch)
         skip = lambda params, opt_state, *_: (  # noqa: E731
-            params, opt_state, jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes[2])
+            params, opt_state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
         )  # fmt: skip
         params, opt_state, metrics = jax.lax.cond(stopped, skip, learn, *carry[:2], *minibatch)
-        return (params, opt_state, stopped | (metrics["losses/approx_kl"] > args.target_kl)), metrics
+        return (params, opt_state, stopped | (metrics["losses/approx_kl"] > args.target_kl)), (metrics, ~stopped)
 
     shuffle_key, loss_key = jax.random.split(key)
     first, env = minibatch_indices(shuffle_key, args)
     keys = jax.random.split(loss_key, first.shape[0])
     carry = (state.params, state.opt_state, jnp.zeros((), bool))
-    (params, opt_state, _), metrics = jax.lax.scan(minibatch_step, carry, (first, env, keys))
+    (params, opt_state, _), (metrics, ran) = jax.lax.scan(minibatch_step, carry, (first, env, keys))
 
     state = state._replace(params=params, opt_state=opt_state, iteration=state.iteration + 1)
-    return state, summarize(metrics, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    return state, summarize(metrics, ran, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
 
 
-def summarize(metrics: dict[str, Float[Array, " K"]], args: Args) -> dict[str, Scalar]:
-    """Reduces the metrics of the K minibatches of an update: losses to their mean; the ratios to what they were in the last
-    epoch, where each transition was seen once more by an almost final policy. Skipped minibatches, NaN, do not count."""
-    last_epoch = slice(-args.num_minibatches, None) if args.target_kl is None else slice(None)
-    reduced = {name: jnp.nanmean(value) for name, value in metrics.items()}
-    reduced["spi/ratio_max"] = jnp.nanmax(metrics["spi/ratio_max"][last_epoch])
-    reduced["spi/ratio_min"] = jnp.nanmin(metrics["spi/ratio_min"][last_epoch])
-    reduced["spi/outside_fraction"] = jnp.nanmean(metrics["spi/outside_fraction"][last_epoch])
-    return reduced
+def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], args: Args) -> dict[str, Scalar]:
+    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios (of
+    the actions taken) to what they were in the last `num_minibatches`, each measured before its own gradient step."""
+    last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - args.num_minibatches)
+    reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
+    return reduced | {
+        "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
+        "spi/ratio_min": jnp.min(jnp.where(last, metrics["spi/ratio_min"], jnp.inf)),
+        "spi/outside_fraction": masked_mean(metrics["spi/outside_fraction"], last),
+    }
 
 
 def train_iteration(

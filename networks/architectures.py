@@ -6,7 +6,6 @@ A latent is always a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
@@ -99,8 +98,3 @@ class ActorCritic(nn.Module):
         logits = dense(self.num_actions, 0.01, name="actor")(hidden)
         value = dense(1, 1.0, name="critic")(critic_hidden)
         return logits, jnp.squeeze(value, -1)
-
-
-def num_parameters(params) -> int:
-    """How many numbers a tree of parameters holds."""
-    return sum(p.size for p in jax.tree.leaves(params))

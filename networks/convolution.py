@@ -1,7 +1,7 @@
 """The one place that decides how a convolution is computed on which platform.
 
 On a GPU or TPU `lax.conv` is the right choice both ways. On a CPU, XLA computes the *gradient* of a convolution inside
-`lax.scan` about a hundred times slower than outside one, because the loop loses the fast convolution for any but the plain
+`lax.scan` tens of times slower than outside one, because the loop loses the fast convolution for any but the plain
 forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution for the
 gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
 """

@@ -13,6 +13,9 @@ symmetric with eigenvalues p in [0, 1], so in its eigenbasis, at frequency w, th
 at most 1. The bound is that of the convolution on the infinite grid; zero padding, then reading a window, multiplies it
 with projections, so it holds for the padded map too.
 
+The certificates are those of the exact map. What they rest on, the orthogonalisation, is computed in full float32 everywhere;
+the layers are then applied in the platform's default precision, which on recent GPUs rounds products to about 1e-3.
+
 Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, *batch]`, as `[N, m] @ [m, n]` wants it: rows
 are inputs, columns outputs.
 """
@@ -27,13 +30,32 @@ from networks.convolution import conv2d
 NEWTON_SCHULZ_STEPS = 3
 
 
-def matmul(a: Float[Array, "m k *batch"], b: Float[Array, "k n *batch"]) -> Float[Array, "m n *batch"]:
+def matmul(a: Float[Array, "m k *#batch"], b: Float[Array, "k n *#batch"]) -> Float[Array, "m n *#batch"]:
     """The product of two matrices, or of each pair in two batches, in full float32 on every platform."""
     if a.ndim == 2:
         # a GPU would round float32 products to 10 bits of mantissa: more than the certificate's tolerance
         return jnp.matmul(a, b, precision="highest")
-    # many small matrices: a sum over k that vectorises over the batch is several times faster than a batched product
-    return sum(a[:, k, None] * b[k][None] for k in range(a.shape[1]))
+    return _batched_matmul(a, b)
+
+
+@jax.custom_vjp
+def _batched_matmul(a, b):
+    # many small matrices: a sum over k that vectorises over the batch is several times faster than a batched product. The
+    # barrier, and the gradient as two such products, keep XLA from fusing chains of them into one slow loop
+    return jax.lax.optimization_barrier(sum(a[:, k, None] * b[k][None] for k in range(a.shape[1])))
+
+
+def _batched_matmul_backward(residuals, g):
+    a, b = residuals
+
+    def summed_like(x, like):  # where the batches were broadcast against each other
+        axes = [i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m]
+        return jnp.sum(x, axes, keepdims=True)
+
+    return summed_like(_batched_matmul(g, transpose(b)), a), summed_like(_batched_matmul(transpose(a), g), b)
+
+
+_batched_matmul.defvjp(lambda a, b: (_batched_matmul(a, b), (a, b)), _batched_matmul_backward)
 
 
 @jax.custom_vjp
@@ -50,36 +72,46 @@ def transpose(a: Float[Array, "m n *batch"]) -> Float[Array, "n m *batch"]:
     return jnp.swapaxes(a, 0, 1)
 
 
-def orthogonaliser(gram: Float[Array, "n n *batch"], steps: int = NEWTON_SCHULZ_STEPS) -> Float[Array, "n n *batch"]:
+def orthogonaliser(gram_matrix: Float[Array, "n n *batch"], steps: int = NEWTON_SCHULZ_STEPS) -> Float[Array, "n n *batch"]:
     """The matrix M such that W M has norm at most 1, and singular values near 1, given the Gram matrix W^T W.
 
     Working with the Gram matrix keeps the iteration on the smaller side of W, and lets a layer apply W and M one after
     the other instead of forming W M. A zero column of W stays zero.
 
     Args:
-        gram: W^T W, one or a batch.
+        gram_matrix: W^T W, one or a batch.
         steps: Newton-Schulz steps; 0 leaves the almost-orthogonal rescaling alone.
     """
-    row_sums = jnp.sum(jnp.abs(gram), axis=1)
+    row_sums = jnp.sum(jnp.abs(gram_matrix), axis=1)
     # the gradient of rsqrt at 0 is infinite, so the argument is replaced, not only the result
     scale = jnp.where(row_sums > 0, jax.lax.rsqrt(jnp.where(row_sums > 0, row_sums, 1.0)), 0.0)
-    gram = scale[:, None] * gram * scale[None]
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype).reshape(*gram.shape[:2], *(1,) * (gram.ndim - 2))
+    gram_matrix = scale[:, None] * gram_matrix * scale[None]
+    eye = jnp.eye(gram_matrix.shape[0], dtype=gram_matrix.dtype).reshape(*gram_matrix.shape[:2], *(1,) * (gram_matrix.ndim - 2))
     total = eye
     for k in range(steps):
-        step = 1.5 * eye - 0.5 * gram
+        step = 1.5 * eye - 0.5 * gram_matrix
         total = matmul(total, step) if k else step
         if k < steps - 1:
-            gram = matmul(matmul(gram, step), step)  # both are polynomials of the same matrix: they commute
+            gram_matrix = matmul(matmul(gram_matrix, step), step)  # both are polynomials of the same matrix: they commute
     return scale[:, None] * total
 
 
 def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
     """`kernel` made (semi-)orthogonal: operator norm at most 1 for any value of it, singular values near 1."""
+    kernel = rescaled(kernel)
     m, n = kernel.shape[:2]
     if m >= n:
         return matmul(kernel, orthogonaliser(matmul(transpose(kernel), kernel)))
     return matmul(transpose(orthogonaliser(matmul(kernel, transpose(kernel)))), kernel)
+
+
+def rescaled(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
+    """Each matrix over its largest entry, so that its Gram matrix neither over- nor underflows; zero stays zero.
+
+    What follows does not depend on the scale, so that no gradient is lost by stopping that of the divisor.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel), axis=(0, 1), keepdims=True))
+    return kernel / jnp.where(largest > 0, largest, 1.0)
 
 
 def projection(basis: Float[Array, "m r *batch"]) -> Float[Array, "m m *batch"]:
@@ -133,7 +165,7 @@ class LipschitzDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch m"]) -> Float[Array, "*batch n"]:
         m, n = x.shape[-1], self.features
-        kernel = self.param("kernel", orthogonal_init, (m, n))
+        kernel = rescaled(self.param("kernel", orthogonal_init, (m, n)))
         bias = self.param("bias", nn.initializers.zeros, (n,))
         # applying the kernel and its orthogonaliser in turn costs less than forming their product
         if m >= n:
@@ -149,6 +181,7 @@ class LipschitzScalars(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch m"]) -> Float[Array, "*batch n"]:
         kernel = self.param("kernel", orthogonal_init, (x.shape[-1], self.features))
+        kernel = rescaled(kernel[:, None])[:, 0]  # each column is a matrix of its own
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         squares = jnp.sum(kernel**2, axis=0)
         return x @ (kernel * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))) + bias

@@ -23,7 +23,6 @@ from networks.lipschitz import (
 )
 from utils.distributions import Deterministic, Normal, soft_mixture
 
-DENSITIES = ("deterministic", "normal", "mixture_normal")
 GROUPS = 16  # of the channels, in the last convolution of the transition
 MIN_SCALE = 1e-6
 

@@ -1,8 +1,10 @@
 """Logging: TensorBoard always, Weights & Biases on demand, and a progress line on the terminal."""
 
 import collections
+import errno
 import dataclasses
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -42,7 +44,9 @@ class Logger:
         self.run = None
 
     def __enter__(self) -> "Logger":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():  # a run of the same flags that started in the same second
+            self.folder = self.folder.with_name(f"{self.name}_{os.getpid()}")
+        self.folder.mkdir(parents=True)
         if self.args.track:
             self._start_wandb()
         self.writer = tensorboardX.SummaryWriter(str(self.folder))
@@ -70,7 +74,8 @@ class Logger:
                 self._flush_pending()
         finally:
             self.bar.close()
-            self.writer.close()
+            if self._writer_lives():
+                self.writer.close()
             if self.run is not None:
                 self.run.finish(exit_code=int(kind is not None))
             print(f"{'ended' if kind is None else 'stopped'} after {self.step:,} steps")
@@ -106,9 +111,18 @@ class Logger:
                 metrics["charts/relative_improvement"] = self.reference.relative_improvement(episodic_return)
         else:
             del metrics["charts/episodic_return"], metrics["charts/episodic_length"]
+        if not self._writer_lives():
+            raise OSError(
+                errno.ENOSPC, "the log could not be written (is the disk full?); the run has stopped", str(self.folder)
+            )
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
         self._show(metrics, now)
+
+    def _writer_lives(self) -> bool:
+        # tensorboardX writes in a thread of its own. An error ends that thread without a word, and whoever goes on writing
+        # waits for it for ever
+        return self.writer.file_writer.event_writer._worker.is_alive()
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
@@ -117,15 +131,16 @@ class Logger:
             self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
         sps = metrics.get("charts/SPS", math.nan)
         count = sum(n for n, _ in self.episodes)
-        mean = sum(n * value for n, value in self.episodes) / count if count else math.nan
-        self.bar.set_postfix_str(f"{sps:,.0f} steps/s, return {mean:.1f}", refresh=False)
+        mean = sum(n * value for n, value in self.episodes) / count if count else None
+        shown = "-" if mean is None else f"{mean:.1f}"
+        self.bar.set_postfix_str(f"{sps:,.0f} steps/s, return {shown}", refresh=False)
         self.bar.update(self.steps_per_iteration)
         if not self.interactive and (now - self.printed > PLAIN_LINE_SECONDS or self.step == self.total_steps):
             self.printed = now
             left = (self.total_steps - self.step) / sps if sps > 0 else math.nan
             left = "?" if math.isnan(left) else tqdm.format_interval(left)
             print(
-                f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {mean:.1f}, {left} left",
+                f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {shown}, {left} left",
                 flush=True,
             )
 
@@ -148,5 +163,5 @@ class Logger:
                 save_code=True,
             )
         except wandb.errors.Error as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"--track: W&B did not start ({reason}); run `wandb login` or set WANDB_MODE=offline") from error

@@ -1,7 +1,7 @@
 """Elementary losses and reductions."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 
 def smooth_l1_loss(error: Float[Array, "*shape"], beta: float = 1.0) -> Float[Array, "*shape"]:
@@ -16,7 +16,7 @@ def smooth_l1_loss(error: Float[Array, "*shape"], beta: float = 1.0) -> Float[Ar
     return jnp.where(size < beta, 0.5 * error**2 / beta, size - 0.5 * beta)
 
 
-def masked_mean(x: Float[Array, "*shape"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
+def masked_mean(x: Real[Array, "*shape"], valid: Bool[Array, "*shape"]) -> Float[Array, ""]:
     """The mean of x where `valid`; 0 where nothing is. What is masked reaches neither the value nor the gradient."""
     return jnp.sum(jnp.where(valid, x, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 

@@ -1,0 +1,74 @@
+"""Small environments and helpers whose right answers are known."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs.protocol import EpisodeStats, Timestep
+
+
+class CueState(NamedTuple):
+    cue: jax.Array
+    key: jax.Array
+    over: jax.Array
+    episode: EpisodeStats
+
+
+class CueEnv:
+    """One-step episodes: the observation shows which of the actions pays 1; the optimal value is 1. Written in JAX, with the
+    dummy step after each episode that emulators have."""
+
+    def __init__(self, num_envs, num_actions=3, image=False):
+        self.num_envs, self.num_actions, self.image = num_envs, num_actions, image
+
+    def _obs(self, cue):
+        if not self.image:
+            return jax.nn.one_hot(cue, self.num_actions)
+        rows = jnp.arange(84)[None, None, :, None] // 28 == cue[:, None, None, None]
+        return jnp.broadcast_to(jnp.where(rows, 200, 0).astype(jnp.uint8), (self.num_envs, 4, 84, 84))
+
+    def reset(self):
+        cue = jnp.arange(self.num_envs) % self.num_actions
+        over = jnp.zeros(self.num_envs, bool)
+        return CueState(cue, jax.random.key(0), over, EpisodeStats.zeros(self.num_envs)), self._obs(cue)
+
+    def step(self, state, action):
+        key, cue_key = jax.random.split(state.key)
+        valid = ~state.over
+        reward = jnp.where(valid, (action == state.cue).astype(jnp.float32), 0.0)
+        cue = jnp.where(state.over, jax.random.randint(cue_key, (self.num_envs,), 0, self.num_actions), state.cue)
+        episode = state.episode.update(reward, valid, valid)
+        state = CueState(cue, key, valid, episode)
+        return state, Timestep(self._obs(cue), reward, valid, jnp.zeros_like(valid), valid, episode)
+
+
+def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_actions=4):
+    """A rollout of noise, with ends of all kinds, as the script `module` records it."""
+    keys = jax.random.split(key, 8)
+    shape = (num_steps, num_envs)
+    terminated = jax.random.bernoulli(keys[0], 0.2, shape)
+    truncated = jax.random.bernoulli(keys[1], 0.1, shape) & ~terminated
+    valid = np.ones(shape, bool)
+    done = np.asarray(terminated | truncated)
+    for t in range(1, num_steps):
+        valid[t] = ~(done[t - 1] & valid[t - 1])
+    valid = jnp.asarray(valid)
+    obs = jax.random.randint(keys[2], (num_steps + 1, num_envs, *obs_shape), 0, 255).astype(jnp.uint8)
+    return module.Rollout(
+        obs=obs,
+        value=jax.random.normal(keys[3], (num_steps + 1, num_envs)),
+        action=jax.random.randint(keys[4], shape, 0, num_actions),
+        log_prob=-1.4 + 0.1 * jax.random.normal(keys[5], shape),
+        reward=jnp.where(valid, jax.random.normal(keys[6], shape), 0.0),
+        terminated=terminated & valid,
+        truncated=truncated & valid,
+        valid=valid,
+        episode=EpisodeStats.zeros(num_envs),
+    )
+
+
+def adam_free_state(module, args, params, optimizer):
+    """A training state around given parameters, for calling `update` without an environment."""
+    return module.TrainState(params, optimizer.init(params), None, None, jax.random.key(0), jnp.zeros((), jnp.int32))

@@ -1,0 +1,353 @@
+"""Advantages, losses and updates of PPO and Deep SPI against numbers computed by hand, and against each other."""
+
+import ast
+import difflib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import deep_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from envs.atari import make_env
+from envs.protocol import EpisodeStats
+from tests.probes import CueEnv, adam_free_state, random_steps
+from utils.distributions import Deterministic
+
+SCRIPTS = [ppo, deep_spi]
+ROOT = Path(__file__).parent.parent
+
+
+def column(*values, dtype=jnp.float32):
+    return jnp.asarray(values, dtype)[:, None]
+
+
+def test_gae_by_hand():
+    """A step, a lost life, its dummy step, a truncation, its dummy step, a step; gamma 0.5, lambda 0.5."""
+    steps = ppo.Rollout(
+        obs=jnp.zeros((7, 1, 1)),
+        value=column(1.0, 2.0, 30.0, 4.0, 50.0, 6.0, 8.0),
+        action=None,
+        log_prob=None,
+        reward=column(1.0, 1.0, 0.0, 2.0, 0.0, 3.0),
+        terminated=column(0, 1, 0, 0, 0, 0, dtype=bool),
+        truncated=column(0, 0, 0, 1, 0, 0, dtype=bool),
+        valid=column(1, 1, 0, 1, 0, 1, dtype=bool),
+        episode=None,
+    )
+    # t=5: 3 + 0.5*8 - 6 = 1.   t=4: dummy.   t=3: truncated, bootstraps from its last observation: 2 + 0.5*50 - 4 = 23.
+    # t=2: dummy.   t=1: terminated: 1 - 2 = -1.   t=0: 1 + 0.5*2 - 1 = 1, and 0.25 * (-1) of what follows.
+    expected = [0.75, -1.0, 0.0, 23.0, 0.0, 1.0]
+    for script in SCRIPTS:
+        assert_allclose(script.compute_gae(steps, 0.5, 0.5)[:, 0], expected, rtol=1e-6)
+
+
+def test_gae_without_ends_is_the_discounted_sum_of_errors():
+    key = jax.random.key(0)
+    steps = random_steps(ppo, key, 6, 3)
+    false = jnp.zeros_like(steps.valid)
+    steps = steps._replace(terminated=false, truncated=false, valid=~false)
+    delta = steps.reward + 0.9 * steps.value[1:] - steps.value[:-1]
+    slow = [sum((0.9 * 0.8) ** k * delta[t + k] for k in range(6 - t)) for t in range(6)]
+    assert_allclose(ppo.compute_gae(steps, 0.9, 0.8), jnp.stack(slow), rtol=1e-5)
+
+
+class Identity(nn.Module):
+    """Encoder: the observation is the latent."""
+
+    def __call__(self, obs):
+        return obs
+
+
+class FirstChannels(nn.Module):
+    """Actor-critic: logits w * z_0 and 0, value z_1."""
+
+    @nn.compact
+    def __call__(self, z):
+        w = self.param("w", nn.initializers.ones, ())
+        z = z.reshape(z.shape[0], -1)
+        return jnp.stack([w * z[:, 0], jnp.zeros_like(z[:, 0])], 1), z[:, 1]
+
+
+class Shift(nn.Module):
+    """Transition: z' = z + b."""
+
+    @nn.compact
+    def __call__(self, z, action):
+        return Deterministic(z + self.param("b", nn.initializers.zeros, ()))
+
+
+class ConstantReward(nn.Module):
+    """Reward: c."""
+
+    @nn.compact
+    def __call__(self, z, action):
+        return self.param("c", nn.initializers.zeros, ()) + 0.0 * action
+
+
+def tiny_batch(script):
+    """Three transitions, the last one masked. Latents have two numbers, the logit and the value."""
+    obs = jnp.array([[0.0, 0.5], [np.log(3.0), 0.0], [1.0, 1.0], [0.5, 0.5], [np.log(3.0), 2.0], [7.0, 7.0]])
+    return script.Minibatch(
+        obs=obs[:, None, None, :],
+        action=jnp.array([0, 1, 0]),
+        log_prob=jnp.log(jnp.array([0.4, 0.25, 0.1])),
+        value=jnp.array([0.4, 0.0, 3.0]),
+        advantage=jnp.array([2.0, -1.0, 9.0]),
+        target=jnp.array([1.0, -1.0, 9.0]),
+        reward=jnp.array([0.5, 2.0, 9.0]),
+        valid=jnp.array([True, True, False]),
+    )
+
+
+def tiny(script, **flags):
+    args = script.Args(norm_adv=False, clip_coef=0.2, **flags)
+    modules = [Identity(), FirstChannels(), Shift(), ConstantReward()][: len(script.Agent._fields)]
+    values = [{}, {"params": {"w": 1.0}}, {"params": {"b": 0.0}}, {"params": {"c": 0.0}}][: len(modules)]
+    return script.Agent(*modules), script.Params(*values), args
+
+
+def test_ppo_loss_by_hand():
+    agent, params, args = tiny(ppo)
+    loss, metrics = ppo.loss_fn(params, tiny_batch(ppo), jax.random.key(0), agent, args)
+    # pi(0) is 1/2, then 3/4; ratios 0.5/0.4 = 1.25, clipped to 1.2, and 0.25/0.25 = 1
+    policy_loss = (max(-2 * 1.25, -2 * 1.2) + 1.0) / 2
+    # values 0.5 and 0, targets 1 and -1; the old ones 0.4 and 0, so nothing is clipped
+    value_loss = 0.5 * (0.5**2 + 1.0) / 2
+    entropy = (np.log(2) - (0.75 * np.log(0.75) + 0.25 * np.log(0.25))) / 2
+    assert_allclose(metrics["losses/policy_loss"], policy_loss, rtol=1e-5)
+    assert_allclose(metrics["losses/value_loss"], value_loss, rtol=1e-5)
+    assert_allclose(metrics["losses/entropy"], entropy, rtol=1e-5)
+    assert_allclose(metrics["losses/clipfrac"], 0.5)
+    assert_allclose([metrics["spi/ratio_max"], metrics["spi/ratio_min"]], [1.25, 1.0], rtol=1e-5)
+    assert_allclose(metrics["losses/approx_kl"], (0.25 - np.log(1.25)) / 2, rtol=1e-4)
+    assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * value_loss, rtol=1e-5)
+
+
+def test_huber_and_clipped_value_by_hand():
+    agent, params, args = tiny(ppo, use_huber=True)
+    batch = tiny_batch(ppo)._replace(value=jnp.array([0.0, 0.0, 0.0]), target=jnp.array([3.0, 0.1, 0.0]))
+    _, metrics = ppo.loss_fn(params, batch, jax.random.key(0), agent, args)
+    # first: value 0.5, clipped to 0.2: errors -2.5 and -2.8, the larger loss is 2.8 - 0.5.  second: 0 - 0.1
+    assert_allclose(metrics["losses/value_loss"], (2.3 + 0.5 * 0.01) / 2, rtol=1e-5)
+
+
+def test_deep_spi_loss_by_hand():
+    agent, params, args = tiny(deep_spi, transition_loss_coef=0.5, reward_loss_coef=2.0)
+    loss, metrics = deep_spi.loss_fn(params, tiny_batch(deep_spi), jax.random.key(0), agent, args)
+    # next latents (0.5, 0.5) and (log 3, 2); errors (0.5, 0) and (0, 2): Huber 0.125 and 1.5
+    transition, reward = [0.125, 1.5], [0.5 * 0.5**2, 1.5]
+    utility = [2.0 - 2.0 * reward[0] - 0.5 * transition[0], -1.0 - 2.0 * reward[1] - 0.5 * transition[1]]
+    policy_loss = (max(-utility[0] * 1.25, -utility[0] * 1.2) - utility[1]) / 2
+    assert_allclose(metrics["losses/transition_loss"], np.mean(transition), rtol=1e-5)
+    assert_allclose(metrics["losses/reward_loss"], np.mean(reward), rtol=1e-5)
+    assert_allclose(metrics["losses/policy_loss"], policy_loss, rtol=1e-5)
+
+    # the losses' means in every utility
+    args = replace(args, piecewise_auxiliary_ratio=False)
+    _, metrics = deep_spi.loss_fn(params, tiny_batch(deep_spi), jax.random.key(0), agent, args)
+    penalty = 2.0 * np.mean(reward) + 0.5 * np.mean(transition)
+    utility = [2.0 - penalty, -1.0 - penalty]
+    assert_allclose(
+        metrics["losses/policy_loss"], (-utility[0] * (1.2 if utility[0] > 0 else 1.25) - utility[1]) / 2, rtol=1e-5
+    )
+
+
+def test_drift_with_coefficient_one_is_the_clipped_loss():
+    agent, params, args = tiny(deep_spi)
+    batch, key = tiny_batch(deep_spi), jax.random.key(0)
+    clipped = deep_spi.loss_fn(params, batch, key, agent, args)[0]
+    drift = replace(args, drift_formulation=True)
+    assert_allclose(deep_spi.loss_fn(params, batch, key, agent, drift)[0], clipped, rtol=1e-6)
+    # ratio 1.25, clipped 1.2: half the drift is paid back
+    half = deep_spi.loss_fn(params, batch, key, agent, replace(drift, drift_coef=0.5))[0]
+    utility = 2.0 - args.reward_loss_coef * 0.125 - args.transition_loss_coef * 0.125
+    assert_allclose(half - clipped, -0.5 * 0.05 * utility / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", [{}, {"minibatch_by": "env"}, {"norm_adv": False, "use_huber": True}])
+def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
+    args = script.Args(num_envs=4, num_steps=6, num_minibatches=2, **flags)
+    agent = script.make_agent(args, 4)
+    steps = random_steps(script, jax.random.key(1), 6, 4)
+    assert not steps.valid.all()
+    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    first, env = script.minibatch_indices(jax.random.key(2), args)
+
+    @jax.jit
+    def loss(params, steps):
+        advantages = script.compute_gae(steps, 0.99, 0.95)
+        batch = script.gather(steps, advantages, first[0], env[0], args)
+        return jax.value_and_grad(script.loss_fn, has_aux=True)(params, batch, jax.random.key(3), agent, args)
+
+    noise = random_steps(script, jax.random.key(9), 6, 4)
+    masked = ~steps.valid
+    other = steps._replace(
+        action=jnp.where(masked, noise.action, steps.action),
+        log_prob=jnp.where(masked, -99.0, steps.log_prob),
+        reward=jnp.where(masked, 1e6, steps.reward),
+    )
+    for a, b in zip(jax.tree.leaves(loss(params, steps)), jax.tree.leaves(loss(params, other)), strict=True):
+        assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("minibatch_by", ["transition", "env"])
+def test_minibatches_cover_each_transition_once_and_pair_it_with_what_followed(minibatch_by):
+    args = ppo.Args(num_envs=6, num_steps=4, num_minibatches=3, update_epochs=2, minibatch_by=minibatch_by)
+    steps = random_steps(ppo, jax.random.key(1), 4, 6, obs_shape=())
+    steps = steps._replace(obs=jnp.arange(5 * 6).reshape(5, 6), action=jnp.arange(4 * 6).reshape(4, 6), value=jnp.zeros((5, 6)))
+    first, env = ppo.minibatch_indices(jax.random.key(0), args)
+    for epoch in range(2):
+        seen = []
+        for k in range(3 * epoch, 3 * epoch + 3):
+            batch = ppo.gather(steps, jnp.zeros((4, 6)), first[k], env[k], args)
+            n = batch.action.shape[0]
+            assert_array_equal(batch.obs[:n], batch.action)
+            assert_array_equal(batch.obs[-n:], batch.action + 6)
+            seen.append(batch.action)
+        assert_array_equal(np.sort(np.concatenate(seen)), np.arange(24))
+
+
+def script_setup(script, **flags):
+    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 10, **flags)
+    agent, optimizer = script.make_agent(args, 4), script.make_optimizer(args)
+    steps = random_steps(script, jax.random.key(1), 4, 4)
+    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    return args, agent, optimizer, steps, params
+
+
+def test_deep_spi_with_zero_coefficients_is_ppo():
+    results = {}
+    for script, flags in ((ppo, {}), (deep_spi, {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0})):
+        args, agent, optimizer, steps, params = script_setup(script, **flags)
+        first, env = script.minibatch_indices(jax.random.key(2), args)
+        batch = script.gather(steps, script.compute_gae(steps, 0.99, 0.95), first[0], env[0], args)
+        loss = jax.jit(
+            lambda p, b, s=script, g=agent, a=args: jax.value_and_grad(s.loss_fn, has_aux=True)(p, b, jax.random.key(3), g, a)
+        )
+        (value, _), grads = loss(params, batch)
+        results[script] = params, value, grads
+        if script is deep_spi:
+            assert all(not g.any() for g in jax.tree.leaves((grads.transition, grads.reward)))
+    (params, value, grads), (spi_params, spi_value, spi_grads) = results[ppo], results[deep_spi]
+    assert_allclose(value, spi_value, rtol=1e-6)
+    for ours, theirs in ((params, spi_params), (grads, spi_grads)):
+        for name in ppo.Params._fields:
+            for a, b in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
+                assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", ["deterministic", "normal", "mixture_normal"])
+@pytest.mark.parametrize("lipschitz", [True, False])
+def test_gradient_reaches_all_networks_through_the_utility(density, lipschitz):
+    # without entropy and value loss, and at ratio 1, all gradient comes through the utility and the policy
+    args, agent, optimizer, steps, params = script_setup(
+        deep_spi, transition_density=density, lipschitz_nets=lipschitz, ent_coef=0.0, vf_coef=0.0
+    )
+    first, env = deep_spi.minibatch_indices(jax.random.key(2), args)
+    batch = deep_spi.gather(steps, jnp.zeros((4, 4)), first[0], env[0], args)  # no advantage: nothing but the world model
+    grad = jax.jit(lambda p: jax.grad(deep_spi.loss_fn, has_aux=True)(p, batch, jax.random.key(3), agent, args)[0])
+    grads = grad(params)
+    for name in ("encoder", "transition", "reward"):
+        leaves = jax.tree.leaves(getattr(grads, name))
+        assert all(bool(jnp.isfinite(g).all()) for g in leaves)
+        assert sum(float(jnp.abs(g).sum()) for g in leaves) > 0, name
+        kernels = [g for g in leaves if g.ndim > 1]
+        assert all(float(jnp.abs(g).max()) > 0 for g in kernels), name
+
+
+def test_target_kl_stops_the_update_and_annealing_ends_at_zero():
+    for flags in ({"target_kl": 1e-12}, {"target_kl": 1e9}, {}):
+        args, agent, optimizer, steps, params = script_setup(ppo, **flags)
+        state = adam_free_state(ppo, args, params, optimizer)
+        advantages = ppo.compute_gae(steps, 0.99, 0.95)
+        after, metrics = jax.jit(partial(ppo.update, agent=agent, optimizer=optimizer, args=args))(
+            state, steps, advantages, jax.random.key(1)
+        )
+        count = int(after.opt_state[1].count)
+        assert count == (1 if flags.get("target_kl") == 1e-12 else 8), flags
+        assert all(bool(jnp.isfinite(v)) for v in metrics.values()), metrics
+        assert_allclose(metrics["charts/learning_rate"], args.learning_rate)
+    _, metrics = ppo.update(
+        state._replace(iteration=jnp.asarray(5)), steps, advantages, jax.random.key(1), agent, optimizer, args
+    )
+    assert_allclose(metrics["charts/learning_rate"], 0.5 * args.learning_rate)
+
+
+def functions(script):
+    tree = ast.parse((ROOT / f"{script.__name__}.py").read_text())
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_what_the_scripts_share_is_the_same():
+    theirs, ours = functions(ppo), functions(deep_spi)
+    assert list(theirs) == list(ours)
+    differ = {name for name in ours if ast.dump(theirs[name]) != ast.dump(ours[name])}
+    assert differ == {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "main"}
+    lines = [(ROOT / f"{script.__name__}.py").read_text().splitlines() for script in SCRIPTS]
+    changed = [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
+    assert len(changed) < 100
+
+
+def learn(script, env, args, updates):
+    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    state = script.init_state(args, env, agent, optimizer)
+    iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    history = []
+    for _ in range(updates):
+        state, metrics = iteration(state)
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_learns_a_probe_of_known_value(script):
+    args = script.Args(num_envs=16, num_steps=8, total_timesteps=128 * 60, learning_rate=2e-3, fc_layers=(64,))
+    env = CueEnv(16)
+    state, history = learn(script, env, args, 60)
+    assert history[0]["charts/episodic_return"] < 0.7
+    assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.95
+    agent = script.make_agent(args, env.num_actions)
+    obs = env.reset()[1]
+    _, value = agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs))
+    assert_allclose(value, 1.0, atol=0.15)
+    assert history[0]["episodes"] == 16 * 4  # each episode is a step and a dummy step
+    assert history[0]["charts/episodic_length"] == 1
+
+
+def test_ppo_solves_cartpole():
+    args = ppo.Args(
+        env_id="CartPole-v1", num_envs=8, num_steps=128, total_timesteps=1024 * 80, learning_rate=2.5e-3, clip_coef=0.2
+    )
+    _, history = learn(ppo, make_env("CartPole-v1", 8, 1), args, 80)
+    returns = [h["charts/episodic_return"] for h in history if h["episodes"] > 0]
+    assert returns[0] < 60
+    assert max(np.convolve(returns, np.ones(3) / 3, "valid")) > 400
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_atari_end_to_end_is_reproducible(script):
+    """Three updates on real Atari, twice from the same seed."""
+    args = script.Args(env_id="Pong-v5", num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 3, fc_layers=(32,))
+    (one, metrics), (two, _) = (learn(script, make_env(args.env_id, 4, args.seed), args, 3) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        assert_array_equal(a, b)
+    assert all(np.isfinite(v) for h in metrics for v in h.values())
+    before = script.init_params(jax.random.split(jax.random.key(args.seed))[0], script.make_agent(args, 6), one.obs)
+    assert any(bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(one.params), strict=True))
+
+
+def test_episode_statistics_by_hand():
+    stats = EpisodeStats.zeros(1)
+    trace = []
+    for reward, valid, finished in ((2.0, True, False), (3.0, True, True), (0.0, False, False), (5.0, True, False)):
+        stats = stats.update(jnp.array([reward]), jnp.array([valid]), jnp.array([finished]))
+        trace.append((float(stats.episode_return[0]), int(stats.episode_length[0]), bool(stats.finished[0])))
+    assert trace == [(2.0, 1, False), (5.0, 2, True), (0.0, 0, False), (5.0, 1, False)]

@@ -1,0 +1,109 @@
+"""The scripts as a user types them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deep_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from tests.test_logs import scalars
+from utils.run import run_script
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py"]
+SMALL = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32"]
+
+
+def run(script, *flags, **env):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, env=os.environ | env, timeout=300
+    )
+
+
+MISTAKES = [
+    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
+    (["--num-envs=3", "--num-steps=3"], "--num-minibatches", "change one"),
+    (["--minibatch-by=env", "--num-envs=6"], "--num-minibatches", "change one"),
+    (["--total-timesteps=100"], "--total-timesteps", "at least 1024"),
+    (["--ent-coef=-0.1"], "--ent-coef", "0 or more"),
+    (["--clip-coef=1.5"], "--clip-coef", "between 0 and 1"),
+    (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "leave it out"),
+    (["--seed=-1"], "--seed", "0 or more"),
+    (["--num-envs=0"], "--num-envs", "at least 1"),
+]
+
+
+def assert_refused(code, out, err, name, remedy):
+    assert code == 2
+    assert out == ""  # nothing was started
+    assert len(err.strip().splitlines()) == 1 and name in err and remedy in err, err
+
+
+@pytest.mark.parametrize("flags, name, remedy", MISTAKES)
+@pytest.mark.parametrize("script", [ppo, deep_spi])
+def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_script(script.main, script.Args)
+    assert_refused(end.value.code, *capsys.readouterr(), name, remedy)
+
+
+def test_mistakes_in_a_process_of_their_own():
+    for flag, remedy in (("--transition-loss-coef=-1", "0 or more"), ("--drift-coef=2", "[0, 1]")):
+        done = run("deep_spi.py", flag)
+        assert_refused(done.returncode, done.stdout, done.stderr, flag.split("=")[0], remedy)
+
+
+def test_full_disk_ends_the_run_with_one_line(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = sys.argv[1:]; "
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", "--total-timesteps=64000", "--fc-layers=8"]
+    command = [sys.executable, "-c", limited, str(ROOT / SCRIPTS[0]), *flags, f"--logdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    assert "disk full" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert "Traceback (most recent call last)" not in done.stderr.splitlines()[-1]
+
+
+def test_unwritable_folder_gets_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(SCRIPTS[0], *SMALL, "--env-id=CartPole-v1", f"--logdir={tmp_path / 'file' / 'runs'}")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and "file" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
+    done = run(script, "--env-id=Breakout-v5", *SMALL, f"--logdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "device:" in done.stdout and "96/96 steps" in done.stdout and "tensorboard --logdir" in done.stdout
+    (folder,) = tmp_path.iterdir()
+    written = scalars(folder)
+    expected = {"losses/policy_loss", "losses/explained_variance", "charts/SPS", "spi/ratio_max", "spi/outside_fraction"}
+    if script == "deep_spi.py":
+        expected |= {"losses/transition_loss", "losses/reward_loss"}
+    assert expected <= set(written)
+    assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
+
+
+OPTIONS = [
+    ["--transition-density=deterministic", "--minibatch-by=env", "--no-anneal-lr", "--use-huber"],
+    ["--transition-density=normal", "--no-lipschitz-nets", "--drift-formulation", "--target-kl=0.02", "--no-clip-vloss"],
+    ["--no-piecewise-auxiliary-ratio", "--decoupled-repr", "--use-layer-norm", "--activation=silu", "--stochastic-env"],
+    ["--fc-layers", "400", "400", "400", "400", "--no-reward-clip", "--no-norm-adv", "--env-id=CartPole-v1"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_run(options, tmp_path):
+    done = run("deep_spi.py", *SMALL, *options, f"--logdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "not finite" not in done.stdout

@@ -1,0 +1,55 @@
+"""The convolution written for the CPU equals `lax.conv`, forward and gradient."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from networks.convolution import conv2d, cpu_conv, valid_conv
+
+
+def assert_same(x_shape, kernel_shape, stride):
+    x_key, kernel_key, g_key = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(x_key, x_shape), jax.random.normal(kernel_key, kernel_shape)
+    expected, expected_vjp = jax.vjp(lambda x, kernel: valid_conv(x, kernel, stride), x, kernel)
+    actual, actual_vjp = jax.vjp(lambda x, kernel: cpu_conv(x, kernel, stride), x, kernel)
+    g = jax.random.normal(g_key, expected.shape)
+    scale = jnp.sqrt(kernel.size)
+    assert_allclose(actual, expected, atol=1e-5 * scale)
+    for a, e in zip(actual_vjp(g), expected_vjp(g), strict=True):
+        assert_allclose(a, e, atol=1e-5 * float(jnp.abs(e).max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "x_shape, kernel_shape, stride",
+    [
+        ((3, 84, 84, 4), (8, 8, 4, 32), 4),
+        ((3, 20, 20, 32), (4, 4, 32, 64), 2),
+        ((3, 9, 9, 64), (3, 3, 64, 64), 1),
+        ((3, 8, 8, 64), (2, 2, 64, 128), 1),
+    ],
+)
+def test_equals_lax_conv_on_the_shapes_in_use(x_shape, kernel_shape, stride):
+    assert_same(x_shape, kernel_shape, stride)
+
+
+@settings(max_examples=6, deadline=None)
+@given(size=st.integers(5, 12), k=st.integers(1, 5), stride=st.integers(1, 4), c=st.integers(1, 4), o=st.integers(1, 4))
+def test_equals_lax_conv_on_any_shape(size, k, stride, c, o):
+    assert_same((2, size, size + 1, c), (k, k, c, o), stride)
+
+
+def test_same_padding_and_unknown_padding():
+    x, kernel = jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 1))
+    assert_allclose(conv2d(x, kernel, padding="SAME")[0, :, :, 0], [[4, 4, 2], [4, 4, 2], [2, 2, 1]])
+    with pytest.raises(ValueError, match="VALID or SAME"):
+        conv2d(x, kernel, padding="FULL")
+
+
+def test_is_what_runs_here():
+    """On a CPU the jaxpr's gradient holds no convolution but plain forward ones: no batch or feature grouping tricks."""
+    x, kernel = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 4))
+    hlo = jax.jit(jax.grad(lambda k: conv2d(x, k).sum())).lower(kernel).as_text()
+    assert "dot_general" in hlo

@@ -1,0 +1,87 @@
+"""Logging: what is written, W&B offline, scores."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import scores
+from utils.logs import Logger
+from utils.run import RunArgs, UsageError, check_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def metrics(value, episodes=0.0):
+    return {
+        "losses/policy_loss": jnp.asarray(value),
+        "episodes": jnp.asarray(episodes),
+        "charts/episodic_return": jnp.asarray(value),
+        "charts/episodic_length": jnp.asarray(value),
+    }
+
+
+def test_scalars_are_written_once_each_at_their_step(tmp_path):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=30), "test", 10) as logger:
+            for k in range(3):
+                logger.log(metrics(float(k), episodes=float(k == 1)))
+    written = scalars(logger.folder)
+    assert written["losses/policy_loss"] == [(10, 0.0), (20, 1.0), (30, 2.0)]
+    assert written["charts/episodic_return"] == [(20, 1.0)]
+    breakout = scores.reference("Breakout-v5")
+    assert written["charts/human_normalized_score"][0][1] == pytest.approx(breakout.human_normalized(1.0))
+    assert len(written["charts/SPS"]) == 2
+    assert "30/30 steps" in out.getvalue() and "\r" not in out.getvalue()
+    assert f"logs: {logger.folder}" in out.getvalue() and "tensorboard --logdir" in out.getvalue()
+
+
+def test_interrupted_run_keeps_its_last_metrics_and_nan_is_said_once(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+            for _ in range(3):
+                logger.log(metrics(float("nan")))
+            raise KeyboardInterrupt
+    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    out = capsys.readouterr().out
+    assert out.count("not finite") == 1 and "stopped after 30 steps" in out
+
+
+def test_scores_by_hand():
+    pong = scores.reference("Pong-v5")
+    assert pong.human_normalized(pong.random) == 0 and pong.human_normalized(pong.human) == 1
+    assert pong.relative_improvement(pong.cleanrl_ppo_mean) == 0
+    assert scores.reference("CartPole-v1") is None
+
+
+def test_unknown_environment_gets_a_hint():
+    with pytest.raises(UsageError, match="did you mean Breakout-v5"):
+        check_run(RunArgs(env_id="Brakout-v5"))
+
+
+def test_wandb_offline(tmp_path):
+    """A tracked run in a process of its own writes an offline W&B run that holds the scalars."""
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", "--total-timesteps=96", "--fc-layers=8"]
+    track = ["--track", "--wandb-project-name=p", "--wandb-group=g", "--wandb-tags", "a", "b", f"--logdir={tmp_path}"]
+    script = str(ROOT / "ppo_atari_envpool_xla_jax_scan.py")
+    done = subprocess.run([sys.executable, script, *flags, *track], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    content = files[0].read_bytes()
+    for text in (b"losses/policy_loss", b"charts/SPS", b"total_timesteps"):
+        assert text in content, text
