@@ -194,7 +194,7 @@ def test_transition_is_k_lipschitz_with_noise_fixed(density):
                 gap = sample(params, z, action, keys[4]) - sample(params, z + distance * (far - z), action, keys[4])
                 ratio = jnp.linalg.norm(gap) / (distance * jnp.linalg.norm(far - z))
                 assert ratio <= constant * (1 + TOLERANCE), (case, ratio)
-    assert largest > 0.4 * constant  # the bound is no vacuous one
+    assert largest > 0.3 * constant  # the bound is no vacuous one
 
 
 def test_reward_is_k_lipschitz_for_each_action():

@@ -1,8 +1,8 @@
 """Logging: TensorBoard always, Weights & Biases on demand, and a progress line on the terminal."""
 
 import collections
-import errno
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -49,7 +49,8 @@ class Logger:
         self.folder.mkdir(parents=True)
         if self.args.track:
             self._start_wandb()
-        self.writer = tensorboardX.SummaryWriter(str(self.folder))
+        # a queue too long to fill up within an iteration: see `_writer_lives`
+        self.writer = tensorboardX.SummaryWriter(str(self.folder), max_queue=10_000)
         rows = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(self.args).items())
         self.writer.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}")
         iterations = self.args.total_timesteps // self.steps_per_iteration
@@ -76,6 +77,8 @@ class Logger:
             self.bar.close()
             if self._writer_lives():
                 self.writer.close()
+            else:
+                self.writer.file_writer.event_writer._event_queue.cancel_join_thread()
             if self.run is not None:
                 self.run.finish(exit_code=int(kind is not None))
             print(f"{'ended' if kind is None else 'stopped'} after {self.step:,} steps")

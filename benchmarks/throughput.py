@@ -1,0 +1,207 @@
+"""How fast the scripts train, as shares of what the machine could do at most.
+
+    uv run benchmarks/throughput.py
+
+In one run, on whatever device is there: the rate of a float32 matrix product, envpool's own rate with random actions, and for
+each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start to
+first update and the peak memory. All settings take turns, round after round, so that a busy machine slows them alike; the
+medians over rounds are printed and written as JSON. Compare ratios within one run, not seconds between runs.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import deep_spi  # noqa: E402
+import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
+from envs.atari import make_env  # noqa: E402
+from utils.run import describe_device  # noqa: E402
+
+MATRIX = 4096
+SCRIPTS = {"ppo": ppo, "deep_spi": deep_spi}
+
+
+@dataclass
+class Args:
+    """Flags of the benchmark."""
+
+    rounds: int = 5
+    """iterations of each setting that are timed"""
+    env_ids: tuple[str, ...] = ("Breakout-v5", "Seaquest-v5")
+    """games; the first has 4 actions and the second 18"""
+    num_envs: int = 128
+    """environments"""
+    num_steps: int = 8
+    """steps of a rollout"""
+    startup: bool = True
+    """also start each script as a user does, for the time to the first update and the peak memory"""
+    output: str = "throughput.json"
+    """where the JSON goes"""
+
+
+def seconds(f, *args) -> tuple[float, object]:
+    """Wall-clock seconds of a call, its work on the device included, and what it returned."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(f(*args))
+    return time.perf_counter() - start, result
+
+
+def flops_per_step(args) -> float:
+    """Floating-point operations that training needs for one environment step, 2 per multiplication and addition.
+
+    A gradient costs twice the forward pass, save for the first convolution, whose input are pixels. Certification, pointwise
+    operations and sampling are left out: this is what no implementation can avoid.
+    """
+    first = 20 * 20 * 32 * 8 * 8 * 4
+    convolutions = first + 9 * 9 * 64 * 4 * 4 * 32 + 7 * 7 * 64 * 3 * 3 * 64
+    heads = 3136 * 512 + 512 * 19
+    frames, world_model = 1.0, 0.0
+    if hasattr(args, "transition_density"):
+        frames = 2.0 if args.minibatch_by == "transition" else (args.num_steps + 1) / args.num_steps
+        world_model = 49 * 4 * 64 * 128 + 49 * 16 * 32 * 24 + 3136 * 256 + 256 * 256
+    rollout = (convolutions + heads) * (args.num_steps + 1) / args.num_steps
+    update = args.update_epochs * (frames * (3 * convolutions - first) + 3 * (heads + world_model))
+    return 2.0 * (rollout + update)
+
+
+class Setting:
+    """One script with one set of flags, compiled, and its training state."""
+
+    def __init__(self, name: str, **flags):
+        module = SCRIPTS[name]
+        self.args = module.Args(**flags)
+        module.check(self.args)
+        self.env = make_env(self.args.env_id, self.args.num_envs, self.args.seed)
+        self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions) by {self.args.minibatch_by}"
+        agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
+        self.state = module.init_state(self.args, self.env, agent, optimizer)
+        common = {"env": self.env, "agent": agent, "args": self.args}
+        iteration = jax.jit(partial(module.train_iteration, optimizer=optimizer, **common), donate_argnums=0)
+        rollout = jax.jit(partial(module.rollout, **common))
+        start = time.perf_counter()
+        self.iteration = iteration.lower(self.state).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.rollout = rollout.lower(self.state, self.state.key).compile()
+        self.total, self.rolling = [], []
+        self.run()
+        self.total.clear(), self.rolling.clear()
+
+    def run(self) -> None:
+        """Times one rollout alone and one whole iteration."""
+        took, (state, _) = seconds(self.rollout, self.state, self.state.key)
+        self.rolling.append(took)
+        took, (self.state, _) = seconds(self.iteration, state)
+        self.total.append(took)
+
+    def report(self, matrix_rate: float, env_rate: float) -> dict:
+        """The medians."""
+        total, rolling = statistics.median(self.total), statistics.median(self.rolling)
+        rate = self.args.num_envs * self.args.num_steps / total
+        return {
+            "setting": self.label,
+            "steps_per_second": rate,
+            "rollout_seconds": rolling,
+            "update_seconds": total - rolling,
+            "compile_seconds": self.compile_seconds,
+            "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate,
+            "share_of_env_rate": rate / env_rate,
+        }
+
+
+def startup(script: str, env_id: str) -> dict:
+    """Starts a script as a user does and reads off the time to the first update and the peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", "--total-timesteps=3072", f"--logdir={folder}"]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        first, output = None, ""
+        for line in process.stdout:
+            output += line
+            if re.match("first update", line):
+                first = time.perf_counter() - start
+        _, status, usage = os.wait4(process.pid, 0)
+        if status != 0 or first is None:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
+    return {"script": script, "first_update_seconds": first, "peak_memory_gib": usage.ru_maxrss / 2**20}
+
+
+def main(args: Args) -> None:
+    """Measures, prints and writes."""
+    print(describe_device())
+    matrix = jnp.ones((MATRIX, MATRIX))
+    product = jax.jit(lambda a: a @ a)
+    pool = make_env(args.env_ids[0], args.num_envs, 0).pool
+    pool.reset()
+    generator = np.random.default_rng(0)
+    shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
+    settings = []
+    for env_id in args.env_ids:
+        for name, by in (("ppo", "transition"), ("deep_spi", "transition"), ("ppo", "env"), ("deep_spi", "env")):
+            settings.append(Setting(name, env_id=env_id, minibatch_by=by, **shape))
+            print(f"compiled {settings[-1].label} in {settings[-1].compile_seconds:.1f} s", flush=True)
+
+    matrix_seconds, env_seconds = [], []
+    seconds(product, matrix)
+    for _ in range(args.rounds):
+        matrix_seconds.append(seconds(product, matrix)[0])
+        start = time.perf_counter()
+        for _ in range(args.num_steps):
+            pool.step(generator.integers(0, pool.action_space.n, args.num_envs).astype(np.int32))
+        env_seconds.append(time.perf_counter() - start)
+        for setting in settings:
+            setting.run()
+    matrix_rate = 2 * MATRIX**3 / statistics.median(matrix_seconds)
+    env_rate = args.num_envs * args.num_steps / statistics.median(env_seconds)
+    rows = [setting.report(matrix_rate, env_rate) for setting in settings]
+
+    print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; envpool, random actions: {env_rate:,.0f} steps/s\n")
+    print(f"{'':46s} steps/s  of PPO  of matrix  of envpool  rollout   update  compile")
+    for setting, row in zip(settings, rows, strict=True):
+        base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
+        row["relative_to_ppo"] = row["steps_per_second"] / base["steps_per_second"]
+        print(
+            f"{row['setting']:46s} {row['steps_per_second']:7,.0f} {row['relative_to_ppo']:7.2f} "
+            f"{row['share_of_matrix_rate']:10.0%} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
+            f"{row['update_seconds']:6.2f} s {row['compile_seconds']:6.1f} s"
+        )
+    started = []
+    if args.startup:
+        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py"):
+            started.append(startup(name, args.env_ids[0]))
+            row = started[-1]
+            wait, memory = row["first_update_seconds"], row["peak_memory_gib"]
+            print(f"{name}: first update {wait:.0f} s after the start, peak memory {memory:.1f} GiB")
+    result = {
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": str(jax.devices()[0]),
+        "jax": jax.__version__,
+        "args": asdict(args),
+        "matrix_flops_per_second": matrix_rate,
+        "env_steps_per_second": env_rate,
+        "settings": rows,
+        "startup": started,
+    }
+    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
