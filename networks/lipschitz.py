@@ -150,11 +150,13 @@ def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
 
 
 def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n *batch"]:
-    """Initialiser: independent random (semi-)orthogonal matrices, [m, n, *batch]."""
+    """Initialiser: a random (semi-)orthogonal matrix; for a batch of small ones, normal entries of the same size, which the
+    layer makes nearly orthogonal itself (compiling a batched QR takes seconds)."""
     m, n, *batch = shape
-    normal = jax.random.normal(key, (*batch, max(m, n), min(m, n)))
-    q = jnp.moveaxis(jnp.linalg.qr(normal)[0], (-2, -1), (0, 1))
-    return q if m >= n else transpose(q)
+    if batch:
+        return jax.random.normal(key, shape) / max(m, n) ** 0.5
+    q, _ = jnp.linalg.qr(jax.random.normal(key, (max(m, n), min(m, n))))
+    return q if m >= n else q.T
 
 
 class LipschitzDense(nn.Module):

@@ -21,7 +21,7 @@ from networks.lipschitz import (
     orthogonal_init,
     projection,
 )
-from utils.distributions import Deterministic, Normal, soft_mixture
+from utils.distributions import Deterministic, Normal, average_scale, soft_mixture
 
 GROUPS = 16  # of the channels, in the last convolution of the transition
 MIN_SCALE = 1e-6
@@ -120,15 +120,16 @@ class Transition(nn.Module):
 
         c, o = 2 * channels // GROUPS, channels // GROUPS
         wide = max(c, o)
-        h = orthogonal(self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS)))
-        p = projection(self.param("vertical", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS)))
-        q = projection(self.param("horizontal", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS)))
+        h = self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS))
+        p = self.param("vertical", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS))
+        q = self.param("horizontal", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
         # the locations enter through their average alone, so their kernels are averaged before the convolution
+        h, p, q = orthogonal(h), projection(p), projection(q)
         h = jnp.concatenate(
             [jnp.einsum("coamg,am->coag", h[..., :components, :], weights)[..., None, :], h[..., components:, :]],
             axis=3,
@@ -146,15 +147,10 @@ class Transition(nn.Module):
 
         if self.density == "deterministic":
             return Deterministic(self.lipschitz_constant * as_latent(raw[:, :, 0], z.shape))
+        loc, scales = jnp.split(raw, [1], axis=2)
+        scale = average_scale(weights[action][:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
         half = 0.5 * self.lipschitz_constant
-        average = soft_mixture(
-            weights[action][:, None, :, None, None],
-            half * raw[:, :, :1],
-            half * (softplus(raw[:, :, 1:]) + MIN_SCALE),
-            axis=2,
-            noise_clip=1.0,
-        )
-        return jax.tree.map(lambda x: as_latent(x, z.shape), average)
+        return Normal(half * as_latent(loc[:, :, 0], z.shape), half * as_latent(scale, z.shape), noise_clip=1.0)
 
     def _unconstrained(self, z, action, components, maps):
         num_actions, channels = self.num_actions, z.shape[-1]

@@ -75,5 +75,9 @@ def soft_mixture(
         loc, scale: the components, along `axis`; the three arguments broadcast.
         noise_clip: as in `Normal`; it clips the noise of the average.
     """
-    variance = jnp.sum((weights * scale) ** 2, axis)
-    return Normal(jnp.sum(weights * loc, axis), jnp.sqrt(variance), noise_clip)
+    return Normal(jnp.sum(weights * loc, axis), average_scale(weights, scale, axis), noise_clip)
+
+
+def average_scale(weights: Float[Array, "..."], scale: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Standard deviation sqrt(sum_k (w_k s_k)^2) of a weighted average of independent variables; arguments as above."""
+    return jnp.sqrt(jnp.sum((weights * scale) ** 2, axis))

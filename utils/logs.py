@@ -77,8 +77,10 @@ class Logger:
             self.bar.close()
             if self._writer_lives():
                 self.writer.close()
-            else:
-                self.writer.file_writer.event_writer._event_queue.cancel_join_thread()
+            else:  # nothing more can be written, so nothing may be tried, or waited for, when Python exits
+                events = self.writer.file_writer.event_writer
+                events._closed = True
+                events._event_queue.cancel_join_thread()
             if self.run is not None:
                 self.run.finish(exit_code=int(kind is not None))
             print(f"{'ended' if kind is None else 'stopped'} after {self.step:,} steps")
@@ -132,20 +134,17 @@ class Logger:
         if bad and not self.warned:
             self.warned = True
             self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
-        sps = metrics.get("charts/SPS", math.nan)
+        sps = metrics.get("charts/SPS")
         count = sum(n for n, _ in self.episodes)
         mean = sum(n * value for n, value in self.episodes) / count if count else None
-        shown = "-" if mean is None else f"{mean:.1f}"
-        self.bar.set_postfix_str(f"{sps:,.0f} steps/s, return {shown}", refresh=False)
+        shown = f"{'-' if sps is None else f'{sps:,.0f}'} steps/s, return {'-' if mean is None else f'{mean:.1f}'}"
+        self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(self.steps_per_iteration)
-        if not self.interactive and (now - self.printed > PLAIN_LINE_SECONDS or self.step == self.total_steps):
+        due = now - self.printed > PLAIN_LINE_SECONDS and sps is not None
+        if not self.interactive and (due or self.step == self.total_steps):
             self.printed = now
-            left = (self.total_steps - self.step) / sps if sps > 0 else math.nan
-            left = "?" if math.isnan(left) else tqdm.format_interval(left)
-            print(
-                f"{self.step:,}/{self.total_steps:,} steps, {sps:,.0f} steps/s, return {shown}, {left} left",
-                flush=True,
-            )
+            left = "" if sps is None else f", {tqdm.format_interval((self.total_steps - self.step) / sps)} left"
+            print(f"{self.step:,}/{self.total_steps:,} steps, {shown}{left}", flush=True)
 
     def _say(self, line: str) -> None:
         self.bar.write(line, file=sys.stdout) if self.interactive else print(line, flush=True)
