@@ -41,9 +41,9 @@ def conv2d(
     )
 
 
-def valid_conv(x: Array, kernel: Array, stride: int = 1, pad: int = 0) -> Array:
+def valid_conv(x: Array, kernel: Array, stride: int = 1) -> Array:
     """`lax.conv` in the one layout used here."""
-    return lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad), (pad, pad)], dimension_numbers=LAYOUT)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
 
 
 def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:

@@ -129,8 +129,17 @@ def orthogonal_conv_kernel(
         dense: the factor that changes the number of channels.
         vertical, horizontal: their spans are what is shifted by a pixel along each axis; w is the larger of m and n.
     """
-    h, p, q = orthogonal(dense), projection(vertical), projection(horizontal)
-    if dense.shape[0] > dense.shape[1]:
+    return shifting_kernel(orthogonal(dense), projection(vertical), projection(horizontal))
+
+
+def shifting_kernel(
+    h: Float[Array, "m n *#batch"], p: Float[Array, "w w *#batch"], q: Float[Array, "w w *#batch"]
+) -> Float[Array, "2 2 m n *#batch"]:
+    """The 2 x 2 kernel of the product of h, (I - p) + p * (vertical shift) and (I - q) + q * (horizontal shift).
+
+    p and q act on the wider side of h, the input or the output.
+    """
+    if h.shape[0] > h.shape[1]:
         hp, hq = matmul(p, h), matmul(q, h)
         both = matmul(q, hp)
     else:

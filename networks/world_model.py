@@ -16,10 +16,10 @@ from networks.lipschitz import (
     LipschitzDense,
     LipschitzScalars,
     group_sort,
-    matmul,
     orthogonal,
     orthogonal_init,
     projection,
+    shifting_kernel,
 )
 from utils.distributions import Deterministic, Normal, average_scale, soft_mixture
 
@@ -137,11 +137,8 @@ class Transition(nn.Module):
         bias = jnp.concatenate(
             [jnp.einsum("agmo,am->ago", bias[:, :, :components], weights)[:, :, None], bias[:, :, components:]], axis=2
         )
-        # one kernel of norm at most 1 per map, as in `orthogonal_conv_kernel`; the maps share what is shifted
-        ph, qh = matmul(p, h), matmul(q, h)
-        both = matmul(q, ph)
-        kernels = jnp.stack([jnp.stack([h - ph - qh + both, qh - both]), jnp.stack([ph - both, both])])
-        kernels = kernels.transpose(4, 0, 1, 6, 2, 5, 3).reshape(num_actions, 2, 2, GROUPS, c, -1)
+        # one kernel of norm at most 1 per map; the maps share what is shifted
+        kernels = shifting_kernel(h, p, q).transpose(4, 0, 1, 6, 2, 5, 3).reshape(num_actions, 2, 2, GROUPS, c, -1)
         raw = per_action_conv(hidden, kernels, action)
         raw = raw.reshape(*raw.shape[:2], -1, o, raw.shape[-1]) + bias[action][..., None]  # [N, G, maps, o, h * w]
 

@@ -20,14 +20,11 @@ class CueEnv:
     """One-step episodes: the observation shows which of the actions pays 1; the optimal value is 1. Written in JAX, with the
     dummy step after each episode that emulators have."""
 
-    def __init__(self, num_envs, num_actions=3, image=False):
-        self.num_envs, self.num_actions, self.image = num_envs, num_actions, image
+    def __init__(self, num_envs, num_actions=3):
+        self.num_envs, self.num_actions = num_envs, num_actions
 
     def _obs(self, cue):
-        if not self.image:
-            return jax.nn.one_hot(cue, self.num_actions)
-        rows = jnp.arange(84)[None, None, :, None] // 28 == cue[:, None, None, None]
-        return jnp.broadcast_to(jnp.where(rows, 200, 0).astype(jnp.uint8), (self.num_envs, 4, 84, 84))
+        return jax.nn.one_hot(cue, self.num_actions)
 
     def reset(self):
         cue = jnp.arange(self.num_envs) % self.num_actions
@@ -69,6 +66,6 @@ def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_ac
     )
 
 
-def adam_free_state(module, args, params, optimizer):
+def state_without_env(module, params, optimizer):
     """A training state around given parameters, for calling `update` without an environment."""
     return module.TrainState(params, optimizer.init(params), None, None, jax.random.key(0), jnp.zeros((), jnp.int32))

@@ -17,7 +17,7 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_env
 from envs.protocol import EpisodeStats
-from tests.probes import CueEnv, adam_free_state, random_steps
+from tests.probes import CueEnv, random_steps, state_without_env
 from utils.distributions import Deterministic
 
 SCRIPTS = [ppo, deep_spi]
@@ -268,7 +268,7 @@ def test_gradient_reaches_all_networks_through_the_utility(density, lipschitz):
 def test_target_kl_stops_the_update_and_annealing_ends_at_zero():
     for flags in ({"target_kl": 1e-12}, {"target_kl": 1e9}, {}):
         args, agent, optimizer, steps, params = script_setup(ppo, **flags)
-        state = adam_free_state(ppo, args, params, optimizer)
+        state = state_without_env(ppo, params, optimizer)
         advantages = ppo.compute_gae(steps, 0.99, 0.95)
         after, metrics = jax.jit(partial(ppo.update, agent=agent, optimizer=optimizer, args=args))(
             state, steps, advantages, jax.random.key(1)

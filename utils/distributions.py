@@ -61,7 +61,6 @@ def soft_mixture(
     loc: Float[Array, "..."],
     scale: Float[Array, "..."],
     axis: int = -1,
-    noise_clip: float | None = None,
 ) -> Normal:
     """The soft mixture of normals: the weighted *average* of one sample of each component.
 
@@ -73,9 +72,8 @@ def soft_mixture(
     Args:
         weights: non-negative, summing to 1 over `axis`.
         loc, scale: the components, along `axis`; the three arguments broadcast.
-        noise_clip: as in `Normal`; it clips the noise of the average.
     """
-    return Normal(jnp.sum(weights * loc, axis), average_scale(weights, scale, axis), noise_clip)
+    return Normal(jnp.sum(weights * loc, axis), average_scale(weights, scale, axis))
 
 
 def average_scale(weights: Float[Array, "..."], scale: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
