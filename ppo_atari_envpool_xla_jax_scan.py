@@ -296,7 +296,7 @@ def gather(
         return x.reshape(-1, *x.shape[2:])
 
     return Minibatch(
-        obs=take(steps.obs, length + 1),
+        obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),
         action=take(steps.action),
         log_prob=take(steps.log_prob),
         value=take(steps.value),

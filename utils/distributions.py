@@ -1,5 +1,8 @@
 """The distributions of continuous latents."""
 
+import math
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -21,6 +24,15 @@ class Deterministic:
         return self.loc
 
 
+def clipped_normal(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "*shape"]:
+    """Standard normal noise clipped to [-bound, bound], of half the random bits: 16 each, which is ample within the bound."""
+    size = math.prod(shape)
+    bits = jax.random.bits(key, (-(-size // 2),))
+    halves = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].reshape(shape)
+    uniform = (halves.astype(jnp.float32) + 0.5) / 2**15 - 1.0  # the middles of 2^16 intervals: the noise is symmetric
+    return jnp.clip(math.sqrt(2) * jax.lax.erf_inv(uniform), -bound, bound)
+
+
 @flax.struct.dataclass
 class Normal:
     """Independent normals. With `noise_clip` c the standard noise of a sample is clipped to [-c, c].
@@ -34,9 +46,10 @@ class Normal:
 
     def sample(self, key: jax.Array) -> Float[Array, "*shape"]:
         """One reparameterised sample (gradients reach loc and scale)."""
-        noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
-        if self.noise_clip is not None:
-            noise = jnp.clip(noise, -self.noise_clip, self.noise_clip)
+        if self.noise_clip is None:
+            noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
+        else:
+            noise = clipped_normal(key, self.loc.shape, self.noise_clip)
         # drawing noise is dear, and XLA would do it again wherever it is used
         noise = jax.lax.optimization_barrier(noise)
         return self.loc + self.scale * noise
@@ -76,6 +89,38 @@ def soft_mixture(
     return Normal(jnp.sum(weights * loc, axis), average_scale(weights, scale, axis))
 
 
-def average_scale(weights: Float[Array, "..."], scale: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
-    """Standard deviation sqrt(sum_k (w_k s_k)^2) of a weighted average of independent variables; arguments as above."""
-    return jnp.sqrt(jnp.sum((weights * scale) ** 2, axis))
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def average_scale(weights: Float[Array, "*#shape"], scale: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "..."]:
+    """Standard deviation sqrt(sum_k (w_k s_k)^2) of a weighted average of independent variables.
+
+    Args:
+        weights, scale: the components, along `axis`; the weights broadcast to the scales.
+    """
+    # one loop over the components, and over them again in the gradient: a reduction would write all squares to memory first
+    return jnp.sqrt(sum((w * s) ** 2 for w, s in _components(weights, scale, axis)))
+
+
+def _components(weights, scale, axis):
+    take = lambda x, k: jax.lax.index_in_dim(x, k, axis, keepdims=False)  # noqa: E731
+    return [(take(weights, k), take(scale, k)) for k in range(scale.shape[axis])]
+
+
+def _average_scale_forward(weights, scale, axis):
+    average = average_scale(weights, scale, axis)
+    return average, (weights, scale, average)
+
+
+def _average_scale_backward(axis, residuals, g):
+    weights, scale, average = residuals
+    # where the average is 0, so is each (w s)^2
+    g = jax.lax.optimization_barrier(g / jnp.where(average > 0, average, 1.0))
+    each = [w * _summed_like(g * s**2, w) for w, s in _components(weights, scale, axis)]
+    return jnp.stack(each, axis), jnp.expand_dims(g, axis) * weights**2 * scale
+
+
+def _summed_like(x, like):
+    """The gradient of broadcasting `like` to the shape of x."""
+    return jnp.sum(x, [i for i in range(x.ndim) if like.shape[i] < x.shape[i]], keepdims=True)
+
+
+average_scale.defvjp(_average_scale_forward, _average_scale_backward)
