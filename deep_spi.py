@@ -352,7 +352,7 @@ def gather(
         return x.reshape(-1, *x.shape[2:])
 
     return Minibatch(
-        obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),
+        obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
         action=take(steps.action),
         log_prob=take(steps.log_prob),
         value=take(steps.value),

@@ -75,7 +75,7 @@ def flops_per_step(args) -> float:
     frames, world_model = 1.0, 0.0
     if hasattr(args, "transition_density"):
         frames = 2.0 if args.minibatch_by == "transition" else (args.num_steps + 1) / args.num_steps
-        world_model = 49 * 4 * 64 * 128 + 49 * 16 * 32 * 24 + 3136 * 256 + 256 * 256
+        world_model = 49 * 4 * 64 * 128 + 49 * 16 * 8 * (8 + 8 + 24) + 3136 * 256 + 256 * 256
     rollout = (convolutions + heads) * (args.num_steps + 1) / args.num_steps
     update = args.update_epochs * (frames * (3 * convolutions - first) + 3 * (heads + world_model))
     return 2.0 * (rollout + update)

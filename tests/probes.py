@@ -41,6 +41,15 @@ class CueEnv:
         return state, Timestep(self._obs(cue), reward, valid, jnp.zeros_like(valid), valid, episode)
 
 
+class PixelCueEnv(CueEnv):
+    """The same, the cue drawn as a bright square in Atari's frames."""
+
+    def _obs(self, cue):
+        lit = jnp.arange(84) // 28 == cue[:, None]
+        frame = jnp.where(lit[:, :, None] & (jnp.arange(84) < 28), 200, 30).astype(jnp.uint8)
+        return jnp.broadcast_to(frame[:, None], (self.num_envs, 4, 84, 84))
+
+
 def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_actions=4):
     """A rollout of noise, with ends of all kinds, as the script `module` records it."""
     keys = jax.random.split(key, 8)

@@ -17,7 +17,7 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_env
 from envs.protocol import EpisodeStats
-from tests.probes import CueEnv, random_steps, state_without_env
+from tests.probes import CueEnv, PixelCueEnv, random_steps, state_without_env
 from utils.distributions import Deterministic
 
 SCRIPTS = [ppo, deep_spi]
@@ -322,6 +322,14 @@ def test_learns_a_probe_of_known_value(script):
     assert_allclose(value, 1.0, atol=0.15)
     assert history[0]["episodes"] == 16 * 4  # each episode is a step and a dummy step
     assert history[0]["charts/episodic_length"] == 1
+
+
+def test_learns_from_pixels_with_the_default_optimisation():
+    """Through the convolutions, at the default learning rate, in 40 updates of 64 steps."""
+    args = ppo.Args(num_envs=8, num_steps=8, total_timesteps=64 * 40, anneal_lr=False)
+    _, history = learn(ppo, PixelCueEnv(8), args, 40)
+    assert history[0]["charts/episodic_return"] < 0.7
+    assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.9
 
 
 def test_ppo_solves_cartpole():
