@@ -15,7 +15,7 @@ at most 1. The bound is that of the convolution on the infinite grid; zero paddi
 with projections, so it holds for the padded map too.
 
 The certificates are those of the exact map. What they rest on, the orthogonalisation, is computed in full float32 everywhere;
-the layers are then applied in the platform's default precision, which on recent GPUs rounds products to about 1e-3.
+the layers are then applied in the platform's default precision, which on recent GPUs rounds each product to about 1e-3.
 
 Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, *batch]`, as `[N, m] @ [m, n]` wants it: rows
 are inputs, columns outputs.
@@ -32,7 +32,7 @@ from networks.convolution import conv2d
 COEFFICIENTS = (4.45026, -17.37977, 38.29629, -38.94814, 14.58135)
 
 
-def matmul(a: Float[Array, "m k *#batch"], b: Float[Array, "k n *#batch"]) -> Float[Array, "m n *#batch"]:
+def matmul(a: Float[Array, "m k *batch"], b: Float[Array, "k n *batch"]) -> Float[Array, "m n *batch"]:
     """The product of two matrices, or of each pair in two batches, in full float32 on every platform."""
     if a.ndim == 2:
         # a GPU would round float32 products to 10 bits of mantissa: more than the certificate's tolerance
@@ -49,12 +49,7 @@ def _batched_matmul(a, b):
 
 def _batched_matmul_backward(residuals, g):
     a, b = residuals
-
-    def summed_like(x, like):  # where the batches were broadcast against each other
-        axes = [i for i, (n, m) in enumerate(zip(x.shape, like.shape, strict=True)) if n != m]
-        return jnp.sum(x, axes, keepdims=True)
-
-    return summed_like(_batched_matmul(g, transpose(b)), a), summed_like(_batched_matmul(transpose(a), g), b)
+    return _batched_matmul(g, transpose(b)), _batched_matmul(transpose(a), g)
 
 
 _batched_matmul.defvjp(lambda a, b: (_batched_matmul(a, b), (a, b)), _batched_matmul_backward)
@@ -128,8 +123,8 @@ def orthogonal_conv_kernel(
 
 
 def shifting_kernel(
-    h: Float[Array, "m n *#batch"], p: Float[Array, "w w *#batch"], q: Float[Array, "w w *#batch"]
-) -> Float[Array, "2 2 m n *#batch"]:
+    h: Float[Array, "m n *batch"], p: Float[Array, "w w *batch"], q: Float[Array, "w w *batch"]
+) -> Float[Array, "2 2 m n *batch"]:
     """The 2 x 2 kernel of the product of h, (I - p) + p * (vertical shift) and (I - q) + q * (horizontal shift).
 
     p and q act on the wider side of h, the input or the output.
@@ -146,7 +141,7 @@ def shifting_kernel(
 def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     """Sorts the channels in pairs (GroupSort(2), Anil et al., 2019): a permutation, so norm and gradient norm survive.
 
-    Channel c is paired with c + C / 2: which ones form a pair is arbitrary, and halves are the fastest.
+    Channel c is paired with c + C / 2: halves are the fastest. A grouped layer that follows needs both of a pair in one group.
     """
     a, b = jnp.split(x, 2, axis=-1)
     swap = a > b

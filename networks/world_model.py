@@ -1,8 +1,10 @@
 """The latent world model: transition P(z'|z, a) and reward R(z, a) of continuous latents.
 
-Only the transition of the action taken is computed: each sample gathers its action's kernel, and one batched product does
+Only the transition of the action taken is computed: each sample gathers its action's kernels, and a few batched products do
 the rest. Computing all A actions to select one would cost A times as much, in time and in memory.
 """
+
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -27,14 +29,16 @@ MIN_SCALE = 1e-6
 
 
 def by_group(x: Float[Array, "N h w C"]) -> Float[Array, "N G c hw"]:
-    """Maps with the channels in groups and the pixels last, the layout in which products with a kernel of each sample's own
-    are fast."""
+    """Maps in groups, the pixels last: the layout in which products with a kernel of each sample's own are fast.
+
+    Channel k * G + g is the k-th of group g, so that both of a pair that `group_sort` sorted are in the same group.
+    """
     n, height, width, channels = x.shape
-    return x.reshape(n, height * width, GROUPS, channels // GROUPS).transpose(0, 2, 3, 1)
+    return x.reshape(n, height * width, channels // GROUPS, GROUPS).transpose(0, 3, 2, 1)
 
 
 def as_latent(x: Float[Array, "N G o hw"], shape: tuple[int, ...]) -> Float[Array, "N h w C"]:
-    """The inverse of `by_group`, into maps of the given shape."""
+    """Channels last again, C = G * o."""
     # the barrier keeps XLA from computing what made x, or its gradient, anew for every mixture component
     return jax.lax.optimization_barrier(x).transpose(0, 3, 1, 2).reshape(shape)
 
@@ -44,6 +48,13 @@ def shift(x: Float[Array, "N G c hw"], width: int, rows: int, cols: int) -> Floa
     pixels = rows * width + cols
     moved = jnp.pad(x[..., pixels:], ((0, 0), (0, 0), (0, 0), (0, pixels)))
     return jnp.where(jnp.arange(x.shape[-1]) % width < width - cols, moved, 0.0)
+
+
+def of_action(table: Float[Array, "A *shape"], action: Int[Array, " N"]) -> Float[Array, "N *shape"]:
+    """The entries of the actions. A product, whose gradient is the same on every run; that of indexing adds up in an order
+    which a GPU does not keep."""
+    taken = jax.nn.one_hot(action, table.shape[0], dtype=table.dtype)
+    return jnp.matmul(taken, table.reshape(table.shape[0], -1), precision="highest").reshape(-1, *table.shape[1:])
 
 
 @jax.custom_vjp
@@ -56,12 +67,9 @@ def product(
 
 def _product_backward(residuals, g):
     kernels, x, action = residuals
-    # transposing the kernels is cheap, and XLA's CPU backend is fast for a batch of small products in no other layout
+    # with the kernels transposed first, the product has the layout [m, k] @ [k, n], in which XLA's CPU backend is fast
     dx = kernels.swapaxes(-1, -2)[action] @ g
-    each = jnp.einsum("ngop,ngcp->ngoc", g, x)
-    # summed by action in a product: the same on every run, which additions at indices are not on a GPU
-    taken = jax.nn.one_hot(action, kernels.shape[0], axis=0, dtype=g.dtype)
-    dkernels = jnp.matmul(taken, each.reshape(each.shape[0], -1), precision="highest").reshape(kernels.shape)
+    (dkernels,) = jax.linear_transpose(partial(of_action, action=action), kernels)(jnp.einsum("ngop,ngcp->ngoc", g, x))
     return dkernels, dx, None
 
 
@@ -71,6 +79,7 @@ product.defvjp(lambda kernels, x, action: (product(kernels, x, action), (kernels
 @jax.custom_jvp
 def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """log(1 + e^x), 1-Lipschitz. A third of the time of `jax.nn.softplus`, for an absolute error up to 1e-7."""
+    # the barrier keeps XLA from computing it anew in the gradient, which needs only the result
     return jax.lax.optimization_barrier(jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(-jnp.abs(x))))
 
 
@@ -111,30 +120,31 @@ class Transition(nn.Module):
         hidden = group_sort(LipschitzConv(2 * channels, name="hidden")(z))
 
         c, o = 2 * channels // GROUPS, channels // GROUPS
-        wide = max(c, o)
         h = self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS))
-        p = self.param("vertical", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS))
-        q = self.param("horizontal", orthogonal_init, (wide, wide // 2, num_actions, 1, GROUPS))
+        p = self.param("vertical", orthogonal_init, (c, c // 2, num_actions, GROUPS))
+        q = self.param("horizontal", orthogonal_init, (c, c // 2, num_actions, GROUPS))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
-        # the locations enter through their average alone, so their kernels are averaged before the product
         h, p, q = orthogonal(h), projection(p), projection(q)
         h = h.transpose(2, 4, 3, 1, 0)  # [A, G, maps, o, c]
-        p, q = p[..., 0, :].transpose(2, 3, 0, 1), q[..., 0, :].transpose(2, 3, 0, 1)  # [A, G, c, c], symmetric
+        p, q = p.transpose(2, 3, 0, 1), q.transpose(2, 3, 0, 1)  # [A, G, c, c], symmetric
+        # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
         x = by_group(hidden)
         x = x + product(q, shift(x, z.shape[2], 0, 1) - x, action)
         x = x + product(p, shift(x, z.shape[2], 1, 0) - x, action)
 
-        loc = product(jnp.einsum("agmoc,am->agoc", h[:, :, :components], weights), x, action)
-        loc = loc + jnp.einsum("agmo,am->ago", bias[:, :, :components], weights)[action][..., None]
+        # the locations enter through their average alone, so their kernels are averaged before the product
+        average = partial(jnp.einsum, precision="highest")
+        loc = product(average("agmoc,am->agoc", h[:, :, :components], weights), x, action)
+        loc = loc + of_action(average("agmo,am->ago", bias[:, :, :components], weights), action)[..., None]
         if self.density == "deterministic":
             return Deterministic(self.lipschitz_constant * as_latent(loc, z.shape))
         scales = product(h[:, :, components:].reshape(num_actions, GROUPS, -1, c), x, action)
-        scales = scales.reshape(*scales.shape[:2], components, o, -1) + bias[:, :, components:][action][..., None]
-        scale = average_scale(weights[action][:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
+        scales = scales.reshape(*scales.shape[:2], components, o, -1) + of_action(bias[:, :, components:], action)[..., None]
+        scale = average_scale(of_action(weights, action)[:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
         half = 0.5 * self.lipschitz_constant
         return Normal(half * as_latent(loc, z.shape), half * as_latent(scale, z.shape), noise_clip=1.0)
 
@@ -152,7 +162,7 @@ class Transition(nn.Module):
         x = by_group(hidden)
         taps = [(i, j) for i in (0, 1) for j in (0, 1)]
         raw = sum(product(kernels[:, i, j], shift(x, z.shape[2], i, j), action) for i, j in taps)
-        raw = raw.reshape(*raw.shape[:2], maps, o, raw.shape[-1]) + bias[action][..., None]
+        raw = raw.reshape(*raw.shape[:2], maps, o, raw.shape[-1]) + of_action(bias, action)[..., None]
         if self.density == "deterministic":
             return Deterministic(as_latent(raw[:, :, 0], z.shape))
         loc, scale = raw[:, :, :components], softplus(raw[:, :, components:]) + MIN_SCALE

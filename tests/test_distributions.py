@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from networks.lipschitz import shifting_kernel
-from networks.world_model import GROUPS, by_group, product, shift, softplus
+from networks.convolution import conv2d
+from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
+from networks.world_model import GROUPS, Transition, softplus
 from utils.distributions import Deterministic, Normal, average_scale, clipped_normal, soft_mixture
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 
@@ -94,38 +95,55 @@ def test_clipped_noise_is_a_clipped_normal():
     assert abs(np.corrcoef(noise[:49_999], noise[50_000:])[0, 1]) < 5 / np.sqrt(50_000)  # halves of the same bits
 
 
-@pytest.mark.parametrize("num_actions", [4, 18])
-def test_gathered_transition_equals_all_actions_then_select(num_actions):
-    """The certified second convolution: factor by factor for the action taken, and as one kernel for each of all actions."""
-    n, c, o, side = 12, 8, 4, 7
-    keys = jax.random.split(KEY, 6)
-    hidden = jax.random.normal(keys[0], (n, side, side, c * GROUPS))
-    shapes = ((num_actions, GROUPS, o, c), (num_actions, GROUPS, c, c), (num_actions, GROUPS, c, c))
-    factors = [jax.random.normal(k, s) / 3 for k, s in zip(keys[1:], shapes, strict=False)]
-    action = jax.random.randint(keys[4], (n,), 0, num_actions)
+def grouped_conv(hidden, kernel):
+    """lax's grouped convolution, for input channels k * G + g and output channels g * o + j; kernel [2, 2, G, c, o]."""
+    n, h, w, channels = hidden.shape
+    blocks = hidden.reshape(n, h, w, channels // GROUPS, GROUPS).swapaxes(-1, -2).reshape(hidden.shape)
+    kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(2, 2, channels // GROUPS, -1)
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    pads = [(0, 1), (0, 1)]
+    return jax.lax.conv_general_dilated(blocks, kernel, (1, 1), pads, dimension_numbers=dimensions, feature_group_count=GROUPS)
 
-    def factored(hidden, h, p, q):
-        x = by_group(hidden)
-        x = x + product(q, shift(x, side, 0, 1) - x, action)
-        x = x + product(p, shift(x, side, 1, 0) - x, action)
-        return product(h, x, action)
 
-    def all_then_select(hidden, h, p, q):
-        # [2, 2, c, o, A, G]: as matrices that act on rows, so each factor is transposed
-        kernels = shifting_kernel(*(jnp.transpose(f, (3, 2, 0, 1)) for f in (h, p, q)))
+def all_actions_then_select(p, z, action, lipschitz, components):
+    """The mean of the transition, every action's convolution computed in full, with its kernels written out."""
+    num_actions, channels = p["bias"].shape[0], z.shape[-1]
+    if lipschitz:
+        hidden = group_sort(LipschitzConv(2 * channels).apply({"params": p["hidden"]}, z))
+        h, vertical, horizontal = orthogonal(p["dense"]), projection(p["vertical"]), projection(p["horizontal"])
+        weights = jnp.broadcast_to(jax.nn.softmax(p["mixture"])[None], (len(z), num_actions, components))
+        maps = [shifting_kernel(h[..., m, :], vertical, horizontal) for m in range(components)]
+        kernels = [k.transpose(4, 0, 1, 5, 2, 3) for k in maps]  # each [A, 2, 2, G, c, o]
+        half = 0.5
+    else:
+        hidden = jax.nn.relu(conv2d(z, p["hidden_kernel"], padding="SAME") + p["hidden_bias"])
+        logits = hidden.reshape(len(z), -1) @ p["mixture"]["kernel"] + p["mixture"]["bias"]
+        weights = jax.nn.softmax(logits.reshape(len(z), num_actions, components))
+        per_map = p["kernels"].reshape(*p["kernels"].shape[:4], 2 * components, -1, p["kernels"].shape[-1])
+        kernels = [per_map[:, :, :, :, m].swapaxes(-1, -2) for m in range(components)]
+        half = 1.0
+    outputs = []
+    for a in range(num_actions):
+        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, :, m].reshape(-1) for m, k in enumerate(kernels)]
+        outputs.append(half * sum(weights[:, a, m, None, None, None] * loc for m, loc in enumerate(locs)))
+    return jnp.stack(outputs)[action, jnp.arange(len(z))]
 
-        def one(kernel):  # a grouped convolution of lax: blocks of input channels, blocks of output channels
-            kernel = kernel.transpose(0, 1, 2, 4, 3).reshape(2, 2, c, GROUPS * o)
-            y = jax.lax.conv_general_dilated(
-                hidden, kernel, (1, 1), [(0, 1), (0, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=GROUPS
-            )
-            return y.reshape(n, side * side, GROUPS, o).transpose(0, 2, 3, 1)
 
-        return jax.vmap(one, in_axes=4)(kernels)[action, jnp.arange(n)]
+@pytest.mark.parametrize("num_actions, lipschitz", [(4, True), (18, True), (4, False)])
+def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actions, lipschitz):
+    keys = jax.random.split(KEY, 5)
+    z = jax.random.normal(keys[0], (12, 7, 7, 32))
+    action = jax.random.randint(keys[1], (12,), 0, num_actions)
+    module = Transition(num_actions, lipschitz=lipschitz)
+    params = module.init(keys[2], z, action)["params"]
+    leaves, tree = jax.tree.flatten(params)  # biases and mixtures are not 0 here
+    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(jax.random.split(keys[3], len(leaves)), leaves, strict=True)]
+    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
 
-    expected, expected_vjp = jax.vjp(all_then_select, hidden, *factors)
-    actual, actual_vjp = jax.vjp(factored, hidden, *factors)
-    assert_allclose(actual, expected, atol=1e-5)
-    g = jax.random.normal(keys[5], expected.shape)
-    for a, e in zip(actual_vjp(g), expected_vjp(g), strict=True):
-        assert_allclose(a, e, atol=1e-5 * max(1.0, float(jnp.abs(e).max())))
+    slow = jax.jit(lambda p, z: all_actions_then_select(p, z, action, lipschitz, module.components))
+    fast = jax.jit(lambda p, z: module.apply({"params": p}, z, action).mean())
+    assert_allclose(fast(params, z), slow(params, z), atol=1e-5)
+    g = jax.random.normal(keys[4], z.shape)
+    gradient = lambda f: jax.tree.leaves(jax.jit(jax.grad(lambda p, z: jnp.sum(g * f(p, z)), argnums=(0, 1)))(params, z))  # noqa: E731
+    for actual, expected in zip(gradient(fast), gradient(slow), strict=True):
+        assert_allclose(actual, expected, atol=2e-5 * max(1.0, float(jnp.abs(expected).max())))

@@ -107,7 +107,7 @@ def test_projection_and_gradients_are_finite_at_zero():
 def test_products_written_for_batches_have_the_gradients_of_plain_ones():
     from networks import lipschitz
 
-    a, b = jax.random.normal(jax.random.key(0), (3, 4, 2, 1)), jax.random.normal(jax.random.key(1), (4, 5, 2, 6))
+    a, b = jax.random.normal(jax.random.key(0), (3, 4, 2, 6)), jax.random.normal(jax.random.key(1), (4, 5, 2, 6))
     loss = lambda product: lambda a, b: jnp.sum(jnp.sin(product(a, b)))  # noqa: E731
     plain = lambda a, b: jnp.einsum("mk...,kn...->mn...", a, b)  # noqa: E731
     for actual, expected in zip(

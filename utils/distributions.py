@@ -27,7 +27,7 @@ class Deterministic:
 def clipped_normal(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "*shape"]:
     """Standard normal noise clipped to [-bound, bound], of half the random bits: 16 each, which is ample within the bound."""
     size = math.prod(shape)
-    bits = jax.random.bits(key, (-(-size // 2),))
+    bits = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
     halves = jnp.concatenate([bits & 0xFFFF, bits >> 16])[:size].reshape(shape)
     uniform = (halves.astype(jnp.float32) + 0.5) / 2**15 - 1.0  # the middles of 2^16 intervals: the noise is symmetric
     return jnp.clip(math.sqrt(2) * jax.lax.erf_inv(uniform), -bound, bound)
@@ -83,8 +83,11 @@ def soft_mixture(
     sqrt(sum_k w_k^2) <= 1, so a certificate for every component holds for the average.
 
     Args:
-        weights: non-negative, summing to 1 over `axis`.
-        loc, scale: the components, along `axis`; the three arguments broadcast.
+        weights: non-negative, summing to 1 over `axis`; they broadcast to the others along other axes.
+        loc, scale: the components, along `axis`.
+
+    Raises:
+        ValueError: as `average_scale`.
     """
     return Normal(jnp.sum(weights * loc, axis), average_scale(weights, scale, axis))
 
@@ -94,13 +97,20 @@ def average_scale(weights: Float[Array, "*#shape"], scale: Float[Array, "*shape"
     """Standard deviation sqrt(sum_k (w_k s_k)^2) of a weighted average of independent variables.
 
     Args:
-        weights, scale: the components, along `axis`; the weights broadcast to the scales.
+        weights, scale: the components, along `axis`; the weights broadcast to the scales along other axes.
+
+    Raises:
+        ValueError: the two differ in rank, or in length along `axis`.
     """
     # one loop over the components, and over them again in the gradient: a reduction would write all squares to memory first
     return jnp.sqrt(sum((w * s) ** 2 for w, s in _components(weights, scale, axis)))
 
 
 def _components(weights, scale, axis):
+    if weights.ndim != scale.ndim or weights.shape[axis] != scale.shape[axis]:
+        raise ValueError(
+            f"weights {weights.shape} and scales {scale.shape} must have one rank and one length along axis {axis}"
+        )
     take = lambda x, k: jax.lax.index_in_dim(x, k, axis, keepdims=False)  # noqa: E731
     return [(take(weights, k), take(scale, k)) for k in range(scale.shape[axis])]
 
@@ -112,7 +122,7 @@ def _average_scale_forward(weights, scale, axis):
 
 def _average_scale_backward(axis, residuals, g):
     weights, scale, average = residuals
-    # where the average is 0, so is each (w s)^2
+    # where the average is 0, so is each (w s)^2; one division, not one for each component
     g = jax.lax.optimization_barrier(g / jnp.where(average > 0, average, 1.0))
     each = [w * _summed_like(g * s**2, w) for w, s in _components(weights, scale, axis)]
     return jnp.stack(each, axis), jnp.expand_dims(g, axis) * weights**2 * scale
