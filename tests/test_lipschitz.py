@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from networks.lipschitz import (
+    COEFFICIENTS,
     LipschitzConv,
     LipschitzDense,
     LipschitzScalars,
@@ -76,6 +77,13 @@ def test_scalars_are_each_one_lipschitz():
         for i in range(3):
             norm = singular_values(lambda x, i=i, params=params: layer.apply(params, x)[:, i], (10,))[0]
             assert norm <= 1 + TOLERANCE and (case == "zeros" or norm >= 0.999), (case, norm)
+
+
+def test_polynomial_keeps_the_unit_interval_and_lifts_most_of_it():
+    s = np.linspace(0, 1, 1_000_001)
+    lifted = s * np.polynomial.polynomial.polyval(s**2, COEFFICIENTS)
+    assert lifted.min() >= 0 and lifted.max() <= 1
+    assert lifted[s >= 0.3].min() >= 0.95
 
 
 @settings(max_examples=6, deadline=None)
