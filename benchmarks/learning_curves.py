@@ -51,15 +51,18 @@ def read_returns(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def main(args: Args) -> None:
     """Reads, draws and writes."""
     labels = args.labels or [folder.name.rpartition("__")[0] for folder in args.runs]
-    if len(labels) != len(args.runs) or not args.runs:
+    if not args.runs:
+        raise ValueError("no runs: name the folders of the runs to draw")
+    if len(labels) != len(args.runs):
         raise ValueError(f"--labels: {len(labels)} names for {len(args.runs)} runs: give one for each run")
     rows = []
     figure, axes = plt.subplots(figsize=(7, 4))
     for label, folder in zip(labels, args.runs, strict=True):
         steps, returns = read_returns(folder)
         interval = (steps - 1) // args.interval
-        ends = [(k + 1) * args.interval for k in np.unique(interval)]
-        means = [returns[interval == k].mean() for k in np.unique(interval)]
+        present = np.unique(interval)
+        ends = (present + 1) * args.interval
+        means = [returns[interval == k].mean() for k in present]
         rows += [(label, end, f"{mean:.3f}") for end, mean in zip(ends, means, strict=True)]
         axes.plot(ends, means, marker=".", label=label)
     axes.set(xlabel="environment steps", ylabel="return of the episodes that ended")
