@@ -23,14 +23,21 @@ from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 from envs.atari import CLASSIC, make_env
 from envs.protocol import Env, EpisodeStats
 from networks.architectures import ActorCritic, Encoder
-from networks.world_model import Reward, Transition
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
-from utils.run import RunArgs, check_run, require, run_script
+from utils.run import RunArgs, check_run, refuse_unread, require, run_script
+from utils.world_model import (
+    WorldModelArgs,
+    check_world_model,
+    gradient_penalty,
+    make_world_model,
+    penalises_gradients,
+    transition_loss,
+)
 
 
 @dataclass
-class Args(RunArgs):
+class Args(WorldModelArgs, RunArgs):
     """Flags of the algorithm."""
 
     # rollout
@@ -43,6 +50,12 @@ class Args(RunArgs):
     stochastic_env: bool = False
     """Atari's stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
     # networks
+    latent: Literal["continuous", "categorical"] = "continuous"
+    """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
+    num_categories: int = 32
+    """variables of that code"""
+    num_classes: int = 32
+    """classes of each of them"""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     """activation of encoder, actor and critic"""
     fc_layers: tuple[int, ...] = (512,)
@@ -52,14 +65,6 @@ class Args(RunArgs):
     decoupled_repr: bool = False
     """actor and critic each have their own dense layers (the encoder is always shared)"""
     # world model
-    transition_density: Literal["deterministic", "normal", "mixture_normal"] = "mixture_normal"
-    """distribution of the next latent; mixture_normal is the soft mixture, a weighted average of normals"""
-    mixture_components: int = 5
-    """components of mixture_normal"""
-    lipschitz_nets: bool = True
-    """transition and reward networks that are K-Lipschitz for every value of their parameters; otherwise unconstrained ones"""
-    lipschitz_constant: float = 1.0
-    """K of those networks"""
     transition_loss_coef: float = 5e-4
     """c_P: weight of the transition loss in the utility"""
     reward_loss_coef: float = 0.01
@@ -107,7 +112,8 @@ class Args(RunArgs):
 def check(args: Args) -> None:
     """Raises UsageError where a flag, or a combination of flags, cannot work."""
     check_run(args)
-    for flag in ("num_envs", "num_steps", "update_epochs", "num_minibatches", "mixture_components"):
+    check_world_model(args)
+    for flag in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
         require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
     require(
         args.minibatch_by == "env" or args.num_envs * args.num_steps % args.num_minibatches == 0,
@@ -130,9 +136,15 @@ def check(args: Args) -> None:
         not args.stochastic_env or args.env_id not in CLASSIC,
         f"--stochastic-env: a protocol of Atari, not of --env-id {args.env_id}: leave it out",
     )
-    for flag in ("learning_rate", "max_grad_norm", "target_kl", "lipschitz_constant"):
+    for flag in ("learning_rate", "max_grad_norm", "target_kl"):
         value = getattr(args, flag)
         require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
+    if not args.drift_formulation:
+        refuse_unread(args, ("drift_coef",), "--drift-formulation")
+    if args.latent == "continuous":
+        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    require(args.num_categories > 0, f"--num-categories {args.num_categories}: must be at least 1")
+    require(args.num_classes > 1, f"--num-classes {args.num_classes}: must be at least 2")
     for flag in ("gamma", "gae_lambda", "drift_coef"):
         require(0 <= getattr(args, flag) <= 1, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, 1]")
     require(0 < args.clip_coef < 1, f"--clip-coef {args.clip_coef}: must lie between 0 and 1")
@@ -202,18 +214,12 @@ class TrainState(NamedTuple):
 
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
+    transition, reward = make_world_model(args, num_actions)
     return Agent(
-        encoder=Encoder(args.activation),
+        encoder=Encoder(args.activation, args.latent, args.num_categories, args.num_classes),
         actor_critic=ActorCritic(num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr),
-        transition=Transition(
-            num_actions,
-            args.transition_density,
-            args.mixture_components,
-            args.lipschitz_nets,
-            args.lipschitz_constant,
-            args.activation,
-        ),
-        reward=Reward(num_actions, args.lipschitz_nets, args.lipschitz_constant, args.activation),
+        transition=transition,
+        reward=reward,
     )
 
 
@@ -294,12 +300,13 @@ def loss_fn(
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
     # U = A - c_R l_R - c_P l_P. No gradient is stopped: through U they reach both networks and the encoder of z and z'.
-    sampled_z = agent.transition.apply(params.transition, z, batch.action).sample(key)
-    transition_losses = jnp.sum(smooth_l1_loss(sampled_z - next_z), axis=(1, 2, 3))
-    reward_losses = smooth_l1_loss(agent.reward.apply(params.reward, z, batch.action) - batch.reward)
-    transition_loss, reward_loss = mean(transition_losses), mean(reward_losses)
+    predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
+    predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
+    transition_losses = transition_loss(predict_z(z), next_z, key, args)
+    reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
+    model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
     if not args.piecewise_auxiliary_ratio:
-        transition_losses, reward_losses = transition_loss, reward_loss
+        transition_losses, reward_losses = mean(transition_losses), mean(reward_losses)
     utility = advantage - args.reward_loss_coef * reward_losses - args.transition_loss_coef * transition_losses
 
     if args.drift_formulation:
@@ -317,19 +324,22 @@ def loss_fn(
     value_loss = mean(value_losses)
 
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    if penalises_gradients(args):
+        penalty_key = jax.random.fold_in(key, 1)
+        penalty = mean(sum(gradient_penalty(f, z, penalty_key, args.use_wgan_gp) for f in (predict_z, predict_reward)))
+        loss = loss + args.lambda_gp * penalty
+        model_metrics["losses/gradient_penalty"] = penalty
     outside = jnp.abs(ratio - 1) > args.clip_coef
     return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/transition_loss": transition_loss,
-        "losses/reward_loss": reward_loss,
         "losses/approx_kl": mean(ratio - 1 - log_ratio),
         "losses/clipfrac": mean(outside.astype(jnp.float32)),
         "spi/ratio_max": jnp.max(jnp.where(batch.valid, ratio, -jnp.inf)),
         "spi/ratio_min": jnp.min(jnp.where(batch.valid, ratio, jnp.inf)),
         "spi/outside_fraction": mean(outside.astype(jnp.float32)),
-    }
+    } | model_metrics
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:

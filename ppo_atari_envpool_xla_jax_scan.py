@@ -21,7 +21,7 @@ from envs.protocol import Env, EpisodeStats
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
-from utils.run import RunArgs, check_run, require, run_script
+from utils.run import RunArgs, check_run, refuse_unread, require, run_script
 
 
 @dataclass
@@ -38,6 +38,12 @@ class Args(RunArgs):
     stochastic_env: bool = False
     """Atari's stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
     # networks
+    latent: Literal["continuous", "categorical"] = "continuous"
+    """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
+    num_categories: int = 32
+    """variables of that code"""
+    num_classes: int = 32
+    """classes of each of them"""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     """activation of encoder, actor and critic"""
     fc_layers: tuple[int, ...] = (512,)
@@ -109,6 +115,10 @@ def check(args: Args) -> None:
     for flag in ("learning_rate", "max_grad_norm", "target_kl"):
         value = getattr(args, flag)
         require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
+    if args.latent == "continuous":
+        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    require(args.num_categories > 0, f"--num-categories {args.num_categories}: must be at least 1")
+    require(args.num_classes > 1, f"--num-classes {args.num_classes}: must be at least 2")
     for flag in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, flag) <= 1, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, 1]")
     require(0 < args.clip_coef < 1, f"--clip-coef {args.clip_coef}: must lie between 0 and 1")
@@ -175,7 +185,7 @@ class TrainState(NamedTuple):
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
     return Agent(
-        encoder=Encoder(args.activation),
+        encoder=Encoder(args.activation, args.latent, args.num_categories, args.num_classes),
         actor_critic=ActorCritic(num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr),
     )
 

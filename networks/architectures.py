@@ -1,6 +1,7 @@
 """Encoder, actor and critic: what PPO and every world-model method share.
 
-A latent is always a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 64 for vector observations.
+A continuous latent is a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 64 for vector observations.
+A categorical one is a code of V variables with C classes each, [N, V, C]: one-hot in the last axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from networks.convolution import conv2d
+from utils.distributions import straight_through
 
 ACTIVATIONS: dict[str, Callable] = {
     "relu": nn.relu,
@@ -42,20 +44,34 @@ def dense(features: int, scale: float = float(np.sqrt(2)), name: str | None = No
 
 
 class Encoder(nn.Module):
-    """phi: observation -> latent. The convolutions of the Nature DQN for pixels; one dense layer for vectors."""
+    """phi: observation -> latent. The convolutions of the Nature DQN for pixels; one dense layer for vectors.
+
+    A categorical latent is read off them by a dense layer of logits: of each variable the likeliest class, with the gradient
+    of the softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling).
+    """
 
     activation: str = "relu"
+    latent: str = "continuous"
+    num_categories: int = 32
+    num_classes: int = 32
 
     @nn.compact
-    def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N h w c"]:
+    def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
         if obs.ndim == 4:  # stacked grey frames, channels first, as emulators return them
             x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
             x = activation(Conv(32, 8, 4)(x))
             x = activation(Conv(64, 4, 2)(x))
-            return activation(Conv(64, 3, 1)(x))
-        x = obs.reshape(obs.shape[0], -1).astype(jnp.float32)
-        return activation(dense(64)(x))[:, None, None, :]
+            x = activation(Conv(64, 3, 1)(x))
+        else:
+            x = obs.reshape(obs.shape[0], -1).astype(jnp.float32)
+            x = activation(dense(64)(x))[:, None, None, :]
+        if self.latent == "continuous":
+            return x
+        logits = dense(self.num_categories * self.num_classes, 1.0, name="code")(x.reshape(x.shape[0], -1))
+        logits = logits.reshape(-1, self.num_categories, self.num_classes)
+        hard = nn.one_hot(jnp.argmax(logits, axis=-1), self.num_classes)
+        return straight_through(hard, nn.softmax(logits))
 
 
 class Hidden(nn.Module):
@@ -88,7 +104,7 @@ class ActorCritic(nn.Module):
     decoupled: bool = False
 
     @nn.compact
-    def __call__(self, z: Float[Array, "N h w c"]) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
+    def __call__(self, z: Float[Array, "N *z"]) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
         x = z.reshape(z.shape[0], -1)
         hidden = Hidden(self.layers, self.activation, self.layer_norm, name="hidden")(x)
         if self.decoupled:

@@ -90,9 +90,22 @@ def _backward(residuals, g):
         windows = [x[:, i : i + rows, j : j + cols].reshape(-1, c) for i in range(kh) for j in range(kw)]
         dkernel = jnp.stack([(flat_g @ window).T for window in windows]).reshape(kh, kw, c, o)
     # XLA drops this convolution where nobody asks for the gradient of x, as for the pixels
-    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = lax.conv_general_dilated(g, flipped, (1, 1), [(kh - 1, kh - 1), (kw - 1, kw - 1)], dimension_numbers=LAYOUT)
-    return dx, dkernel
+    return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), dkernel
 
 
 _unit_stride_conv.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _full_conv(x, kernel):
+    pads = [(k - 1, k - 1) for k in kernel.shape[:2]]
+    return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=LAYOUT)
+
+
+def _full_backward(residuals, g):  # of second order: what a penalty on gradients needs
+    kh, kw = residuals[1].shape[:2]
+    pads = ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0))
+    return jax.vjp(lambda x, kernel: _unit_stride_conv(jnp.pad(x, pads), kernel), *residuals)[1](g)
+
+
+_full_conv.defvjp(lambda x, kernel: (_full_conv(x, kernel), (x, kernel)), _full_backward)

@@ -1,4 +1,4 @@
-"""Advantages, losses and updates of PPO and Deep SPI against numbers computed by hand, and against each other."""
+"""Advantages, losses and updates of the scripts against numbers computed by hand, and against each other."""
 
 import ast
 import difflib
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+import deep_mdp_ppo as deep_mdp
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_env
@@ -44,7 +45,7 @@ def test_gae_by_hand():
     # t=5: 3 + 0.5*8 - 6 = 1.   t=4: dummy.   t=3: truncated, bootstraps from its last observation: 2 + 0.5*50 - 4 = 23.
     # t=2: dummy.   t=1: terminated: 1 - 2 = -1.   t=0: 1 + 0.5*2 - 1 = 1, and 0.25 * (-1) of what follows.
     expected = [0.75, -1.0, 0.0, 23.0, 0.0, 1.0]
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, deep_mdp):
         assert_allclose(script.compute_gae(steps, 0.5, 0.5)[:, 0], expected, rtol=1e-6)
 
 
@@ -159,6 +160,17 @@ def test_deep_spi_loss_by_hand():
     )
 
 
+def test_deep_mdp_loss_by_hand():
+    flags = {"transition_loss_coef": 0.5, "reward_loss_coef": 2.0}
+    agent, params, args = tiny(deep_mdp, **flags)
+    loss, metrics = deep_mdp.loss_fn(params, tiny_batch(deep_mdp), jax.random.key(0), agent, args)
+    agent, params, args = tiny(ppo)
+    without, _ = ppo.loss_fn(params, tiny_batch(ppo), jax.random.key(0), agent, args)
+    # the losses of Deep SPI's test above: means 0.8125 and 0.8125
+    assert_allclose([metrics["losses/transition_loss"], metrics["losses/reward_loss"]], [0.8125, 0.8125], rtol=1e-6)
+    assert_allclose(loss - without, 0.5 * 0.8125 + 2.0 * 0.8125, rtol=1e-5)
+
+
 def test_drift_with_coefficient_one_is_the_clipped_loss():
     agent, params, args = tiny(deep_spi)
     batch, key = tiny_batch(deep_spi), jax.random.key(0)
@@ -223,25 +235,53 @@ def script_setup(script, **flags):
     return args, agent, optimizer, steps, params
 
 
-def test_deep_spi_with_zero_coefficients_is_ppo():
-    results = {}
-    for script, flags in ((ppo, {}), (deep_spi, {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0})):
-        args, agent, optimizer, steps, params = script_setup(script, **flags)
-        first, env = script.minibatch_indices(jax.random.key(2), args)
-        batch = script.gather(steps, script.compute_gae(steps, 0.99, 0.95), first[0], env[0], args)
-        loss = jax.jit(
-            lambda p, b, s=script, g=agent, a=args: jax.value_and_grad(s.loss_fn, has_aux=True)(p, b, jax.random.key(3), g, a)
-        )
+def first_minibatch(script, **flags):
+    """The jitted loss with its gradients, and what it takes: parameters and the first minibatch of a rollout of noise."""
+    args, agent, _, steps, params = script_setup(script, **flags)
+    first, env = script.minibatch_indices(jax.random.key(2), args)
+    batch = script.gather(steps, script.compute_gae(steps, 0.99, 0.95), first[0], env[0], args)
+    loss = jax.jit(lambda p, b: jax.value_and_grad(script.loss_fn, has_aux=True)(p, b, jax.random.key(3), agent, args))
+    return loss, params, batch, agent
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+def test_with_zero_coefficients_all_are_ppo(latent):
+    flags = {"latent": latent, "num_categories": 8, "num_classes": 8} if latent == "categorical" else {}
+    results = []
+    for script in (ppo, deep_mdp, deep_spi):
+        coefs = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0}
+        loss, params, batch, _ = first_minibatch(script, **flags, **coefs)
         (value, _), grads = loss(params, batch)
-        results[script] = params, value, grads
-        if script is deep_spi:
-            assert all(not g.any() for g in jax.tree.leaves((grads.transition, grads.reward)))
-    (params, value, grads), (spi_params, spi_value, spi_grads) = results[ppo], results[deep_spi]
-    assert_allclose(value, spi_value, rtol=1e-6)
-    for ours, theirs in ((params, spi_params), (grads, spi_grads)):
-        for name in ppo.Params._fields:
-            for a, b in zip(jax.tree.leaves(getattr(ours, name)), jax.tree.leaves(getattr(theirs, name)), strict=True):
-                assert_allclose(a, b, atol=1e-6)
+        results.append((params, value, grads))
+    (params, value, grads), *results = results
+    assert_same_bits(*results)
+    for their_params, their_value, their_grads in results:
+        assert_same_bits((params.encoder, params.actor_critic), (their_params.encoder, their_params.actor_critic))
+        assert_same_bits((value, grads.actor_critic), (their_value, their_grads.actor_critic))
+        assert all(not g.any() for g in jax.tree.leaves((their_grads.transition, their_grads.reward)))
+        # the sums over frames have as many terms again, all 0, for the frames that only the world model sees
+        for a, b in zip(jax.tree.leaves(grads.encoder), jax.tree.leaves(their_grads.encoder), strict=True):
+            assert_allclose(a, b, atol=2e-6 * float(jnp.abs(a).max()))
+
+
+def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
+    theirs, params, batch, agent = first_minibatch(deep_mdp)
+    ours, *_ = first_minibatch(deep_spi)
+    z = agent.encoder.apply(params.encoder, batch.obs[: len(batch.action)])
+    logits, _ = agent.actor_critic.apply(params.actor_critic, z)
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.action[:, None], axis=1)[:, 0]
+    for ratio in (1.0, 1.05):
+        old = batch._replace(log_prob=log_prob - np.log(ratio))
+        theirs_grads, ours_grads = theirs(params, old)[1], ours(params, old)[1]
+        for name in ("transition", "reward"):
+            for a, b in zip(*(jax.tree.leaves(getattr(g, name)) for g in (theirs_grads, ours_grads)), strict=True):
+                assert float(jnp.abs(a).max()) > 0
+                assert_allclose(ratio * a, b, atol=1e-4 * float(jnp.abs(a).max()))
 
 
 @pytest.mark.parametrize(
@@ -288,14 +328,19 @@ def functions(script):
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-def test_what_the_scripts_share_is_the_same():
-    theirs, ours = functions(ppo), functions(deep_spi)
-    assert list(theirs) == list(ours)
-    differ = {name for name in ours if ast.dump(theirs[name]) != ast.dump(ours[name])}
-    assert differ == {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "main"}
-    lines = [(ROOT / f"{script.__name__}.py").read_text().splitlines() for script in SCRIPTS]
-    changed = [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
-    assert len(changed) < 100
+ADDED = {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "main"}
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, differ, lines",
+    [(ppo, deep_spi, ADDED, 110), (ppo, deep_mdp, ADDED, 90), (deep_mdp, deep_spi, {"Args", "check", "loss_fn", "main"}, 55)],
+)
+def test_what_the_scripts_share_is_the_same(theirs, ours, differ, lines):
+    a, b = functions(theirs), functions(ours)
+    assert list(a) == list(b)
+    assert differ == {name for name in a if ast.dump(a[name]) != ast.dump(b[name])}
+    texts = [(ROOT / f"{script.__name__}.py").read_text().splitlines() for script in (theirs, ours)]
+    assert len([line for line in difflib.ndiff(*texts) if line[0] in "+-"]) < lines
 
 
 def learn(script, env, args, updates):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import deep_mdp_ppo as deep_mdp
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from tests.test_logs import scalars
 from utils.run import run_script
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py"]
+SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_mdp_ppo.py", "deep_spi.py"]
 SMALL = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32"]
 
 
@@ -33,6 +34,25 @@ MISTAKES = [
     (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "leave it out"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
+    (["--num-classes=8"], "--num-classes", "--latent categorical"),
+    (["--latent=categorical", "--num-classes=1"], "--num-classes", "at least 2"),
+]
+WORLD_MODEL_MISTAKES = [
+    (["--world-model=transformer"], "--world-model", "--latent categorical"),
+    (["--categorical-cost=hamming"], "--categorical-cost", "--latent categorical"),
+    (["--latent=categorical", "--transition-density=normal"], "--transition-density", "continuous latents"),
+    (["--latent=categorical", "--no-lipschitz-nets"], "--lipschitz-nets", "continuous latents"),
+    (["--latent=categorical", "--lambda-gp=1"], "--lambda-gp", "continuous latents"),
+    (["--latent=categorical", "--categorical-cost=cross_entropy", "--use-gumbel-softmax"], "--use-gumbel-softmax", "l2"),
+    (["--latent=categorical", "--gumbel-temperature=0.5"], "--gumbel-temperature", "--use-gumbel-softmax"),
+    (["--transition-density=normal", "--mixture-components=3"], "--mixture-components", "mixture_normal"),
+    (["--lambda-gp=1"], "--lambda-gp", "--no-lipschitz-nets"),
+    (["--use-wgan-gp"], "--use-wgan-gp", "--no-lipschitz-nets"),
+    (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "drop"),
+    (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
+    (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
+    (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
+    (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
 ]
 
 
@@ -42,8 +62,11 @@ def assert_refused(code, out, err, name, remedy):
     assert len(err.strip().splitlines()) == 1 and name in err and remedy in err, err
 
 
-@pytest.mark.parametrize("flags, name, remedy", MISTAKES)
-@pytest.mark.parametrize("script", [ppo, deep_spi])
+@pytest.mark.parametrize(
+    "script, flags, name, remedy",
+    [(script, *mistake) for script in (ppo, deep_mdp, deep_spi) for mistake in MISTAKES]
+    + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES],
+)
 def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     with pytest.raises(SystemExit) as end:
@@ -52,7 +75,7 @@ def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monk
 
 
 def test_mistakes_in_a_process_of_their_own():
-    for flag, remedy in (("--transition-loss-coef=-1", "0 or more"), ("--drift-coef=2", "[0, 1]")):
+    for flag, remedy in (("--transition-loss-coef=-1", "0 or more"), ("--drift-coef=0.5", "--drift-formulation")):
         done = run("deep_spi.py", flag)
         assert_refused(done.returncode, done.stdout, done.stderr, flag.split("=")[0], remedy)
 
@@ -87,7 +110,7 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)
     expected = {"losses/policy_loss", "losses/explained_variance", "charts/SPS", "spi/ratio_max", "spi/outside_fraction"}
-    if script == "deep_spi.py":
+    if script != SCRIPTS[0]:
         expected |= {"losses/transition_loss", "losses/reward_loss"}
     assert expected <= set(written)
     assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]

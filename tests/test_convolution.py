@@ -41,6 +41,24 @@ def test_equals_lax_conv_on_any_shape(size, k, stride, c, o):
     assert_same((2, size, size + 1, c), (k, k, c, o), stride)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_second_order_gradients_equal_those_of_lax_conv(stride):
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, kernel, v = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 7, 7, 3), (2, 2, 3, 5), (2, 7, 7, 3)), strict=False))
+
+    def slope(conv):
+        """Of the squared gradient for the input: what a gradient penalty needs."""
+
+        def penalty(x, kernel):
+            gradient = jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, kernel, stride))))(x)
+            return jnp.sum(v * gradient**2)
+
+        return jax.grad(penalty, argnums=(0, 1))(x, kernel)
+
+    for actual, expected in zip(slope(cpu_conv), slope(valid_conv), strict=True):
+        assert_allclose(actual, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
 def test_same_padding_and_unknown_padding():
     x, kernel = jnp.ones((1, 3, 3, 1)), jnp.ones((2, 2, 1, 1))
     assert_allclose(conv2d(x, kernel, padding="SAME")[0, :, :, 0], [[4, 4, 2], [4, 4, 2], [2, 2, 1]])

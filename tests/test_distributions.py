@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
-from scipy import stats
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import special, stats
 
 from networks.convolution import conv2d
 from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
-from networks.world_model import GROUPS, Transition, softplus
-from utils.distributions import Deterministic, Normal, average_scale, clipped_normal, soft_mixture
+from networks.per_action import GROUPS
+from networks.world_models import lipschitz as certified
+from networks.world_models import unconstrained
+from utils.distributions import (
+    Categorical,
+    Deterministic,
+    Normal,
+    average_scale,
+    clipped_normal,
+    soft_mixture,
+    softplus,
+    straight_through,
+)
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 
 KEY = jax.random.key(0)
@@ -49,6 +60,55 @@ def test_soft_mixture_is_the_average_of_component_samples():
 def test_deterministic():
     point = Deterministic(jnp.arange(3.0))
     assert_allclose(point.sample(KEY), point.mean())
+
+
+@settings(deadline=None, max_examples=30)
+@given(loc=st.floats(-3, 3), scale=st.floats(0.01, 3), x=st.floats(-3, 3))
+def test_absolute_error_is_the_mean_of_a_folded_normal(loc, scale, x):
+    d = Normal(jnp.asarray([loc], jnp.float32), jnp.asarray([scale], jnp.float32))
+    expected = stats.foldnorm(abs(loc - x) / scale, scale=scale).mean()
+    assert_allclose(d.absolute_error(jnp.asarray([x], jnp.float32))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_absolute_error_by_monte_carlo():
+    d = Normal(jnp.array([0.3, -1.0]), jnp.array([0.5, 2.0]))
+    x = jnp.array([1.0, -1.5])
+    errors = np.abs(jax.vmap(d.sample)(jax.random.split(KEY, 100_000)) - x)
+    assert_allclose(d.absolute_error(x), errors.mean(0), atol=4 * errors.std(0).max() / np.sqrt(len(errors)))
+    with pytest.raises(ValueError, match="noise_clip"):
+        Normal(x, x, noise_clip=1.0).absolute_error(x)
+
+
+def test_categorical_against_scipy():
+    logits = jax.random.normal(KEY, (3, 4))
+    d = Categorical(logits)
+    drawn = jax.vmap(d.sample)(jax.random.split(KEY, 20_000))
+    assert_array_equal(np.unique(drawn), [0, 1])
+    assert (drawn.sum(-1) == 1).all()
+    assert_allclose(drawn.mean(0), d.mean(), atol=5 * 0.5 / np.sqrt(20_000))
+    for v in range(3):
+        law = stats.multinomial(1, special.softmax(np.asarray(logits[v], np.float64)))
+        assert_allclose(d.log_prob(drawn[0])[v], law.logpmf(np.asarray(drawn[0, v])), rtol=1e-5)
+
+
+def test_straight_through_samples_have_the_gradient_of_the_probabilities():
+    logits, weights = jax.random.normal(KEY, (2, 3, 4))
+    through = jax.grad(lambda x: jnp.sum(weights * Categorical(x).sample(KEY)))(logits)
+    assert_allclose(through, jax.grad(lambda x: jnp.sum(weights * jax.nn.softmax(x)))(logits), rtol=1e-6)
+    assert_array_equal(straight_through(logits, weights), logits)
+
+
+def test_gumbel_softmax_samples_relax_the_drawn_class():
+    logits, weights = jax.random.normal(KEY, (2, 3, 4))
+    hard, warm, cold = (Categorical(logits, t).sample(KEY) for t in (None, 1.0, 1e-3))
+    assert_allclose(cold, hard, atol=1e-3)
+    assert_allclose(warm.sum(-1), 1, rtol=1e-6)
+    assert_array_equal(warm.argmax(-1), hard.argmax(-1))
+    assert warm.max() < 1
+    f = lambda x: jnp.sum(weights * Categorical(x, 0.7).sample(KEY))  # noqa: E731
+    step = jnp.zeros((3, 4)).at[1, 2].set(1e-2)
+    slope = (f(logits + step) - f(logits - step)) / 2e-2
+    assert_allclose(jax.grad(f)(logits)[1, 2], slope, rtol=1e-2)
 
 
 def test_smooth_l1_by_hand():
@@ -134,7 +194,7 @@ def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actio
     keys = jax.random.split(KEY, 5)
     z = jax.random.normal(keys[0], (12, 7, 7, 32))
     action = jax.random.randint(keys[1], (12,), 0, num_actions)
-    module = Transition(num_actions, lipschitz=lipschitz)
+    module = (certified if lipschitz else unconstrained).Transition(num_actions)
     params = module.init(keys[2], z, action)["params"]
     leaves, tree = jax.tree.flatten(params)  # biases and mixtures are not 0 here
     noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(jax.random.split(keys[3], len(leaves)), leaves, strict=True)]

@@ -19,7 +19,7 @@ from networks.lipschitz import (
     orthogonal_conv_kernel,
     projection,
 )
-from networks.world_model import Reward, Transition
+from networks.world_models.lipschitz import Reward, Transition
 
 TOLERANCE = 1e-4
 SIZE = 4  # of the feature maps that are materialised
@@ -180,7 +180,7 @@ def test_trained_layers_keep_singular_values_near_one():
 @pytest.mark.parametrize("density", ["deterministic", "normal", "mixture_normal"])
 def test_transition_is_k_lipschitz_with_noise_fixed(density):
     z_shape, constant = (2, 2, 32), 1.5
-    module = Transition(3, density, lipschitz_constant=constant)
+    module = Transition(3, density, constant=constant)
     initial = module.init(jax.random.key(0), jnp.ones((1, *z_shape)), jnp.zeros(1, jnp.int32))
     keys = jax.random.split(jax.random.key(3), 5)
 
@@ -207,7 +207,7 @@ def test_transition_is_k_lipschitz_with_noise_fixed(density):
 
 def test_reward_is_k_lipschitz_for_each_action():
     constant, z_shape = 0.7, (2, 2, 16)
-    module = Reward(3, lipschitz_constant=constant, features=32)
+    module = Reward(3, constant=constant, features=32)
     initial = module.init(jax.random.key(0), jnp.ones((1, *z_shape)), jnp.zeros(1, jnp.int32))
 
     @jax.jit

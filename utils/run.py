@@ -46,6 +46,13 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def refuse_unread(args: RunArgs, flags: tuple[str, ...], needed: str) -> None:
+    """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own."""
+    for flag in flags:
+        value, default = getattr(args, flag), type(args).__dataclass_fields__[flag].default
+        require(value == default, f"--{flag.replace('_', '-')} {value}: is read only with {needed}; leave it out")
+
+
 def check_run(args: RunArgs) -> None:
     """Checks the flags of `RunArgs`.
 

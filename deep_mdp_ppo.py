@@ -1,0 +1,460 @@
+"""DeepMDP with PPO on envpool's Atari: a world model as an auxiliary loss (Gelada et al., 2019, arXiv 1906.02736).
+
+    python deep_mdp_ppo.py --env-id=Breakout-v5
+
+PPO, and the losses of a latent world model added to it, which shape the representation. It is the baseline of Deep SPI: the
+same networks and losses, but they stand outside the clipped ratio, so that the model is fitted where the data was collected,
+and what it gets wrong does not make an action worth less. `diff deep_mdp_ppo.py deep_spi.py` shows just that.
+
+Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
+Shapes: T steps x B environments, and N = flattened.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Num, Scalar
+
+from envs.atari import CLASSIC, make_env
+from envs.protocol import Env, EpisodeStats
+from networks.architectures import ActorCritic, Encoder
+from utils.logs import Logger
+from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
+from utils.run import RunArgs, check_run, refuse_unread, require, run_script
+from utils.world_model import (
+    WorldModelArgs,
+    check_world_model,
+    gradient_penalty,
+    make_world_model,
+    penalises_gradients,
+    transition_loss,
+)
+
+
+@dataclass
+class Args(WorldModelArgs, RunArgs):
+    """Flags of the algorithm."""
+
+    # rollout
+    num_envs: int = 128
+    """environments that step together (B)"""
+    num_steps: int = 8
+    """steps of each environment between two updates (T)"""
+    reward_clip: bool = True
+    """train on the sign of the rewards (Atari; logged returns are never clipped)"""
+    stochastic_env: bool = False
+    """Atari's stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
+    # networks
+    latent: Literal["continuous", "categorical"] = "continuous"
+    """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
+    num_categories: int = 32
+    """variables of that code"""
+    num_classes: int = 32
+    """classes of each of them"""
+    activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
+    """activation of encoder, actor and critic"""
+    fc_layers: tuple[int, ...] = (512,)
+    """sizes of the dense layers between latent and heads"""
+    use_layer_norm: bool = False
+    """layer normalisation in those dense layers, before the activation"""
+    decoupled_repr: bool = False
+    """actor and critic each have their own dense layers (the encoder is always shared)"""
+    # world model
+    transition_loss_coef: float = 5e-4
+    """c_P: weight of the transition loss"""
+    reward_loss_coef: float = 0.01
+    """c_R: weight of the reward loss"""
+    # optimisation
+    learning_rate: float = 2.5e-4
+    """learning rate of Adam"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0 over the run"""
+    update_epochs: int = 4
+    """passes over the rollout in one update"""
+    num_minibatches: int = 4
+    """minibatches in each pass"""
+    minibatch_by: Literal["transition", "env"] = "transition"
+    """what is shuffled into minibatches: single transitions, or whole environments (T steps stay together)"""
+    max_grad_norm: float = 0.5
+    """clip the norm of the whole gradient to this"""
+    # loss
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    norm_adv: bool = True
+    """normalise advantages in each minibatch"""
+    clip_coef: float = 0.1
+    """eps: the policy may move its ratios to [1 - eps, 1 + eps]"""
+    clip_vloss: bool = True
+    """clip the change of the value, too, to eps"""
+    use_huber: bool = False
+    """Huber's loss instead of the square for the value"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    target_kl: float | None = None
+    """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
+
+
+def check(args: Args) -> None:
+    """Raises UsageError where a flag, or a combination of flags, cannot work."""
+    check_run(args)
+    check_world_model(args)
+    for flag in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
+        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    require(
+        args.minibatch_by == "env" or args.num_envs * args.num_steps % args.num_minibatches == 0,
+        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps} transitions do not "
+        f"divide into --num-minibatches {args.num_minibatches}: change one of the three",
+    )
+    require(
+        args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
+        f"--minibatch-by env: --num-envs {args.num_envs} does not divide into --num-minibatches {args.num_minibatches}: "
+        "change one of the two",
+    )
+    require(
+        args.total_timesteps >= args.num_envs * args.num_steps,
+        f"--total-timesteps {args.total_timesteps}: less than one rollout of --num-envs {args.num_envs} x --num-steps "
+        f"{args.num_steps}: ask for at least {args.num_envs * args.num_steps}",
+    )
+    for flag in ("ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef"):
+        require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
+    require(
+        not args.stochastic_env or args.env_id not in CLASSIC,
+        f"--stochastic-env: a protocol of Atari, not of --env-id {args.env_id}: leave it out",
+    )
+    for flag in ("learning_rate", "max_grad_norm", "target_kl"):
+        value = getattr(args, flag)
+        require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
+    if args.latent == "continuous":
+        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    require(args.num_categories > 0, f"--num-categories {args.num_categories}: must be at least 1")
+    require(args.num_classes > 1, f"--num-classes {args.num_classes}: must be at least 2")
+    for flag in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, flag) <= 1, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, 1]")
+    require(0 < args.clip_coef < 1, f"--clip-coef {args.clip_coef}: must lie between 0 and 1")
+    require(all(n > 0 for n in args.fc_layers), f"--fc-layers {args.fc_layers}: sizes must be positive")
+
+
+class Agent(NamedTuple):
+    """The networks, without their parameters."""
+
+    encoder: nn.Module
+    actor_critic: nn.Module
+    transition: nn.Module
+    reward: nn.Module
+
+
+class Params(NamedTuple):
+    """The parameters of the networks of `Agent`, field by field."""
+
+    encoder: Any
+    actor_critic: Any
+    transition: Any
+    reward: Any
+
+
+class Rollout(NamedTuple):
+    """T steps of B environments.
+
+    At index t stands what the step that took `action[t]` in `obs[t]` returned, so `obs[t + 1]` is its next observation,
+    the last one of the episode included. `valid[t]` is false where that step was none: `obs[t]` had ended an episode, and
+    the environment ignored the action and started a new one.
+    """
+
+    obs: Num[Array, "T+1 B *obs"]
+    value: Float[Array, "T+1 B"]
+    action: Int[Array, "T B"]
+    log_prob: Float[Array, "T B"]
+    reward: Float[Array, "T B"]
+    terminated: Bool[Array, "T B"]
+    truncated: Bool[Array, "T B"]
+    valid: Bool[Array, "T B"]
+    episode: EpisodeStats  # [T, B]
+
+
+class Minibatch(NamedTuple):
+    """N transitions in runs of S consecutive steps, time first: the next observation of n is `obs[n + N / S]`."""
+
+    obs: Num[Array, "N+N/S *obs"]
+    action: Int[Array, " N"]
+    log_prob: Float[Array, " N"]
+    value: Float[Array, " N"]
+    advantage: Float[Array, " N"]
+    target: Float[Array, " N"]
+    reward: Float[Array, " N"]
+    valid: Bool[Array, " N"]
+
+
+class TrainState(NamedTuple):
+    """All that changes in training."""
+
+    params: Params
+    opt_state: optax.OptState
+    env_state: Any
+    obs: Num[Array, "B *obs"]
+    key: jax.Array
+    iteration: Int[Scalar, ""]
+
+
+def make_agent(args: Args, num_actions: int) -> Agent:
+    """The networks that the flags ask for."""
+    transition, reward = make_world_model(args, num_actions)
+    return Agent(
+        encoder=Encoder(args.activation, args.latent, args.num_categories, args.num_classes),
+        actor_critic=ActorCritic(num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr),
+        transition=transition,
+        reward=reward,
+    )
+
+
+def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
+    """Random parameters. Each network has a key of its own, so that all scripts start from the same encoder and heads."""
+    key_of = partial(jax.random.fold_in, key)
+    z, encoder = agent.encoder.init_with_output(key_of(0), obs[:1])
+    action = jnp.zeros(1, jnp.int32)
+    return Params(
+        encoder=encoder,
+        actor_critic=agent.actor_critic.init(key_of(1), z),
+        transition=agent.transition.init(key_of(2), z, action),
+        reward=agent.reward.init(key_of(3), z, action),
+    )
+
+
+def make_optimizer(args: Args) -> optax.GradientTransformation:
+    """Adam on the clipped gradient; the learning rate is applied in `update`, which knows how far the run is."""
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+
+
+def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:
+    """Takes T steps in each environment with the current policy."""
+
+    def policy(obs):
+        return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs))
+
+    def step(carry, key):
+        env_state, obs = carry
+        logits, value = policy(obs)
+        action = jax.random.categorical(key, logits)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
+        env_state, after = env.step(env_state, action)
+        record = (
+            obs, value, action, log_prob, after.reward, after.terminated, after.truncated, after.valid, after.episode
+        )  # fmt: skip
+        return (env_state, after.obs), Rollout(*record)
+
+    (env_state, obs), steps = jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))
+    _, value = policy(obs)
+    steps = steps._replace(obs=jnp.concatenate([steps.obs, obs[None]]), value=jnp.concatenate([steps.value, value[None]]))
+    return state._replace(env_state=env_state, obs=obs), steps
+
+
+def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
+    """Generalised advantage estimates (Schulman et al., 2016, equation 16); 0 where a step is not valid.
+
+    A terminated step bootstraps from nothing, a truncated one from the value of the last observation of its episode.
+    Neither looks beyond the end: what follows it is not valid.
+    """
+
+    def backwards(next_advantage, step):
+        delta, done, valid = step
+        advantage = jnp.where(valid, delta + gamma * gae_lambda * (1.0 - done) * next_advantage, 0.0)
+        return advantage, advantage
+
+    delta = steps.reward + gamma * (1.0 - steps.terminated) * steps.value[1:] - steps.value[:-1]
+    done = steps.terminated | steps.truncated
+    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(delta[0]), (delta, done, steps.valid), reverse=True)
+    return advantages
+
+
+def loss_fn(
+    params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args
+) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
+    """DeepMDP's loss of a minibatch, and what to log of it. The key draws the next latents."""
+    n = batch.action.shape[0]
+    mean = partial(masked_mean, valid=batch.valid)
+    z = agent.encoder.apply(params.encoder, batch.obs)
+    z, next_z = z[:n], z[-n:]
+    logits, value = agent.actor_critic.apply(params.actor_critic, z)
+
+    log_probs = jax.nn.log_softmax(logits)
+    log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
+    log_ratio = jnp.where(batch.valid, log_ratio, 0.0)  # a huge masked ratio would turn its masked gradient into NaN
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
+
+    # No gradient is stopped: they reach both networks and the encoder of z and z'.
+    predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
+    predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
+    transition_losses = transition_loss(predict_z(z), next_z, key, args)
+    reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
+    model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
+    policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
+    entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
+
+    value_error = smooth_l1_loss if args.use_huber else lambda error: 0.5 * error**2
+    value_losses = value_error(value - batch.target)
+    if args.clip_vloss:
+        clipped_value = batch.value + jnp.clip(value - batch.value, -args.clip_coef, args.clip_coef)
+        value_losses = jnp.maximum(value_losses, value_error(clipped_value - batch.target))
+    value_loss = mean(value_losses)
+
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    loss = loss + args.reward_loss_coef * mean(reward_losses) + args.transition_loss_coef * mean(transition_losses)
+    if penalises_gradients(args):
+        penalty_key = jax.random.fold_in(key, 1)
+        penalty = mean(sum(gradient_penalty(f, z, penalty_key, args.use_wgan_gp) for f in (predict_z, predict_reward)))
+        loss = loss + args.lambda_gp * penalty
+        model_metrics["losses/gradient_penalty"] = penalty
+    outside = jnp.abs(ratio - 1) > args.clip_coef
+    return loss, {
+        "losses/policy_loss": policy_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/approx_kl": mean(ratio - 1 - log_ratio),
+        "losses/clipfrac": mean(outside.astype(jnp.float32)),
+        "spi/ratio_max": jnp.max(jnp.where(batch.valid, ratio, -jnp.inf)),
+        "spi/ratio_min": jnp.min(jnp.where(batch.valid, ratio, jnp.inf)),
+        "spi/outside_fraction": mean(outside.astype(jnp.float32)),
+    } | model_metrics
+
+
+def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
+    """First step and environment of each run of steps of each of the K minibatches of one update, freshly shuffled in
+    every epoch. A run is one step long, or T where minibatches keep whole environments together."""
+    runs = args.num_envs * (args.num_steps if args.minibatch_by == "transition" else 1)
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, runs))(jax.random.split(key, args.update_epochs))
+    shuffled = shuffled.reshape(args.update_epochs * args.num_minibatches, -1)
+    return shuffled // args.num_envs, shuffled % args.num_envs
+
+
+def gather(
+    steps: Rollout, advantages: Float[Array, "T B"], first: Int[Array, " R"], env: Int[Array, " R"], args: Args
+) -> Minibatch:
+    """The minibatch made of the runs of steps that start at `first` in the environments `env`."""
+    length = 1 if args.minibatch_by == "transition" else args.num_steps
+
+    def take(x, length=length):
+        x = x[first + jnp.arange(length)[:, None], env]
+        return x.reshape(-1, *x.shape[2:])
+
+    return Minibatch(
+        obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
+        action=take(steps.action),
+        log_prob=take(steps.log_prob),
+        value=take(steps.value),
+        advantage=take(advantages),
+        target=take(advantages + steps.value[:-1]),
+        reward=take(steps.reward),
+        valid=take(steps.valid),
+    )
+
+
+def update(
+    state: TrainState,
+    steps: Rollout,
+    advantages: Float[Array, "T B"],
+    key: jax.Array,
+    agent: Agent,
+    optimizer: optax.GradientTransformation,
+    args: Args,
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """All epochs of minibatch gradient steps on one rollout."""
+    num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
+    fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
+    learning_rate = args.learning_rate * fraction_left
+
+    def learn(params, opt_state, first, env, key):
+        batch = gather(steps, advantages, first, env, args)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates))
+        return params, opt_state, metrics
+
+    def minibatch_step(carry, minibatch):
+        stopped = carry[2]
+        if args.target_kl is None:
+            params, opt_state, metrics = learn(*carry[:2], *minibatch)
+            return (params, opt_state, stopped), (metrics, ~stopped)
+        shapes = jax.eval_shape(learn, *carry[:2], *minibatch)
+        skip = lambda params, opt_state, *_: (  # noqa: E731
+            params, opt_state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
+        )  # fmt: skip
+        params, opt_state, metrics = jax.lax.cond(stopped, skip, learn, *carry[:2], *minibatch)
+        return (params, opt_state, stopped | (metrics["losses/approx_kl"] > args.target_kl)), (metrics, ~stopped)
+
+    shuffle_key, loss_key = jax.random.split(key)
+    first, env = minibatch_indices(shuffle_key, args)
+    keys = jax.random.split(loss_key, first.shape[0])
+    carry = (state.params, state.opt_state, jnp.zeros((), bool))
+    (params, opt_state, _), (metrics, ran) = jax.lax.scan(minibatch_step, carry, (first, env, keys))
+
+    state = state._replace(params=params, opt_state=opt_state, iteration=state.iteration + 1)
+    return state, summarize(metrics, ran, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+
+
+def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], args: Args) -> dict[str, Scalar]:
+    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios (of
+    the actions taken) to what they were in the last `num_minibatches`, each measured before its own gradient step."""
+    last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - args.num_minibatches)
+    reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
+    return reduced | {
+        "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
+        "spi/ratio_min": jnp.min(jnp.where(last, metrics["spi/ratio_min"], jnp.inf)),
+        "spi/outside_fraction": masked_mean(metrics["spi/outside_fraction"], last),
+    }
+
+
+def train_iteration(
+    state: TrainState, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """One rollout and the update on it: the unit of work, jitted as a whole."""
+    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    state, steps = rollout(state._replace(key=key), rollout_key, env, agent, args)
+    advantages = compute_gae(steps, args.gamma, args.gae_lambda)
+    state, metrics = update(state, steps, advantages, update_key, agent, optimizer, args)
+
+    mean = partial(masked_mean, valid=steps.valid)
+    target = advantages + steps.value[:-1]
+    episode = steps.episode
+    return state, metrics | {
+        "losses/explained_variance": 1 - mean((advantages - mean(advantages)) ** 2) / mean((target - mean(target)) ** 2),
+        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
+        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
+        "episodes": jnp.sum(episode.finished),
+    }
+
+
+def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first iteration."""
+    init_key, key = jax.random.split(jax.random.key(args.seed))
+    env_state, obs = env.reset()
+    params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
+    return TrainState(params, optimizer.init(params), env_state, obs, key, jnp.zeros((), jnp.int32))
+
+
+def main(args: Args) -> None:
+    """Trains, and logs as it goes."""
+    check(args)
+    env = make_env(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env)
+    agent = make_agent(args, env.num_actions)
+    optimizer = make_optimizer(args)
+    iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)
+    steps_per_iteration = args.num_envs * args.num_steps
+    with Logger(args, "deep_mdp", steps_per_iteration) as logger:
+        state = init_state(args, env, agent, optimizer)
+        for _ in range(args.total_timesteps // steps_per_iteration):
+            state, metrics = iteration(state)
+            logger.log(metrics)
+
+
+if __name__ == "__main__":
+    run_script(main, Args)

@@ -1,0 +1,94 @@
+"""The certified world model of continuous latents: transition and reward are K-Lipschitz for every value of their parameters.
+
+Source: the paper's networks (two 2 x 2 convolutions; dense 256, 256), with the layers of `networks/lipschitz.py` in them.
+"""
+
+from functools import partial
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from networks.lipschitz import (
+    LipschitzConv,
+    LipschitzDense,
+    LipschitzScalars,
+    group_sort,
+    orthogonal,
+    orthogonal_init,
+    projection,
+)
+from networks.per_action import GROUPS, as_latent, by_group, of_action, product, shift
+from utils.distributions import MIN_SCALE, Deterministic, Normal, average_scale, softplus
+
+
+class Transition(nn.Module):
+    """The transition network: (z, a) -> distribution of z'.
+
+    Two 2 x 2 convolutions; the second is grouped and has one kernel per action, which gives `components` locations and
+    scales for each channel of z'.
+
+    A sample of z' with its noise fixed is a K-Lipschitz function of z, K = `constant`, for every action and every value of
+    the parameters: the hidden map is 1-Lipschitz (certified convolution, GroupSort), and so is
+    the map to each component's location and to the argument of its softplus. Half of K is given to the locations and half
+    to the scales; noise is clipped to [-1, 1]. The mixture's weights depend on the action alone: weights that depend on
+    z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all. Averaging
+    near-orthogonal maps is also how this network contracts where it should.
+    """
+
+    num_actions: int
+    density: str = "mixture_normal"
+    components: int = 5
+    constant: float = 1.0
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
+        components = self.components if self.density == "mixture_normal" else 1
+        maps = components if self.density == "deterministic" else 2 * components
+        num_actions, channels = self.num_actions, z.shape[-1]
+        hidden = group_sort(LipschitzConv(2 * channels, name="hidden")(z))
+
+        c, o = 2 * channels // GROUPS, channels // GROUPS
+        h = self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS))
+        p = self.param("vertical", orthogonal_init, (c, c // 2, num_actions, GROUPS))
+        q = self.param("horizontal", orthogonal_init, (c, c // 2, num_actions, GROUPS))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        weights = jnp.ones((num_actions, 1))
+        if components > 1:
+            weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
+
+        h, p, q = orthogonal(h), projection(p), projection(q)
+        h = h.transpose(2, 4, 3, 1, 0)  # [A, G, maps, o, c]
+        p, q = p.transpose(2, 3, 0, 1), q.transpose(2, 3, 0, 1)  # [A, G, c, c], symmetric
+        # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
+        x = by_group(hidden)
+        x = x + product(q, shift(x, z.shape[2], 0, 1) - x, action)
+        x = x + product(p, shift(x, z.shape[2], 1, 0) - x, action)
+
+        # the locations enter through their average alone, so their kernels are averaged before the product
+        average = partial(jnp.einsum, precision="highest")
+        loc = product(average("agmoc,am->agoc", h[:, :, :components], weights), x, action)
+        loc = loc + of_action(average("agmo,am->ago", bias[:, :, :components], weights), action)[..., None]
+        if self.density == "deterministic":
+            return Deterministic(self.constant * as_latent(loc, z.shape))
+        scales = product(h[:, :, components:].reshape(num_actions, GROUPS, -1, c), x, action)
+        scales = scales.reshape(*scales.shape[:2], components, o, -1) + of_action(bias[:, :, components:], action)[..., None]
+        scale = average_scale(of_action(weights, action)[:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
+        half = 0.5 * self.constant
+        return Normal(half * as_latent(loc, z.shape), half * as_latent(scale, z.shape), noise_clip=1.0)
+
+
+class Reward(nn.Module):
+    """The reward network: (z, a) -> expected reward, K-Lipschitz in z for every action, K = `constant`."""
+
+    num_actions: int
+    constant: float = 1.0
+    features: int = 256
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Float[Array, " N"]:
+        x = z.reshape(z.shape[0], -1)
+        x = group_sort(LipschitzDense(self.features)(x))
+        x = group_sort(LipschitzDense(self.features)(x))
+        rewards = self.constant * LipschitzScalars(self.num_actions)(x)
+        return jnp.take_along_axis(rewards, action[:, None], axis=1)[:, 0]

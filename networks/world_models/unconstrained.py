@@ -1,0 +1,68 @@
+"""The unconstrained world model of continuous latents: the networks of `lipschitz.py` with plain layers.
+
+Nothing bounds their Lipschitz constants but, where asked for, a penalty on their gradients (`utils/world_model.py`).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from networks.architectures import ACTIVATIONS, dense
+from networks.convolution import conv2d
+from networks.per_action import GROUPS, as_latent, by_group, of_action, product, shift
+from utils.distributions import MIN_SCALE, Deterministic, Normal, soft_mixture, softplus
+
+
+class Transition(nn.Module):
+    """The transition network: (z, a) -> distribution of z'. The weights of its mixture depend on z as well as on the action."""
+
+    num_actions: int
+    density: str = "mixture_normal"
+    components: int = 5
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
+        components = self.components if self.density == "mixture_normal" else 1
+        maps = components if self.density == "deterministic" else 2 * components
+        num_actions, channels = self.num_actions, z.shape[-1]
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("hidden_kernel", init, (2, 2, channels, 2 * channels))
+        bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
+        hidden = ACTIVATIONS[self.activation](conv2d(z, kernel, padding="SAME") + bias)
+
+        c, o = 2 * channels // GROUPS, channels // GROUPS
+        per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(1, 2, 5), out_axis=4, batch_axis=(0, 3))
+        kernels = self.param("kernels", per_action, (num_actions, 2, 2, GROUPS, maps * o, c))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        x = by_group(hidden)
+        taps = [(i, j) for i in (0, 1) for j in (0, 1)]
+        raw = sum(product(kernels[:, i, j], shift(x, z.shape[2], i, j), action) for i, j in taps)
+        raw = raw.reshape(*raw.shape[:2], maps, o, raw.shape[-1]) + of_action(bias, action)[..., None]
+        if self.density == "deterministic":
+            return Deterministic(as_latent(raw[:, :, 0], z.shape))
+        loc, scale = raw[:, :, :components], softplus(raw[:, :, components:]) + MIN_SCALE
+        weights = jnp.ones((1, 1, 1, 1, 1))
+        if components > 1:
+            logits = dense(num_actions * components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
+            logits = jnp.take_along_axis(logits.reshape(-1, num_actions, components), action[:, None, None], 1)
+            weights = nn.softmax(logits).reshape(-1, 1, components, 1, 1)
+        average = soft_mixture(weights, loc, scale, axis=2)
+        return jax.tree.map(lambda x: as_latent(x, z.shape), average)
+
+
+class Reward(nn.Module):
+    """The reward network: (z, a) -> expected reward."""
+
+    num_actions: int
+    activation: str = "relu"
+    features: int = 256
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Float[Array, " N"]:
+        x = z.reshape(z.shape[0], -1)
+        x = ACTIVATIONS[self.activation](dense(self.features)(x))
+        x = ACTIVATIONS[self.activation](dense(self.features)(x))
+        rewards = dense(self.num_actions, 1.0)(x)
+        return jnp.take_along_axis(rewards, action[:, None], axis=1)[:, 0]

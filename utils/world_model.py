@@ -1,0 +1,223 @@
+"""The world model that the flags ask for, and its losses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from networks.world_models import CATEGORICAL, CONTINUOUS
+from utils.distributions import Categorical, Deterministic, Normal
+from utils.losses import smooth_l1_loss
+from utils.run import refuse_unread, require
+
+
+@dataclass
+class WorldModelArgs:
+    """Flags of the world model."""
+
+    # of continuous latents
+    transition_density: Literal["deterministic", "normal", "mixture_normal"] = "mixture_normal"
+    """continuous latents: distribution of the next; mixture_normal is the soft mixture, a weighted average of normals"""
+    mixture_components: int = 5
+    """components of mixture_normal"""
+    lipschitz_nets: bool = True
+    """continuous latents: transition and reward networks that are K-Lipschitz for every value of their parameters; otherwise
+    unconstrained ones, with a penalty on their gradients"""
+    lipschitz_constant: float = 1.0
+    """K of the Lipschitz networks"""
+    lambda_gp: float = 0.01
+    """weight of the gradient penalty of unconstrained networks; 0 for none"""
+    use_wgan_gp: bool = False
+    """penalise (gradient norm - 1)^2, not its square: the networks are to be 1-Lipschitz, but not flat"""
+    # of categorical latents
+    world_model: Literal[*CATEGORICAL] = "fc"
+    """categorical latents: transition network"""
+    categorical_cost: Literal["l2", "cross_entropy", "hamming", "jensen_shannon"] = "l2"
+    """categorical latents: distance of the next code from a sampled one (l2, hamming) or from its distribution (the others)"""
+    use_gumbel_softmax: bool = False
+    """categorical latents: relaxed samples (Gumbel-softmax) instead of straight-through ones"""
+    gumbel_temperature: float = 1.0
+    """temperature of those samples"""
+    # of both
+    w_balancing: float | None = None
+    """share of the transition loss's gradient that reaches the prediction, the rest going to the next latent (DreamerV2's
+    balancing, with the distance at hand in the place of its KL divergence); by default each gets all of its own"""
+    clip_reward_net_output: bool = False
+    """squash the output of the reward network to [-1, 1]"""
+
+
+def check_world_model(args: Any) -> None:
+    """Checks the flags of `WorldModelArgs`, given those of the script around them.
+
+    Raises:
+        UsageError: the first mistake found.
+    """
+    unread = partial(refuse_unread, args)
+    categorical = ("world_model", "categorical_cost", "use_gumbel_softmax", "gumbel_temperature")
+    penalty = ("lambda_gp", "use_wgan_gp")
+    if args.latent == "categorical":
+        unread(
+            ("transition_density", "mixture_components", "lipschitz_nets", "lipschitz_constant", *penalty), "continuous latents"
+        )
+        if args.categorical_cost not in SAMPLED:
+            unread(
+                ("use_gumbel_softmax", "gumbel_temperature"), f"a cost that samples: --categorical-cost {' or '.join(SAMPLED)}"
+            )
+        if not args.use_gumbel_softmax:
+            unread(("gumbel_temperature",), "--use-gumbel-softmax")
+    else:
+        unread(categorical, "--latent categorical")
+        if args.transition_density != "mixture_normal":
+            unread(("mixture_components",), "--transition-density mixture_normal")
+        if args.lipschitz_nets:
+            unread(penalty, "--no-lipschitz-nets")
+        else:
+            unread(("lipschitz_constant",), "Lipschitz networks: drop --no-lipschitz-nets")
+        require(
+            args.lambda_gp > 0 or not args.use_wgan_gp,
+            f"--lambda-gp {args.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
+        )
+    require(
+        not args.clip_reward_net_output or args.reward_clip,
+        "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
+    )
+    require(args.mixture_components > 0, f"--mixture-components {args.mixture_components}: must be at least 1")
+    require(args.lambda_gp >= 0, f"--lambda-gp {args.lambda_gp}: must be 0 or more")
+    for flag in ("lipschitz_constant", "gumbel_temperature"):
+        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
+    require(args.w_balancing is None or 0 <= args.w_balancing <= 1, f"--w-balancing {args.w_balancing}: must lie in [0, 1]")
+
+
+class Squashed(nn.Module):
+    """A reward network with its output squashed to [-1, 1] by tanh, which is 1-Lipschitz."""
+
+    reward: nn.Module
+
+    @nn.compact
+    def __call__(self, z, action):
+        return jnp.tanh(self.reward(z, action))
+
+
+def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]:
+    """Transition network (z, action) -> distribution of z', and reward network (z, action) -> [N]."""
+    if args.latent == "categorical":
+        networks = CATEGORICAL[args.world_model]
+        temperature = args.gumbel_temperature if args.use_gumbel_softmax else None
+        transition = networks.Transition(num_actions, args.activation, temperature)
+        reward = networks.Reward(num_actions, args.activation)
+    elif args.lipschitz_nets:
+        networks, constant = CONTINUOUS["lipschitz"], args.lipschitz_constant
+        transition = networks.Transition(num_actions, args.transition_density, args.mixture_components, constant)
+        reward = networks.Reward(num_actions, constant)
+    else:
+        networks = CONTINUOUS["unconstrained"]
+        transition = networks.Transition(num_actions, args.transition_density, args.mixture_components, args.activation)
+        reward = networks.Reward(num_actions, args.activation)
+    return transition, Squashed(reward) if args.clip_reward_net_output else reward
+
+
+def transition_loss(
+    predicted: Deterministic | Normal | Categorical, next_z: Float[Array, "N *z"], key: jax.Array, args: Any
+) -> Float[Array, " N"]:
+    """l_P of each transition: how far the predicted distribution of z' is from phi(o'), summed over the latent.
+
+    Continuous latents: Huber's loss of a sample; for unconstrained normals the expected absolute error, in closed form.
+    Categorical ones: see `CATEGORICAL_COSTS`.
+    """
+    if args.w_balancing is not None:
+        predicted = jax.tree.map(partial(scale_gradient, factor=args.w_balancing), predicted)
+        next_z = scale_gradient(next_z, 1.0 - args.w_balancing)
+    if args.latent == "categorical":
+        costs = CATEGORICAL_COSTS[args.categorical_cost](predicted, next_z, key)
+    elif args.lipschitz_nets or args.transition_density == "deterministic":
+        costs = smooth_l1_loss(predicted.sample(key) - next_z)
+    else:
+        costs = predicted.absolute_error(next_z)
+    return jnp.sum(costs, axis=range(1, costs.ndim))
+
+
+def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    """x itself, but what flows back through it is multiplied by `factor`."""
+    stopped = jax.lax.stop_gradient(x)
+    return stopped + factor * (x - stopped)
+
+
+def l2(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
+    """Squared distance of a sample."""
+    return jnp.sum((predicted.sample(key) - next_z) ** 2, axis=-1)
+
+
+def hamming(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
+    """1 where a sample differs."""
+    return 1.0 - jnp.sum(predicted.sample(key) * next_z, axis=-1)
+
+
+def cross_entropy(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
+    """Of the predicted probabilities; not random."""
+    return -predicted.log_prob(next_z)
+
+
+def jensen_shannon(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
+    """Jensen-Shannon distance between the predicted probabilities and the code; not random."""
+    return jensen_shannon_distance(predicted.mean(), next_z)
+
+
+SAMPLED: dict[str, Callable] = {"l2": l2, "hamming": hamming}
+CATEGORICAL_COSTS: dict[str, Callable] = SAMPLED | {"cross_entropy": cross_entropy, "jensen_shannon": jensen_shannon}
+
+
+def jensen_shannon_distance(
+    p: Float[Array, "*batch C"], q: Float[Array, "*batch C"], eps: float = 1e-6
+) -> Float[Array, "*batch"]:
+    """Square root of the Jensen-Shannon divergence in nats: a metric, at most sqrt(log 2) (Endres & Schindelin, 2003).
+
+    `eps` within the logarithms keeps gradients finite at probabilities of 0, where the slope of x log x is not, and changes
+    the value by less than eps.
+    """
+    middle = 0.5 * (p + q)
+    divergence = 0.0
+    for x in (p, q):
+        divergence = divergence + 0.5 * jnp.sum(x * jnp.log((x + eps) / (middle + eps)), axis=-1)
+    positive = divergence > eps**2  # the root's gradient at 0 is infinite: both the argument and the result are replaced
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, divergence, 1.0)), 0.0)
+
+
+def penalises_gradients(args: Any) -> bool:
+    """Whether the flags ask for a penalty on the world model's gradients."""
+    return args.latent == "continuous" and not args.lipschitz_nets and args.lambda_gp > 0
+
+
+def gradient_penalty(
+    f: Callable[[Float[Array, "N *z"]], Any], z: Float[Array, "N *z"], key: jax.Array, wgan: bool
+) -> Float[Array, " N"]:
+    """How steep f is at each z, as a penalty: the squared norm of a gradient, or with `wgan` (norm - 1)^2.
+
+    The gradient is that of f's output along a random unit vector v of its space, J^T v: one vector-Jacobian product, where
+    the Jacobian would take one for each of 3136 numbers. Its norm is at most that of J, and E |J^T v|^2 = |J|_F^2 / dim f. For
+    a scalar f it is the gradient itself. f's output may be a distribution: for independent normals the Euclidean distance of
+    (loc, scale) is the 2-Wasserstein distance, so that it is what the transition's Lipschitz constant is about.
+
+    Source: Gulrajani et al., 2017 (equation 3), for `wgan`; Gelada et al., 2019 (DeepMDP), for its use in a world model.
+
+    Args:
+        f: maps each sample on its own; its output has the samples first.
+        z: where; no gradient flows back to it, the penalty is about f.
+        key: draws v.
+        wgan: see above.
+    """
+    output, pull_back = jax.vjp(f, jax.lax.stop_gradient(z))
+    leaves, tree = jax.tree.flatten(output)
+    noise = [jax.random.normal(k, x.shape) for k, x in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
+    length = jnp.sqrt(sum(_sums(x**2) for x in noise))
+    direction = jax.tree.unflatten(tree, [x / length.reshape(-1, *(1,) * (x.ndim - 1)) for x in noise])
+    squared = _sums(pull_back(direction)[0] ** 2)
+    return (jnp.sqrt(squared + 1e-12) - 1.0) ** 2 if wgan else squared  # the gradient of a root at 0 is infinite
+
+
+def _sums(x):
+    return jnp.sum(x, axis=range(1, x.ndim))
