@@ -84,8 +84,9 @@ class Args(WorldModelArgs, RunArgs):
     """passes over the rollout in one update"""
     num_minibatches: int = 4
     """minibatches in each pass"""
-    minibatch_by: Literal["transition", "env"] = "transition"
-    """what is shuffled into minibatches: single transitions, or whole environments (T steps stay together)"""
+    minibatch_by: Literal["env", "transition"] = "env"
+    """what is shuffled into minibatches: whole environments (T steps stay together, so that a world model's frames are encoded
+    once and not twice), or single transitions (the better choice for few environments and many steps)"""
     max_grad_norm: float = 0.5
     """clip the norm of the whole gradient to this"""
     # loss

@@ -1,6 +1,7 @@
 """How fast the scripts train, as shares of what the machine could do at most.
 
     uv run benchmarks/throughput.py
+    uv run benchmarks/throughput.py --world-models    # Deep SPI with each of its world models instead
 
 In one run, on whatever device is there: the rate of a float32 matrix product, envpool's own rate with random actions, and for
 each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start to
@@ -29,13 +30,31 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.atari import make_env  # noqa: E402
 from utils.run import describe_device  # noqa: E402
 
 MATRIX = 4096
-SCRIPTS = {"ppo": ppo, "deep_spi": deep_spi}
+SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi}
+WORLD_MODELS = (
+    {},
+    {"transition_density": "normal"},
+    {"transition_density": "deterministic"},
+    {"lipschitz_nets": False, "lambda_gp": 0.0},
+    {"lipschitz_nets": False},
+    {"lipschitz_nets": False, "use_wgan_gp": True},
+    {"transition_density": "normal", "lipschitz_nets": False},
+    {"transition_density": "deterministic", "lipschitz_nets": False},
+    {"latent": "categorical", "world_model": "fc"},
+    {"latent": "categorical", "world_model": "fc", "use_gumbel_softmax": True},
+    {"latent": "categorical", "world_model": "fc", "categorical_cost": "hamming"},
+    {"latent": "categorical", "world_model": "fc", "categorical_cost": "cross_entropy"},
+    {"latent": "categorical", "world_model": "fc", "categorical_cost": "jensen_shannon"},
+    {"latent": "categorical", "world_model": "transformer"},
+    {"latent": "categorical", "world_model": "softmoe"},
+)
 
 
 @dataclass
@@ -50,6 +69,8 @@ class Args:
     """environments"""
     num_steps: int = 8
     """steps of a rollout"""
+    world_models: bool = False
+    """time Deep SPI with each world model, instead of all scripts; only on the first game"""
     startup: bool = True
     """also start each script as a user does, for the time to the first update and the peak memory"""
     output: str = "throughput.json"
@@ -67,13 +88,13 @@ def flops_per_step(args) -> float:
     """Floating-point operations that training needs for one environment step, 2 per multiplication and addition.
 
     A gradient costs twice the forward pass, save for the first convolution, whose input are pixels. Certification, pointwise
-    operations and sampling are left out: this is what no implementation can avoid.
+    operations and sampling are left out: this is what no implementation can avoid. Counted for the default networks alone.
     """
     first = 20 * 20 * 32 * 8 * 8 * 4
     convolutions = first + 9 * 9 * 64 * 4 * 4 * 32 + 7 * 7 * 64 * 3 * 3 * 64
     heads = 3136 * 512 + 512 * 19
     frames, world_model = 1.0, 0.0
-    if hasattr(args, "transition_density"):
+    if hasattr(args, "transition_loss_coef"):
         frames = 2.0 if args.minibatch_by == "transition" else (args.num_steps + 1) / args.num_steps
         world_model = 49 * 4 * 64 * 128 + 49 * 16 * 8 * (8 + 8 + 24) + 3136 * 256 + 256 * 256
     rollout = (convolutions + heads) * (args.num_steps + 1) / args.num_steps
@@ -89,7 +110,9 @@ class Setting:
         self.args = module.Args(**flags)
         module.check(self.args)
         self.env = make_env(self.args.env_id, self.args.num_envs, self.args.seed)
-        self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions) by {self.args.minibatch_by}"
+        self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
+        self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
+        self.default_networks = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
         agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
         common = {"env": self.env, "agent": agent, "args": self.args}
@@ -120,7 +143,7 @@ class Setting:
             "rollout_seconds": rolling,
             "update_seconds": total - rolling,
             "compile_seconds": self.compile_seconds,
-            "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate,
+            "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate if self.default_networks else None,
             "share_of_env_rate": rate / env_rate,
         }
 
@@ -151,11 +174,16 @@ def main(args: Args) -> None:
     pool.reset()
     generator = np.random.default_rng(0)
     shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
+    if args.world_models:
+        wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
+    else:
+        by_transition = {"minibatch_by": "transition"}
+        kinds = [("ppo", {}), ("deep_mdp", {}), ("deep_spi", {}), ("ppo", by_transition), ("deep_spi", by_transition)]
+        wanted = [(name, {"env_id": env_id} | flags) for env_id in args.env_ids for name, flags in kinds]
     settings = []
-    for env_id in args.env_ids:
-        for name, by in (("ppo", "transition"), ("deep_spi", "transition"), ("ppo", "env"), ("deep_spi", "env")):
-            settings.append(Setting(name, env_id=env_id, minibatch_by=by, **shape))
-            print(f"compiled {settings[-1].label} in {settings[-1].compile_seconds:.1f} s", flush=True)
+    for name, flags in wanted:
+        settings.append(Setting(name, **shape, **flags))
+        print(f"compiled {settings[-1].label} in {settings[-1].compile_seconds:.1f} s", flush=True)
 
     matrix_seconds, env_seconds = [], []
     seconds(product, matrix)
@@ -172,17 +200,19 @@ def main(args: Args) -> None:
     rows = [setting.report(matrix_rate, env_rate) for setting in settings]
 
     print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; envpool, random actions: {env_rate:,.0f} steps/s\n")
-    print(f"{'':46s} steps/s  of PPO  of matrix  of envpool  rollout   update  compile")
+    width = max(len(setting.label) for setting in settings)
+    print(f"{'':{width}s} steps/s  of first of matrix  of envpool  rollout   update  compile")
     for setting, row in zip(settings, rows, strict=True):
         base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
-        row["relative_to_ppo"] = row["steps_per_second"] / base["steps_per_second"]
+        row["relative_to_first"] = row["steps_per_second"] / base["steps_per_second"]
+        share = f"{row['share_of_matrix_rate']:.0%}" if setting.default_networks else "-"
         print(
-            f"{row['setting']:46s} {row['steps_per_second']:7,.0f} {row['relative_to_ppo']:7.2f} "
-            f"{row['share_of_matrix_rate']:10.0%} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
+            f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f} "
+            f"{share:>9s} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
             f"{row['update_seconds']:6.2f} s {row['compile_seconds']:6.1f} s"
         )
     started = []
-    if args.startup:
+    if args.startup and not args.world_models:
         for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py"):
             started.append(startup(name, args.env_ids[0]))
             row = started[-1]

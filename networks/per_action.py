@@ -53,7 +53,7 @@ def product(
 def _product_backward(residuals, g):
     kernels, x, action = residuals
     # with the kernels transposed first, the product has the layout [m, k] @ [k, n], in which XLA's CPU backend is fast
-    dx = kernels.swapaxes(-1, -2)[action] @ g
+    dx = product(kernels.swapaxes(-1, -2), g, action)
     (dkernels,) = jax.linear_transpose(partial(of_action, action=action), kernels)(jnp.einsum("ngop,ngcp->ngoc", g, x))
     return dkernels, dx, None
 

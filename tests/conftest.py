@@ -2,4 +2,4 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["envs", "networks", "utils.losses", "utils.distributions"], "beartype.beartype")
+install_import_hook(["envs", "networks", "utils.losses", "utils.distributions", "utils.world_model"], "beartype.beartype")

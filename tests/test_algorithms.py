@@ -171,6 +171,18 @@ def test_deep_mdp_loss_by_hand():
     assert_allclose(loss - without, 0.5 * 0.8125 + 2.0 * 0.8125, rtol=1e-5)
 
 
+@pytest.mark.parametrize("script", [deep_mdp, deep_spi])
+def test_gradient_penalty_is_added_to_the_loss_by_hand(script):
+    """z' = z + b has slope 1 in every direction, a constant reward slope 0; the masked transition does not count."""
+    losses = {}
+    for lambda_gp in (0.0, 0.5):
+        flags = {"lipschitz_nets": False, "transition_density": "deterministic", "lambda_gp": lambda_gp}
+        agent, params, args = tiny(script, **flags)
+        losses[lambda_gp], metrics = script.loss_fn(params, tiny_batch(script), jax.random.key(0), agent, args)
+    assert_allclose(losses[0.5] - losses[0.0], 0.5, rtol=1e-5)
+    assert_allclose(metrics["losses/gradient_penalty"], 1.0, rtol=1e-5)
+
+
 def test_drift_with_coefficient_one_is_the_clipped_loss():
     agent, params, args = tiny(deep_spi)
     batch, key = tiny_batch(deep_spi), jax.random.key(0)
@@ -183,8 +195,16 @@ def test_drift_with_coefficient_one_is_the_clipped_loss():
     assert_allclose(half - clipped, -0.5 * 0.05 * utility / 2, rtol=1e-3)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("flags", [{}, {"minibatch_by": "env"}])
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (ppo, {}),
+        (ppo, {"minibatch_by": "transition"}),
+        (deep_spi, {}),
+        (deep_spi, {"minibatch_by": "transition", "latent": "categorical"}),
+        (deep_mdp, {"lipschitz_nets": False}),
+    ],
+)
 def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
     args = script.Args(num_envs=4, num_steps=6, num_minibatches=2, **flags)
     agent = script.make_agent(args, 4)
@@ -354,7 +374,7 @@ def learn(script, env, args, updates):
     return state, history
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
 def test_learns_a_probe_of_known_value(script):
     args = script.Args(num_envs=16, num_steps=8, total_timesteps=128 * 60, learning_rate=2e-3, fc_layers=(64,))
     env = CueEnv(16)
@@ -379,8 +399,9 @@ def test_learns_from_pixels_with_the_default_optimisation():
 
 def test_ppo_solves_cartpole():
     args = ppo.Args(
-        env_id="CartPole-v1", num_envs=8, num_steps=128, total_timesteps=1024 * 80, learning_rate=2.5e-3, clip_coef=0.2
-    )
+        env_id="CartPole-v1", num_envs=8, num_steps=128, total_timesteps=1024 * 80, learning_rate=2.5e-3, clip_coef=0.2,
+        minibatch_by="transition",
+    )  # fmt: skip
     _, history = learn(ppo, make_env("CartPole-v1", 8, 1), args, 80)
     returns = [h["charts/episodic_return"] for h in history if h["episodes"] > 0]
     assert returns[0] < 60

@@ -1,8 +1,11 @@
 """The scripts as a user types them."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,14 +29,15 @@ def run(script, *flags, **env):
 
 MISTAKES = [
     (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
-    (["--num-envs=3", "--num-steps=3"], "--num-minibatches", "change one"),
-    (["--minibatch-by=env", "--num-envs=6"], "--num-minibatches", "change one"),
+    (["--minibatch-by=transition", "--num-envs=3", "--num-steps=3"], "--num-minibatches", "change one"),
+    (["--num-envs=6"], "--num-minibatches", "change one"),
     (["--total-timesteps=100"], "--total-timesteps", "at least 1024"),
     (["--ent-coef=-0.1"], "--ent-coef", "0 or more"),
     (["--clip-coef=1.5"], "--clip-coef", "between 0 and 1"),
     (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "leave it out"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
+    (["--wandb-group=a"], "--wandb-group", "--track"),
     (["--num-classes=8"], "--num-classes", "--latent categorical"),
     (["--latent=categorical", "--num-classes=1"], "--num-classes", "at least 2"),
 ]
@@ -41,14 +45,14 @@ WORLD_MODEL_MISTAKES = [
     (["--world-model=transformer"], "--world-model", "--latent categorical"),
     (["--categorical-cost=hamming"], "--categorical-cost", "--latent categorical"),
     (["--latent=categorical", "--transition-density=normal"], "--transition-density", "continuous latents"),
-    (["--latent=categorical", "--no-lipschitz-nets"], "--lipschitz-nets", "continuous latents"),
+    (["--latent=categorical", "--no-lipschitz-nets"], "--no-lipschitz-nets", "continuous latents"),
     (["--latent=categorical", "--lambda-gp=1"], "--lambda-gp", "continuous latents"),
     (["--latent=categorical", "--categorical-cost=cross_entropy", "--use-gumbel-softmax"], "--use-gumbel-softmax", "l2"),
     (["--latent=categorical", "--gumbel-temperature=0.5"], "--gumbel-temperature", "--use-gumbel-softmax"),
     (["--transition-density=normal", "--mixture-components=3"], "--mixture-components", "mixture_normal"),
     (["--lambda-gp=1"], "--lambda-gp", "--no-lipschitz-nets"),
     (["--use-wgan-gp"], "--use-wgan-gp", "--no-lipschitz-nets"),
-    (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "drop"),
+    (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "leave it out"),
     (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
     (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
     (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
@@ -116,8 +120,23 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
     assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
 
 
+def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
+    flags = ["--env-id=Pong-v5", "--num-envs=8", "--num-steps=16", "--fc-layers=32", f"--logdir={tmp_path}"]
+    command = [sys.executable, str(ROOT / SCRIPTS[0]), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(200, process.kill)
+    watchdog.start()
+    assert any(line.startswith("first update") for line in process.stdout), process.stderr.read()
+    watchdog.cancel()
+    time.sleep(1)  # well within some iteration
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == "" and "stopped after" in out and "tensorboard --logdir" in out
+
+
 OPTIONS = [
-    ["--transition-density=deterministic", "--minibatch-by=env", "--no-anneal-lr", "--use-huber"],
+    ["--transition-density=deterministic", "--minibatch-by=transition", "--no-anneal-lr", "--use-huber"],
     ["--transition-density=normal", "--no-lipschitz-nets", "--drift-formulation", "--target-kl=0.02", "--no-clip-vloss"],
     ["--no-piecewise-auxiliary-ratio", "--decoupled-repr", "--use-layer-norm", "--activation=silu", "--stochastic-env"],
     ["--fc-layers", "400", "400", "400", "400", "--no-reward-clip", "--no-norm-adv", "--env-id=CartPole-v1"],

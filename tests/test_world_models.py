@@ -65,7 +65,7 @@ def test_costs_of_codes_by_hand():
 
 
 probabilities = (
-    st.lists(st.floats(0, 1), min_size=5, max_size=5).filter(lambda p: sum(p) > 1e-3).map(lambda p: np.array(p) / sum(p))
+    st.lists(st.floats(0, 1), min_size=32, max_size=32).filter(lambda p: sum(p) > 1e-3).map(lambda p: np.array(p) / sum(p))
 )
 
 
@@ -118,7 +118,7 @@ def test_loss_of_unconstrained_normals_is_the_expected_error_and_that_of_certifi
 
 
 def test_penalty_is_a_squared_directional_gradient():
-    """On average against the full Jacobian of locations and scales, and never more than its norm."""
+    """On average the mean square of the singular values of the full Jacobian of locations and scales."""
     module = unconstrained.Transition(3, "normal", activation="tanh")
     z, action = jax.random.normal(KEY, (2, 2, 2, 16)), jnp.array([0, 2])
     f = partial(module.apply, module.init(jax.random.key(1), z, action), action=action)
@@ -127,9 +127,9 @@ def test_penalty_is_a_squared_directional_gradient():
     keys = jax.random.split(jax.random.key(2), 4000)
     penalties = jax.jit(jax.vmap(lambda k: gradient_penalty(f, z, k, False)))(keys)
     for n, jacobian in enumerate(jacobians):
-        mean_square = np.sum(jacobian**2) / len(jacobian)
-        assert_allclose(penalties[:, n].mean(), mean_square, rtol=0.05)
-        assert penalties[:, n].max() <= np.linalg.norm(jacobian, 2) ** 2 * (1 + 1e-4)
+        values = np.linalg.svd(jacobian, compute_uv=False)
+        assert_allclose(penalties[:, n].mean(), np.mean(values**2), rtol=0.05)
+        assert penalties[:, n].max() <= 2 * values[0] ** 2 * (1 + 1e-4)  # twice as many outputs as inputs
     wgan = jax.jit(jax.vmap(lambda k: gradient_penalty(f, z, k, True)))(keys[:10])
     assert_allclose(wgan, (np.sqrt(penalties[:10]) - 1) ** 2, atol=1e-5)
 

@@ -71,20 +71,28 @@ class Logger:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
+            if kind is KeyboardInterrupt:
+                self._say("stopping after this update ...")
             if kind in (None, KeyboardInterrupt):
                 self._flush_pending()
+            if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+                # an iteration may still be running, and the environments that it steps must not be freed before it ends
+                jax.effects_barrier()
         finally:
-            self.bar.close()
-            if self._writer_lives():
-                self.writer.close()
-            else:  # nothing more can be written, so nothing may be tried, or waited for, when Python exits
-                events = self.writer.file_writer.event_writer
-                events._closed = True
-                events._event_queue.cancel_join_thread()
-            if self.run is not None:
-                self.run.finish(exit_code=int(kind is not None))
-            print(f"{'ended' if kind is None else 'stopped'} after {self.step:,} steps")
-            print(f"logs: {self.folder}   (uv run tensorboard --logdir {self.args.logdir})", flush=True)
+            self._close(failed=kind is not None)
+
+    def _close(self, failed: bool) -> None:
+        self.bar.close()
+        if self._writer_lives():
+            self.writer.close()
+        else:  # nothing more can be written, so nothing may be tried, or waited for, when Python exits
+            events = self.writer.file_writer.event_writer
+            events._closed = True
+            events._event_queue.cancel_join_thread()
+        if self.run is not None:
+            self.run.finish(exit_code=int(failed))
+        print(f"{'stopped' if failed else 'ended'} after {self.step:,} steps")
+        print(f"logs: {self.folder}   (uv run tensorboard --logdir {self.args.logdir})", flush=True)
 
     def log(self, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the iteration just dispatched and writes those of the one before it."""

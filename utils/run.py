@@ -47,10 +47,15 @@ def require(condition: bool, message: str) -> None:
 
 
 def refuse_unread(args: RunArgs, flags: tuple[str, ...], needed: str) -> None:
-    """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own."""
+    """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own.
+
+    `needed` says with what they would be.
+    """
     for flag in flags:
         value, default = getattr(args, flag), type(args).__dataclass_fields__[flag].default
-        require(value == default, f"--{flag.replace('_', '-')} {value}: is read only with {needed}; leave it out")
+        name = flag.replace("_", "-")
+        typed = f"--{'' if value else 'no-'}{name}" if isinstance(default, bool) else f"--{name} {value}"
+        require(value == default, f"{typed}: is read only with {needed}; leave it out")
 
 
 def check_run(args: RunArgs) -> None:
@@ -64,6 +69,8 @@ def check_run(args: RunArgs) -> None:
         close = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see envs/atari.py for the ids it takes"
         raise UsageError(f"--env-id {args.env_id}: no such environment; {hint}")
+    if not args.track:
+        refuse_unread(args, ("wandb_project_name", "wandb_entity", "wandb_group", "wandb_tags"), "--track")
     require(args.seed >= 0, f"--seed {args.seed}: choose a seed of 0 or more")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from networks.world_models import CATEGORICAL, CONTINUOUS
+from networks.world_models import CATEGORICAL, lipschitz, unconstrained
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
 from utils.run import refuse_unread, require
@@ -33,7 +33,7 @@ class WorldModelArgs:
     lambda_gp: float = 0.01
     """weight of the gradient penalty of unconstrained networks; 0 for none"""
     use_wgan_gp: bool = False
-    """penalise (gradient norm - 1)^2, not its square: the networks are to be 1-Lipschitz, but not flat"""
+    """penalise (gradient norm - 1)^2, not its square: the networks are to have slopes near 1, and not to be flat"""
     # of categorical latents
     world_model: Literal[*CATEGORICAL] = "fc"
     """categorical latents: transition network"""
@@ -77,7 +77,7 @@ def check_world_model(args: Any) -> None:
         if args.lipschitz_nets:
             unread(penalty, "--no-lipschitz-nets")
         else:
-            unread(("lipschitz_constant",), "Lipschitz networks: drop --no-lipschitz-nets")
+            unread(("lipschitz_constant",), "--lipschitz-nets")
         require(
             args.lambda_gp > 0 or not args.use_wgan_gp,
             f"--lambda-gp {args.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
@@ -111,13 +111,13 @@ def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]
         transition = networks.Transition(num_actions, args.activation, temperature)
         reward = networks.Reward(num_actions, args.activation)
     elif args.lipschitz_nets:
-        networks, constant = CONTINUOUS["lipschitz"], args.lipschitz_constant
-        transition = networks.Transition(num_actions, args.transition_density, args.mixture_components, constant)
-        reward = networks.Reward(num_actions, constant)
+        constant = args.lipschitz_constant
+        transition = lipschitz.Transition(num_actions, args.transition_density, args.mixture_components, constant)
+        reward = lipschitz.Reward(num_actions, constant)
     else:
-        networks = CONTINUOUS["unconstrained"]
-        transition = networks.Transition(num_actions, args.transition_density, args.mixture_components, args.activation)
-        reward = networks.Reward(num_actions, args.activation)
+        density, components = args.transition_density, args.mixture_components
+        transition = unconstrained.Transition(num_actions, density, components, args.activation)
+        reward = unconstrained.Reward(num_actions, args.activation)
     return transition, Squashed(reward) if args.clip_reward_net_output else reward
 
 
@@ -172,18 +172,18 @@ CATEGORICAL_COSTS: dict[str, Callable] = SAMPLED | {"cross_entropy": cross_entro
 
 
 def jensen_shannon_distance(
-    p: Float[Array, "*batch C"], q: Float[Array, "*batch C"], eps: float = 1e-6
+    p: Float[Array, "*batch C"], q: Float[Array, "*batch C"], eps: float = 1e-8
 ) -> Float[Array, "*batch"]:
     """Square root of the Jensen-Shannon divergence in nats: a metric, at most sqrt(log 2) (Endres & Schindelin, 2003).
 
-    `eps` within the logarithms keeps gradients finite at probabilities of 0, where the slope of x log x is not, and changes
-    the value by less than eps.
+    `eps` within the logarithms keeps gradients finite at probabilities of 0, where the slope of x log x is not; it changes the
+    divergence by at most about C eps / 2.
     """
     middle = 0.5 * (p + q)
     divergence = 0.0
     for x in (p, q):
         divergence = divergence + 0.5 * jnp.sum(x * jnp.log((x + eps) / (middle + eps)), axis=-1)
-    positive = divergence > eps**2  # the root's gradient at 0 is infinite: both the argument and the result are replaced
+    positive = divergence > 1e-12  # the root's gradient at 0 is infinite: both the argument and the result are replaced
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, divergence, 1.0)), 0.0)
 
 
@@ -198,9 +198,10 @@ def gradient_penalty(
     """How steep f is at each z, as a penalty: the squared norm of a gradient, or with `wgan` (norm - 1)^2.
 
     The gradient is that of f's output along a random unit vector v of its space, J^T v: one vector-Jacobian product, where
-    the Jacobian would take one for each of 3136 numbers. Its norm is at most that of J, and E |J^T v|^2 = |J|_F^2 / dim f. For
-    a scalar f it is the gradient itself. f's output may be a distribution: for independent normals the Euclidean distance of
-    (loc, scale) is the 2-Wasserstein distance, so that it is what the transition's Lipschitz constant is about.
+    the Jacobian would take one for each of 3136 numbers. Where f has more outputs than inputs, the square is multiplied by
+    their ratio, so that its mean over v is the mean square of J's singular values, and an isometry scores 1. For a scalar f it
+    is the gradient itself. f's output may be a distribution: for independent normals the Euclidean distance of (loc, scale)
+    is the 2-Wasserstein distance. A penalty of this kind makes f flat on average; it bounds no Lipschitz constant.
 
     Source: Gulrajani et al., 2017 (equation 3), for `wgan`; Gelada et al., 2019 (DeepMDP), for its use in a world model.
 
@@ -215,7 +216,8 @@ def gradient_penalty(
     noise = [jax.random.normal(k, x.shape) for k, x in zip(jax.random.split(key, len(leaves)), leaves, strict=True)]
     length = jnp.sqrt(sum(_sums(x**2) for x in noise))
     direction = jax.tree.unflatten(tree, [x / length.reshape(-1, *(1,) * (x.ndim - 1)) for x in noise])
-    squared = _sums(pull_back(direction)[0] ** 2)
+    outputs = sum(x[0].size for x in leaves)
+    squared = max(1.0, outputs / z[0].size) * _sums(pull_back(direction)[0] ** 2)
     return (jnp.sqrt(squared + 1e-12) - 1.0) ** 2 if wgan else squared  # the gradient of a root at 0 is infinite
 
 
