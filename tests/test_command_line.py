@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,8 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
 def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
     flags = ["--env-id=Pong-v5", "--num-envs=8", "--num-steps=16", "--fc-layers=32", f"--logdir={tmp_path}"]
     command = [sys.executable, str(ROOT / SCRIPTS[0]), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what starts the tests may ignore it, and so would the run
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     watchdog = threading.Timer(200, process.kill)
     watchdog.start()
     assert any(line.startswith("first update") for line in process.stdout), process.stderr.read()
