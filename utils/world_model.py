@@ -138,7 +138,7 @@ def transition_loss(
         costs = smooth_l1_loss(predicted.sample(key) - next_z)
     else:
         costs = predicted.absolute_error(next_z)
-    return jnp.sum(costs, axis=range(1, costs.ndim))
+    return _sums(costs)
 
 
 def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
@@ -221,5 +221,5 @@ def gradient_penalty(
     return (jnp.sqrt(squared + 1e-12) - 1.0) ** 2 if wgan else squared  # the gradient of a root at 0 is infinite
 
 
-def _sums(x):
+def _sums(x):  # of each sample
     return jnp.sum(x, axis=range(1, x.ndim))
