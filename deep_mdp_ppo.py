@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
-from envs.atari import CLASSIC, make_env
 from envs.protocol import Env, EpisodeStats
+from envs.registry import make_env
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
@@ -45,10 +45,6 @@ class Args(WorldModelArgs, RunArgs):
     """environments that step together (B)"""
     num_steps: int = 8
     """steps of each environment between two updates (T)"""
-    reward_clip: bool = True
-    """train on the sign of the rewards (Atari; logged returns are never clipped)"""
-    stochastic_env: bool = False
-    """Atari's stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
     # networks
     latent: Literal["continuous", "categorical"] = "continuous"
     """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
@@ -127,10 +123,6 @@ def check(args: Args) -> None:
     )
     for flag in ("ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef"):
         require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
-    require(
-        not args.stochastic_env or args.env_id not in CLASSIC,
-        f"--stochastic-env: a protocol of Atari, not of --env-id {args.env_id}: leave it out",
-    )
     for flag in ("learning_rate", "max_grad_norm", "target_kl"):
         value = getattr(args, flag)
         require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
@@ -423,10 +415,14 @@ def train_iteration(
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)
     state, metrics = update(state, steps, advantages, update_key, agent, optimizer, args)
 
+    def policy(obs):
+        z = agent.encoder.apply(state.params.encoder, obs)
+        return z, nn.softmax(agent.actor_critic.apply(state.params.actor_critic, z)[0])
+
     mean = partial(masked_mean, valid=steps.valid)
     target = advantages + steps.value[:-1]
     episode = steps.episode
-    return state, metrics | {
+    return state, metrics | env.exact_metrics(policy) | {
         "losses/explained_variance": 1 - mean((advantages - mean(advantages)) ** 2) / mean((target - mean(target)) ** 2),
         "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
         "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
@@ -445,7 +441,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
 def main(args: Args) -> None:
     """Trains, and logs as it goes."""
     check(args)
-    env = make_env(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env)
+    env = make_env(args)
     agent = make_agent(args, env.num_actions)
     optimizer = make_optimizer(args)
     iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
-from envs.atari import make_env  # noqa: E402
+from envs.atari import make_pool  # noqa: E402
 from utils.run import describe_device  # noqa: E402
 
 MATRIX = 4096
@@ -109,7 +109,7 @@ class Setting:
         module = SCRIPTS[name]
         self.args = module.Args(**flags)
         module.check(self.args)
-        self.env = make_env(self.args.env_id, self.args.num_envs, self.args.seed)
+        self.env = make_pool(self.args.env_id, self.args.num_envs, self.args.seed)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
         self.default_networks = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
@@ -184,7 +184,7 @@ def main(args: Args) -> None:
     print(describe_device())
     matrix = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(lambda a: a @ a)
-    pool = make_env(args.env_ids[0], args.num_envs, 0).pool
+    pool = make_pool(args.env_ids[0], args.num_envs, 0).pool
     pool.reset()
     generator = np.random.default_rng(0)
     shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}

@@ -1,5 +1,6 @@
 """envpool's environments (Atari, and the small classic ones that tests use) as pure, jittable steps."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import envpool
@@ -12,10 +13,9 @@ from envs.protocol import EpisodeStats, Timestep
 CLASSIC = ("Acrobot-v1", "CartPole-v1", "Catch-v0")
 
 
-def env_ids() -> list[str]:
-    """The ids `make_env` takes: envpool's Atari games with pixels, and a few classic environments."""
-    atari = [env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"]
-    return sorted(atari) + list(CLASSIC)
+def atari_ids() -> list[str]:
+    """The ids of envpool's Atari games with pixels."""
+    return sorted(env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari")
 
 
 def env_seeds(seed: int, num_envs: int) -> list[int]:
@@ -67,12 +67,16 @@ class Pool:
         timestep = Timestep(obs, reward, terminated, truncated, valid, episode)
         return PoolState(handle, terminated | truncated, episode), timestep
 
+    def exact_metrics(self, policy: Callable) -> dict[str, Array]:
+        """Nothing: an emulator's dynamics are not known."""
+        return {}
 
-def make_env(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, stochastic: bool = False) -> Pool:
+
+def make_pool(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, stochastic: bool = False) -> Pool:
     """A pool of environments.
 
     Args:
-        env_id: one of `env_ids()`.
+        env_id: one of `atari_ids()` or `CLASSIC`.
         num_envs: how many step together.
         seed: of the whole pool, see `env_seeds`.
         reward_clip: train on the sign of Atari's rewards.
@@ -82,9 +86,9 @@ def make_env(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, st
     Raises:
         ValueError: the id is not known.
     """
-    if env_id not in env_ids():
-        raise ValueError(f"unknown environment {env_id!r}")
     if env_id in CLASSIC:
         return Pool(env_id, num_envs, seed)
+    if env_id not in atari_ids():
+        raise ValueError(f"unknown environment {env_id!r}")
     protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
     return Pool(env_id, num_envs, seed, episodic_life=True, reward_clip=reward_clip, **protocol)

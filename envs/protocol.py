@@ -1,6 +1,7 @@
 """What a script asks of an environment. Emulators and pure JAX environments alike satisfy it."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Timestep(NamedTuple):
     episode: EpisodeStats
 
 
+@runtime_checkable
 class Env(Protocol):
     """B environments that step together."""
 
@@ -53,3 +55,9 @@ class Env(Protocol):
 
     def step(self, state: Any, action: Int[Array, " B"]) -> tuple[Any, Timestep]:
         """One step of every environment. Pure in the state and jittable."""
+
+    def exact_metrics(self, policy: Callable[[Num[Array, "N *obs"]], tuple[Array, Array]]) -> dict[str, Array]:
+        """What can be computed about a policy from the environment's dynamics where these are known, to be logged.
+
+        `policy` maps observations to latents and action probabilities. Jittable.
+        """

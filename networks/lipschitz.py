@@ -21,6 +21,8 @@ Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, 
 are inputs, columns outputs.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -158,6 +160,18 @@ def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n
     return q if m >= n else q.T
 
 
+def mirror_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m 2*m"]:
+    """Initialiser: [I, -I]. `group_sort` turns its outputs (x, -x) into (-|x|, |x|)."""
+    eye = jnp.eye(shape[0])
+    return jnp.concatenate([eye, -eye], axis=1)
+
+
+def still_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "w m *batch"]:
+    """Initialiser of what a convolution shifts: [I; I]. Its span is orthogonal to every (x, -x), which thus stays in place."""
+    eye = jnp.eye(shape[1]).reshape(shape[1], shape[1], *(1,) * (len(shape) - 2))
+    return jnp.broadcast_to(jnp.concatenate([eye, eye]), shape)
+
+
 class LipschitzDense(nn.Module):
     """A dense layer that is 1-Lipschitz in the Euclidean norm."""
 
@@ -192,13 +206,15 @@ class LipschitzConv(nn.Module):
     """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between whole feature maps."""
 
     features: int
+    dense_init: Callable = orthogonal_init
+    shift_init: Callable = orthogonal_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N H W O"]:
         m, n = x.shape[-1], self.features
         wide = max(m, n)
-        dense = self.param("dense", orthogonal_init, (m, n))
-        vertical = self.param("vertical", orthogonal_init, (wide, wide // 2))
-        horizontal = self.param("horizontal", orthogonal_init, (wide, wide // 2))
+        dense = self.param("dense", self.dense_init, (m, n))
+        vertical = self.param("vertical", self.shift_init, (wide, wide // 2))
+        horizontal = self.param("horizontal", self.shift_init, (wide, wide // 2))
         bias = self.param("bias", nn.initializers.zeros, (n,))
         return conv2d(x, orthogonal_conv_kernel(dense, vertical, horizontal), padding="SAME") + bias

@@ -23,9 +23,9 @@ def by_group(x: Float[Array, "N h w C"]) -> Float[Array, "N G c hw"]:
 
 
 def as_latent(x: Float[Array, "N G o hw"], shape: tuple[int, ...]) -> Float[Array, "N h w C"]:
-    """Channels last again, C = G * o."""
+    """The inverse of `by_group`, for G * o channels."""
     # the barrier keeps XLA from computing what made x, or its gradient, anew for every mixture component
-    return jax.lax.optimization_barrier(x).transpose(0, 3, 1, 2).reshape(shape)
+    return jax.lax.optimization_barrier(x).transpose(0, 3, 2, 1).reshape(shape)
 
 
 def shift(x: Float[Array, "N G c hw"], width: int, rows: int, cols: int) -> Float[Array, "N G c hw"]:

@@ -40,6 +40,9 @@ class CueEnv:
         state = CueState(cue, key, valid, episode)
         return state, Timestep(self._obs(cue), reward, valid, jnp.zeros_like(valid), valid, episode)
 
+    def exact_metrics(self, policy):
+        return {}
+
 
 class PixelCueEnv(CueEnv):
     """The same, the cue drawn as a bright square in Atari's frames."""

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_mdp_ppo as deep_mdp
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from envs.atari import make_env
+from envs.atari import make_pool
 from envs.protocol import EpisodeStats
 from tests.probes import CueEnv, PixelCueEnv, random_steps, state_without_env
 from utils.distributions import Deterministic
@@ -402,7 +402,7 @@ def test_ppo_solves_cartpole():
         env_id="CartPole-v1", num_envs=8, num_steps=128, total_timesteps=1024 * 80, learning_rate=2.5e-3, clip_coef=0.2,
         minibatch_by="transition",
     )  # fmt: skip
-    _, history = learn(ppo, make_env("CartPole-v1", 8, 1), args, 80)
+    _, history = learn(ppo, make_pool("CartPole-v1", 8, 1), args, 80)
     returns = [h["charts/episodic_return"] for h in history if h["episodes"] > 0]
     assert returns[0] < 60
     assert max(np.convolve(returns, np.ones(3) / 3, "valid")) > 400
@@ -412,7 +412,7 @@ def test_ppo_solves_cartpole():
 def test_atari_end_to_end_is_reproducible(script):
     """Three updates on real Atari, twice from the same seed."""
     args = script.Args(env_id="Pong-v5", num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 3, fc_layers=(32,))
-    (one, metrics), (two, _) = (learn(script, make_env(args.env_id, 4, args.seed), args, 3) for _ in range(2))
+    (one, metrics), (two, _) = (learn(script, make_pool(args.env_id, 4, args.seed), args, 3) for _ in range(2))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         assert_array_equal(a, b)
     assert all(np.isfinite(v) for h in metrics for v in h.values())

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deep_mdp_ppo as deep_mdp
 import deep_spi
@@ -35,7 +36,12 @@ MISTAKES = [
     (["--total-timesteps=100"], "--total-timesteps", "at least 1024"),
     (["--ent-coef=-0.1"], "--ent-coef", "0 or more"),
     (["--clip-coef=1.5"], "--clip-coef", "between 0 and 1"),
-    (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "leave it out"),
+    (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "an Atari game"),
+    (["--env-id=CartPole-v1", "--no-reward-clip"], "--no-reward-clip", "an Atari game"),
+    (["--gridworld-n-path=3"], "--gridworld-n-path", "ConfoundingGridworld-v0"),
+    (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
+    (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
+    (["--env-id=ConfoundingGridworld-v0", "--gamma=0"], "--gamma", "(0, 1]"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
     (["--wandb-group=a"], "--wandb-group", "--track"),
@@ -56,6 +62,7 @@ WORLD_MODEL_MISTAKES = [
     (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "leave it out"),
     (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
     (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
+    (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "leave it out"),
     (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
     (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
 ]
@@ -121,6 +128,19 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
     assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
 
 
+def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):
+    done = run(SCRIPTS[0], "--env-id=ConfoundingGridworld-v0", *SMALL, f"--logdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    written = scalars(folder)
+    assert {"charts/init_value", "charts/representation_distance", "values/2_0", "values/3_5"} <= set(written)
+    assert written["values/2_0"] == written["charts/init_value"] and len(written["values/2_0"]) == 3
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    pictures = events.Images("charts/policy_matrix")
+    assert [(p.step, p.height, p.width) for p in pictures] == [(32, 192, 64), (64, 192, 64), (96, 192, 64)]
+
+
 def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
     flags = ["--env-id=Pong-v5", "--num-envs=8", "--num-steps=16", "--fc-layers=32", f"--logdir={tmp_path}"]
     command = [sys.executable, str(ROOT / SCRIPTS[0]), *flags]
@@ -140,8 +160,15 @@ def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
 OPTIONS = [
     ["--transition-density=deterministic", "--minibatch-by=transition", "--no-anneal-lr", "--use-huber"],
     ["--transition-density=normal", "--no-lipschitz-nets", "--drift-formulation", "--target-kl=0.02", "--no-clip-vloss"],
-    ["--no-piecewise-auxiliary-ratio", "--decoupled-repr", "--use-layer-norm", "--activation=silu", "--stochastic-env"],
-    ["--fc-layers", "400", "400", "400", "400", "--no-reward-clip", "--no-norm-adv", "--env-id=CartPole-v1"],
+    [
+        "--no-piecewise-auxiliary-ratio",
+        "--decoupled-repr",
+        "--use-layer-norm",
+        "--activation=silu",
+        "--stochastic-env",
+        "--no-reward-clip",
+    ],
+    ["--fc-layers", "400", "400", "400", "400", "--no-norm-adv", "--env-id=CartPole-v1"],
 ]
 
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from envs.atari import env_ids, env_seeds, make_env
+from envs.atari import env_seeds, make_pool
+from envs.registry import env_ids
 
 
 def play(env_id, steps, seed=1, num_envs=4, **options):
-    env = make_env(env_id, num_envs, seed, **options)
+    env = make_pool(env_id, num_envs, seed, **options)
     state, obs = env.reset()
 
     @jax.jit
@@ -25,7 +26,7 @@ def play(env_id, steps, seed=1, num_envs=4, **options):
 def test_ids_and_unknown_id():
     assert {"Breakout-v5", "Pong-v5", "CartPole-v1"} <= set(env_ids())
     with pytest.raises(ValueError, match="Nope-v5"):
-        make_env("Nope-v5", 2, 0)
+        make_pool("Nope-v5", 2, 0)
 
 
 def test_different_seeds_share_no_environment_stream():

@@ -205,6 +205,17 @@ def test_transition_is_k_lipschitz_with_noise_fixed(density):
     assert largest > 0.3 * constant  # the bound is no vacuous one
 
 
+@pytest.mark.parametrize("density", ["deterministic", "normal", "mixture_normal"])
+def test_transition_starts_near_the_identity(density):
+    module = Transition(3, density)
+    z = nn.relu(jax.random.normal(jax.random.key(0), (6, 5, 5, 32)))
+    action = jnp.arange(6) % 3
+    predicted = module.apply(module.init(jax.random.key(1), z, action), z, action)
+    share = 1.0 if density == "deterministic" else 0.9
+    error = jnp.linalg.norm(predicted.mean() - share * z) / jnp.linalg.norm(z)
+    assert error < 0.1, error
+
+
 def test_reward_is_k_lipschitz_for_each_action():
     constant, z_shape = 0.7, (2, 2, 16)
     module = Reward(3, constant=constant, features=32)

@@ -15,7 +15,7 @@ from scipy.spatial import distance
 
 import deep_mdp_ppo as deep_mdp
 import deep_spi
-from envs.atari import make_env
+from envs.atari import make_pool
 from networks.architectures import Encoder
 from networks.world_models import softmoe, transformer, unconstrained
 from utils.distributions import Categorical, Normal
@@ -199,7 +199,7 @@ def test_soft_mixture_of_experts_slot_by_slot():
 @pytest.fixture(scope="module")
 def pong():
     """Steps of random play in Pong, some of which scored: obs, action, reward, next obs."""
-    env = make_env("Pong-v5", 16, 1)
+    env = make_pool("Pong-v5", 16, 1)
     state, obs = env.reset()
     step, steps = jax.jit(env.step), []
     for t in range(60):
@@ -266,7 +266,7 @@ def train_on_pong(script, flags):
         env_id="Pong-v5", num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=48, fc_layers=(32,), **flags
     )
     script.check(args)
-    env = make_env(args.env_id, 4, 1)
+    env = make_pool(args.env_id, 4, 1)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
     iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))

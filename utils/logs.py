@@ -95,15 +95,17 @@ class Logger:
         print(f"logs: {self.folder}   (uv run tensorboard --logdir {self.args.logdir})", flush=True)
 
     def log(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the iteration just dispatched and writes those of the one before it."""
+        """Takes the metrics of the iteration just dispatched (scalars, grey pictures) and writes those of the one before it."""
         self._flush_pending()
         self.pending = metrics
 
     def _flush_pending(self) -> None:
         if self.pending is None:
             return
-        metrics = {k: float(v) for k, v in jax.device_get(self.pending).items()}
+        values = jax.device_get(self.pending)
         self.pending = None
+        pictures = {name: value for name, value in values.items() if value.ndim == 2}
+        metrics = {name: float(value) for name, value in values.items() if name not in pictures}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
         if self.step == self.steps_per_iteration:
@@ -130,6 +132,8 @@ class Logger:
             )
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
+        for name, value in pictures.items():
+            self.writer.add_image(name, value, self.step, dataformats="HW")
         self._show(metrics, now)
 
     def _writer_lives(self) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import tyro
 
-from envs.atari import env_ids
+from envs.registry import GRIDWORLD, check_gridworld, env_ids, is_atari
 
 
 class UsageError(Exception):
@@ -21,7 +21,15 @@ class RunArgs:
     """Flags of a run, whatever its algorithm."""
 
     env_id: str = "Breakout-v5"
-    """the environment: an Atari game as envpool names it, or CartPole-v1, Acrobot-v1, Catch-v0"""
+    """the environment: an Atari game as envpool names it; ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
+    reward_clip: bool = True
+    """Atari: train on the sign of the rewards (logged returns are never clipped)"""
+    stochastic_env: bool = False
+    """Atari: the stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
+    gridworld_n_path: int = 5
+    """ConfoundingGridworld-v0: the column of the two choices"""
+    gridworld_epsilon: float = 0.2
+    """ConfoundingGridworld-v0: probability of the lower path"""
     seed: int = 1
     """seed of everything random: parameters, environments, actions, minibatches"""
     total_timesteps: int = 10_000_000
@@ -59,7 +67,7 @@ def refuse_unread(args: RunArgs, flags: tuple[str, ...], needed: str) -> None:
 
 
 def check_run(args: RunArgs) -> None:
-    """Checks the flags of `RunArgs`.
+    """Checks the flags of `RunArgs`; `gamma`, which the gridworld's rewards depend on, is the script's.
 
     Raises:
         UsageError: the first mistake found.
@@ -69,6 +77,16 @@ def check_run(args: RunArgs) -> None:
         close = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else "see envs/atari.py for the ids it takes"
         raise UsageError(f"--env-id {args.env_id}: no such environment; {hint}")
+    if not is_atari(args.env_id):
+        refuse_unread(args, ("reward_clip", "stochastic_env"), "an Atari game")
+    if args.env_id == GRIDWORLD:
+        try:
+            check_gridworld(args)
+        except ValueError as error:
+            flag = str(error).replace("_", "-")
+            raise UsageError(f"--{'' if flag.startswith('gamma') else 'gridworld-'}{flag}") from None
+    else:
+        refuse_unread(args, ("gridworld_n_path", "gridworld_epsilon"), f"--env-id {GRIDWORLD}")
     if not args.track:
         refuse_unread(args, ("wandb_project_name", "wandb_entity", "wandb_group", "wandb_tags"), "--track")
     require(args.seed >= 0, f"--seed {args.seed}: choose a seed of 0 or more")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from envs.registry import GRIDWORLD
 from networks.world_models import CATEGORICAL, lipschitz, unconstrained
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
@@ -85,6 +86,10 @@ def check_world_model(args: Any) -> None:
     require(
         not args.clip_reward_net_output or args.reward_clip,
         "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
+    )
+    require(
+        not args.clip_reward_net_output or args.env_id != GRIDWORLD,
+        f"--clip-reward-net-output: cannot predict the rewards of {GRIDWORLD}; leave it out",
     )
     require(args.mixture_components > 0, f"--mixture-components {args.mixture_components}: must be at least 1")
     require(args.lambda_gp >= 0, f"--lambda-gp {args.lambda_gp}: must be 0 or more")

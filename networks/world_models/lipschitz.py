@@ -6,6 +6,7 @@ Source: the paper's networks (two 2 x 2 convolutions; dense 256, 256), with the 
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,12 +15,25 @@ from networks.lipschitz import (
     LipschitzDense,
     LipschitzScalars,
     group_sort,
+    mirror_init,
     orthogonal,
     orthogonal_init,
     projection,
+    still_init,
 )
 from networks.per_action import GROUPS, as_latent, by_group, of_action, product, shift
 from utils.distributions import MIN_SCALE, Deterministic, Normal, average_scale, softplus
+
+SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
+
+
+def dense_init(key: jax.Array, shape: tuple[int, ...], components: int) -> Float[Array, "c o A maps G"]:
+    """Initialiser: for the first `components` maps, the locations, what takes the hidden (-z, z) back to z, and some noise
+    that tells them apart; anything for the scales."""
+    eye = jnp.eye(shape[1])
+    back = jnp.concatenate([-eye, eye]).reshape(*shape[:2], 1, 1, 1)
+    noise = orthogonal_init(key, shape)
+    return jnp.where(jnp.arange(shape[3])[:, None] < components, back + 0.1 * noise, noise)
 
 
 class Transition(nn.Module):
@@ -30,10 +44,14 @@ class Transition(nn.Module):
 
     A sample of z' with its noise fixed is a K-Lipschitz function of z, K = `constant`, for every action and every value of
     the parameters: the hidden map is 1-Lipschitz (certified convolution, GroupSort), and so is
-    the map to each component's location and to the argument of its softplus. Half of K is given to the locations and half
-    to the scales; noise is clipped to [-1, 1]. The mixture's weights depend on the action alone: weights that depend on
-    z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all. Averaging
-    near-orthogonal maps is also how this network contracts where it should.
+    the map to each component's location and to the argument of its softplus. K is divided between the locations and the
+    scales (`SCALE_SHARE`); noise is clipped to [-1, 1]. The mixture's weights depend on the action alone: weights that
+    depend on z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all.
+    Averaging near-orthogonal maps is also how this network contracts where it should.
+
+    It starts near the identity, z' = 0.9 K z for z >= 0. Consecutive frames differ little, so that is nearly right from the
+    first step on; a random map of nearly full norm is worse than no prediction, and as long as it is, the loss is lowered
+    most easily by an encoder that gives up its features.
     """
 
     num_actions: int
@@ -46,12 +64,12 @@ class Transition(nn.Module):
         components = self.components if self.density == "mixture_normal" else 1
         maps = components if self.density == "deterministic" else 2 * components
         num_actions, channels = self.num_actions, z.shape[-1]
-        hidden = group_sort(LipschitzConv(2 * channels, name="hidden")(z))
+        hidden = group_sort(LipschitzConv(2 * channels, mirror_init, still_init, name="hidden")(z))
 
         c, o = 2 * channels // GROUPS, channels // GROUPS
-        h = self.param("dense", orthogonal_init, (c, o, num_actions, maps, GROUPS))
-        p = self.param("vertical", orthogonal_init, (c, c // 2, num_actions, GROUPS))
-        q = self.param("horizontal", orthogonal_init, (c, c // 2, num_actions, GROUPS))
+        h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, GROUPS))
+        p = self.param("vertical", still_init, (c, c // 2, num_actions, GROUPS))
+        q = self.param("horizontal", still_init, (c, c // 2, num_actions, GROUPS))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
         weights = jnp.ones((num_actions, 1))
         if components > 1:
@@ -74,8 +92,8 @@ class Transition(nn.Module):
         scales = product(h[:, :, components:].reshape(num_actions, GROUPS, -1, c), x, action)
         scales = scales.reshape(*scales.shape[:2], components, o, -1) + of_action(bias[:, :, components:], action)[..., None]
         scale = average_scale(of_action(weights, action)[:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
-        half = 0.5 * self.constant
-        return Normal(half * as_latent(loc, z.shape), half * as_latent(scale, z.shape), noise_clip=1.0)
+        scale = as_latent(scale, z.shape)
+        return Normal((1 - SCALE_SHARE) * self.constant * as_latent(loc, z.shape), SCALE_SHARE * self.constant * scale, 1.0)
 
 
 class Reward(nn.Module):

@@ -1,0 +1,256 @@
+"""The confounding gridworld: two paths that look alike, and end in the choice that is best on one and ruinous on the other.
+
+    #  #  #  #  #  G  #  #        I start            > path: a step right pays 1
+    #  >  >  >  >  !  W  #        @ hazard           ! choice: right pays 1 and leads to W; up pays n / gamma^n above,
+    I  @  #  #  #  F  #  #        # wall               and costs (2 - eps) n / (eps gamma^n) below
+    #  >  >  >  >  !  W  #        G, W, F: the end   (n = 5 here)
+    #  #  #  #  #  #  #  #
+
+From the start the agent goes right into the hazard, which drops it on the upper path with probability 1 - eps and on the lower
+one with eps. Up is worth n / gamma^n at the upper choice, but to a representation that merges the two choices it is worth
+(1 - eps) n / gamma^n - (2 - eps) n / gamma^n = -n / gamma^n on average: such an agent learns to shun it.
+
+The dynamics are known, so the value of a policy can be computed, not estimated. `build_model` gives them as arrays,
+`policy_value` and `optimal_value` evaluate them. `ConfoundingGridworld` is the environment in JAX that the scripts train on,
+`gymnasium.make("ConfoundingGridworld-v0")` (after importing this module) the same for one agent at a time.
+
+Source: the didactic example of the paper (arXiv 2510.12312).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+
+from envs.protocol import EpisodeStats, Timestep
+
+ENV_ID = "ConfoundingGridworld-v0"
+ACTIONS = ("up", "down", "left", "right")
+UP, DOWN, LEFT, RIGHT = range(4)
+TIME_LIMIT = 200  # steps
+SIZE = 84  # pixels of a frame, along each axis
+ROWS = 5
+MAX_N_PATH = SIZE - 3  # a column more, and a frame would leave one out
+BRIGHTNESS = {"#": 50, ">": 100, "!": 100, "@": 180, "I": 120, "W": 200, "G": 220, "F": 220}
+AGENT = 255
+
+
+class Model(NamedTuple):
+    """The dynamics, over the S cells that are no walls. Ends lead to themselves and pay nothing."""
+
+    probability: Float[np.ndarray, "S A S"]  # of the next cell
+    reward: Float[np.ndarray, "S A"]
+    terminal: Bool[np.ndarray, " S"]
+    coordinates: Int[np.ndarray, "S 2"]  # row and column
+    grid: tuple[str, ...]  # the rows, a letter for each cell as in the head of this file
+    start: int  # index of I
+    choices: tuple[int, int]  # indices of the upper and the lower !
+
+
+def build_model(n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99) -> Model:
+    """The gridworld's dynamics.
+
+    Args:
+        n_path: n, the column of the choices: a path has n - 1 cells before its choice.
+        epsilon: probability that the hazard leads to the lower path.
+        gamma: the discount that the rewards of the choices are made for.
+
+    Raises:
+        ValueError: n_path is not between 2 and 81, or epsilon or gamma not in (0, 1].
+    """
+    if not 2 <= n_path <= MAX_N_PATH:
+        raise ValueError(f"n_path {n_path}: must lie between 2 and {MAX_N_PATH}")
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon {epsilon}: must lie in (0, 1]")
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma {gamma}: must lie in (0, 1]")
+    n = n_path
+    path = "#" + ">" * (n - 1) + "!W#"
+    grid = ("#" * n + "G##", path, "I@" + "#" * (n - 2) + "F##", path, "#" * (n + 3))
+    coordinates = [(row, col) for row in range(ROWS) for col in range(n + 3) if grid[row][col] != "#"]
+    index = {cell: i for i, cell in enumerate(coordinates)}
+
+    cells = len(coordinates)
+    probability = np.zeros((cells, 4, cells))
+    probability[range(cells), :, range(cells)] = 1.0  # whatever is not said below stays put, for nothing
+    reward = np.zeros((cells, 4))
+
+    def leads(cell, action, paid, *outcomes):
+        probability[index[cell], action] = 0.0
+        for to, p in outcomes:
+            probability[index[cell], action, index[to]] = p
+        reward[index[cell], action] = paid
+
+    leads((2, 0), RIGHT, 0.0, ((2, 1), 1.0))
+    for action in range(4):
+        leads((2, 1), action, 0.0, ((1, 1), 1.0 - epsilon), ((3, 1), epsilon))
+    for row in (1, 3):
+        for col in range(1, n + 1):
+            leads((row, col), RIGHT, 1.0, ((row, col + 1), 1.0))
+    prize = n / gamma**n
+    leads((1, n), UP, prize, ((0, n), 1.0))
+    leads((3, n), UP, -(2.0 - epsilon) / epsilon * prize, ((2, n), 1.0))
+
+    terminal = np.array([grid[row][col] in "GWF" for row, col in coordinates])
+    return Model(probability, reward, terminal, np.array(coordinates), grid, index[2, 0], (index[1, n], index[3, n]))
+
+
+def policy_value(model: Model, policy: Float[Array, "S A"], gamma: float) -> Float[Array, " S"]:
+    """The value of each cell under the policy (action probabilities in each cell), exactly: V = (I - gamma P)^-1 R.
+
+    The time limit is not part of it: a policy is worth what it earns without one. Jittable and differentiable in the policy.
+    """
+    # a policy that never leaves a cell makes gamma = 1 singular; ends, at least, can be left out
+    going_on = jnp.asarray(~model.terminal, policy.dtype)[:, None]
+    probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest") * going_on
+    reward = jnp.sum(policy * model.reward, axis=1)
+    return jnp.linalg.solve(jnp.eye(len(reward)) - gamma * probability, reward)
+
+
+def optimal_value(model: Model, gamma: float) -> Float[np.ndarray, " S"]:
+    """The value of each cell under the best policy, by value iteration until nothing changes by more than 1e-12."""
+    value = np.zeros(len(model.reward))
+    while True:
+        previous = value
+        value = np.max(model.reward + gamma * model.probability @ previous, axis=1)
+        if np.max(np.abs(value - previous)) <= 1e-12:
+            return value
+
+
+def frames(model: Model) -> UInt8[np.ndarray, "S 1 84 84"]:
+    """What the agent sees in each cell: the grid drawn to 84 x 84 (nearest neighbours), with itself in it."""
+    columns = len(model.grid[0])
+    grid = np.array([[BRIGHTNESS[letter] for letter in row] for row in model.grid], np.uint8)
+    drawn = np.repeat(grid[None], len(model.coordinates), axis=0)
+    drawn[np.arange(len(drawn)), model.coordinates[:, 0], model.coordinates[:, 1]] = AGENT
+    rows, cols = np.arange(SIZE) * ROWS // SIZE, np.arange(SIZE) * columns // SIZE
+    return drawn[:, None, rows[:, None], cols]
+
+
+class GridState(NamedTuple):
+    """Where each of B agents is."""
+
+    cell: Int[Array, " B"]
+    steps: Int[Array, " B"]  # of the running episode
+    over: Bool[Array, " B"]  # the last step ended the episode
+    key: jax.Array
+    episode: EpisodeStats
+
+
+class ConfoundingGridworld:
+    """The environment in JAX, behind the protocol of `envs.protocol.Env`. Rewards are never clipped.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+
+    num_actions = len(ACTIONS)
+
+    def __init__(self, num_envs: int, seed: int, n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99):
+        self.num_envs, self.gamma = num_envs, gamma
+        self.model = build_model(n_path, epsilon, gamma)
+        self.frames = frames(self.model)
+        # a seed of its own, or the environment's numbers would be those that the script draws from the same seed
+        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+    def render(self, cell: Int[Array, " B"]) -> Num[Array, "B *obs"]:
+        """The observations of agents in the given cells, 1 x 84 x 84 bytes each."""
+        return jnp.asarray(self.frames)[cell]
+
+    def reset(self) -> tuple[GridState, Num[Array, "B *obs"]]:
+        """Every agent at the start."""
+        cell = jnp.full(self.num_envs, self.model.start)
+        state = GridState(
+            cell,
+            jnp.zeros(self.num_envs, jnp.int32),
+            jnp.zeros(self.num_envs, bool),
+            jax.random.key(self.seed),
+            EpisodeStats.zeros(self.num_envs),
+        )
+        return state, self.render(cell)
+
+    def step(self, state: GridState, action: Int[Array, " B"]) -> tuple[GridState, Timestep]:
+        """One step of every agent; see `envs.protocol.Timestep`."""
+        key, draw = jax.random.split(state.key)
+        probability = jnp.asarray(self.model.probability, jnp.float32)[state.cell, action]
+        valid = ~state.over
+        cell = jnp.where(valid, jax.random.categorical(draw, jnp.log(probability)), self.model.start)
+        reward = jnp.where(valid, jnp.asarray(self.model.reward, jnp.float32)[state.cell, action], 0.0)
+        steps = jnp.where(valid, state.steps + 1, 0)
+        terminated = jnp.asarray(self.model.terminal)[cell]
+        truncated = (steps == TIME_LIMIT) & ~terminated
+        episode = state.episode.update(reward, valid, terminated | truncated)
+        timestep = Timestep(self.render(cell), reward, terminated, truncated, valid, episode)
+        return GridState(cell, steps, terminated | truncated, key, episode), timestep
+
+    def exact_metrics(
+        self, policy: Callable[[Num[Array, "S *obs"]], tuple[Float[Array, "S *z"], Float[Array, "S A"]]]
+    ) -> dict[str, Array]:
+        """What is known of a policy without playing it.
+
+        `charts/init_value` is the exact value of the start, `charts/representation_distance` the Euclidean distance of the
+        latents of the two choices, `values/r_c` the exact value of the cell in row r and column c, and `charts/policy_matrix`
+        a picture: a row for each of those cells in order, a column for each action (up, down, left, right), bright for likely.
+
+        Args:
+            policy: maps observations to latents and action probabilities.
+        """
+        z, probabilities = policy(jnp.asarray(self.frames))
+        value = policy_value(self.model, probabilities, self.gamma)
+        upper, lower = self.model.choices
+        matrix = jnp.round(255 * probabilities[~self.model.terminal]).astype(jnp.uint8)
+        return {
+            "charts/init_value": value[self.model.start],
+            "charts/representation_distance": jnp.linalg.norm((z[upper] - z[lower]).reshape(-1)),
+            "charts/policy_matrix": jnp.repeat(jnp.repeat(matrix, 16, axis=0), 16, axis=1),
+        } | {
+            f"values/{row}_{col}": value[i] for i, (row, col) in enumerate(self.model.coordinates) if not self.model.terminal[i]
+        }
+
+
+class GymConfoundingGridworld(gymnasium.Env):
+    """The same environment for one agent, as a Gymnasium environment.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
+
+    def __init__(self, n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99, render_mode: str | None = None):
+        self.model = build_model(n_path, epsilon, gamma)
+        self.frames = frames(self.model)
+        self.render_mode = render_mode
+        self.observation_space = gymnasium.spaces.Box(0, 255, (1, SIZE, SIZE), np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(len(ACTIONS))
+        self.cell = self.model.start
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Back to the start."""
+        super().reset(seed=seed)
+        self.cell = self.model.start
+        return self.frames[self.cell].copy(), {}
+
+    def step(self, action: int | np.integer):
+        """One step; the time limit is Gymnasium's wrapper's, as registered."""
+        reward = float(self.model.reward[self.cell, action])
+        self.cell = int(self.np_random.choice(len(self.model.reward), p=self.model.probability[self.cell, action]))
+        return self.frames[self.cell].copy(), reward, bool(self.model.terminal[self.cell]), False, {}
+
+    def render(self) -> UInt8[np.ndarray, "H W 3"] | str | None:
+        """The frame in grey, five times as large; or the letters of the grid, with A for the agent."""
+        if self.render_mode == "rgb_array":
+            return np.repeat(np.kron(self.frames[self.cell, 0], np.ones((5, 5), np.uint8))[..., None], 3, axis=-1)
+        if self.render_mode == "ansi":
+            row, col = self.model.coordinates[self.cell]
+            rows = list(self.model.grid)
+            rows[row] = rows[row][:col] + "A" + rows[row][col + 1 :]
+            return "\n".join(rows) + "\n"
+        return None
+
+
+gymnasium.register(ENV_ID, entry_point=GymConfoundingGridworld, max_episode_steps=TIME_LIMIT)

@@ -1,0 +1,280 @@
+"""The gridworld's dynamics, pictures and exact values, by hand and by playing."""
+
+import json
+import warnings
+from functools import partial
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+import deep_mdp_ppo as deep_mdp
+import deep_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from envs.confounding_gridworld import (
+    DOWN,
+    ENV_ID,
+    LEFT,
+    RIGHT,
+    TIME_LIMIT,
+    UP,
+    ConfoundingGridworld,
+    build_model,
+    frames,
+    optimal_value,
+    policy_value,
+)
+
+GAMMA = 0.99
+
+
+def deterministic_policy(model, action_at):
+    policy = np.zeros((len(model.reward), 4), np.float32)
+    for i, cell in enumerate(model.coordinates):
+        policy[i, action_at.get(tuple(cell), RIGHT)] = 1.0
+    return jnp.asarray(policy)
+
+
+def test_start_values():
+    model = build_model(5, 0.2, GAMMA)
+    value = lambda at: policy_value(model, deterministic_policy(model, at), GAMMA)[model.start]  # noqa: E731
+    assert_allclose(value({}), 4.8035, atol=1e-3)
+    assert_allclose(value({(1, 5): UP}), 8.010, atol=1e-3)
+    assert_allclose(value({(1, 5): UP, (3, 5): UP}), -1.088, atol=1e-3)
+    assert_allclose(optimal_value(model, GAMMA)[model.start], 8.010, atol=1e-3)
+    # by hand: the hazard is reached after one step and left after two; then n rewards of 1
+    assert_allclose(value({}), sum(GAMMA**t for t in range(2, 7)), rtol=1e-5)
+
+
+def test_dynamics_by_hand():
+    model = build_model(3, 0.25, 0.9)
+    assert model.grid == ("###G##", "#>>!W#", "I@#F##", "#>>!W#", "######")
+    at = {tuple(cell): i for i, cell in enumerate(model.coordinates)}
+
+    def outcome(cell, action):
+        row = model.probability[at[cell], action]
+        return {tuple(model.coordinates[i]): row[i] for i in np.flatnonzero(row)}, model.reward[at[cell], action]
+
+    assert_allclose(model.probability.sum(-1), 1.0)
+    assert outcome((2, 0), RIGHT) == ({(2, 1): 1.0}, 0.0)
+    for action in (UP, DOWN, LEFT):
+        assert outcome((2, 0), action) == ({(2, 0): 1.0}, 0.0)
+        assert outcome((1, 1), action) == ({(1, 1): 1.0}, 0.0)
+    for action in range(4):
+        assert outcome((2, 1), action) == ({(1, 1): 0.75, (3, 1): 0.25}, 0.0)
+    assert outcome((1, 2), RIGHT) == ({(1, 3): 1.0}, 1.0)
+    assert outcome((3, 3), RIGHT) == ({(3, 4): 1.0}, 1.0)
+    assert outcome((3, 3), DOWN) == ({(3, 3): 1.0}, 0.0)
+    assert outcome((1, 3), UP) == ({(0, 3): 1.0}, pytest.approx(3 / 0.9**3))
+    assert outcome((3, 3), UP) == ({(2, 3): 1.0}, pytest.approx(-1.75 * 3 / (0.25 * 0.9**3)))
+    assert {tuple(c) for c in model.coordinates[model.terminal]} == {(0, 3), (1, 4), (2, 3), (3, 4)}
+    assert (model.reward[model.terminal] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.5, 0.99), seed=st.integers(0, 99))
+def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsilon, gamma, seed):
+    model = build_model(n_path, epsilon, gamma)
+    policy = np.random.default_rng(seed).dirichlet(np.ones(4), len(model.reward)).astype(np.float32)
+    value = np.asarray(policy_value(model, jnp.asarray(policy), gamma), np.float64)
+    backup = np.sum(policy * (model.reward + gamma * model.probability @ value), axis=1)
+    scale = np.abs(model.reward).max()
+    assert_allclose(value, backup, atol=1e-4 * scale)
+    assert (value <= optimal_value(model, gamma) + 1e-4 * scale).all()
+    assert_allclose(value[model.terminal], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_monte_carlo_agrees_with_the_exact_value(seed):
+    """10,000 episodes of a random policy; what a time limit cuts off is replaced by its exact value."""
+    env = ConfoundingGridworld(10_000, seed)
+    model = env.model
+    logits = jax.random.normal(jax.random.key(seed), model.reward.shape) + jnp.array([0.0, 0.0, 0.0, 1.0])
+    value = policy_value(model, jax.nn.softmax(logits), GAMMA)
+
+    @jax.jit
+    def play(state):
+        def step(carry, key):
+            state, running = carry
+            action = jax.random.categorical(key, logits[state.cell])
+            state, after = env.step(state, action)
+            reward = jnp.where(running, after.reward, 0.0)
+            left_over = jnp.where(running & after.truncated, value[state.cell], 0.0)
+            return (state, running & ~(after.terminated | after.truncated)), (reward, left_over)
+
+        keys = jax.random.split(jax.random.key(seed + 100), TIME_LIMIT)
+        (_, running), outputs = jax.lax.scan(step, (state, jnp.ones(env.num_envs, bool)), keys)
+        return running, outputs
+
+    running, (rewards, left_over) = jax.device_get(play(env.reset()[0]))
+    assert not running.any()
+    discounts = GAMMA ** np.arange(TIME_LIMIT)[:, None]
+    returns = np.sum(discounts * (rewards + GAMMA * left_over), axis=0)
+    assert abs(returns.mean() - value[model.start]) <= 3 * returns.std() / 100
+
+
+def test_steps_follow_the_protocol():
+    """To the lower exit (epsilon 1 leads there always), the step that only resets, and on."""
+    env = ConfoundingGridworld(2, 0, n_path=2, epsilon=1.0)
+    state, obs = env.reset()
+    step = jax.jit(env.step)
+    trace = []
+    for _ in range(6):
+        state, after = step(state, jnp.array([RIGHT, LEFT]))
+        trace.append(jax.device_get(after))
+    at = lambda row, col: env.frames[[tuple(c) for c in env.model.coordinates].index((row, col))]  # noqa: E731
+    for after, cell in zip(trace, [(2, 1), (3, 1), (3, 2), (3, 3), (2, 0), (2, 1)], strict=True):
+        assert_array_equal(after.obs[0], at(*cell))
+        assert_array_equal(after.obs[1], at(2, 0))
+    assert [float(a.reward[0]) for a in trace] == [0, 0, 1, 1, 0, 0]
+    assert [bool(a.terminated[0]) for a in trace] == [False] * 3 + [True, False, False]
+    assert [bool(a.valid[0]) for a in trace] == [True] * 4 + [False, True]
+    assert [int(a.episode.episode_length[0]) for a in trace] == [1, 2, 3, 4, 0, 1]
+    assert float(trace[3].episode.episode_return[0]) == 2.0 and bool(trace[3].episode.finished[0])
+    for a in trace:
+        assert not a.truncated.any() and not a.terminated[1]
+
+
+def test_time_limit_cuts_off_and_starts_anew():
+    env = ConfoundingGridworld(1, 0)
+    state, _ = env.reset()
+    _, after = jax.lax.scan(lambda s, _: env.step(s, jnp.array([LEFT])), state, None, length=TIME_LIMIT + 2)
+    assert_array_equal(np.flatnonzero(after.truncated[:, 0]), [TIME_LIMIT - 1])
+    assert_array_equal(np.flatnonzero(~after.valid[:, 0]), [TIME_LIMIT])
+    assert not after.terminated.any()
+    assert int(after.episode.episode_length[TIME_LIMIT - 1, 0]) == TIME_LIMIT
+
+
+def test_hazard_leads_down_as_often_as_epsilon_says():
+    env = ConfoundingGridworld(20_000, 3, epsilon=0.2)
+    state, _ = env.reset()
+    for _ in range(2):
+        state, _ = jax.jit(env.step)(state, jnp.full(20_000, RIGHT))
+    below = jnp.mean(jnp.asarray(env.model.coordinates)[state.cell, 0] == 3)
+    assert abs(float(below) - 0.2) < 4 * (0.2 * 0.8 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("n_path", [2, 5, 81])
+def test_frames_against_a_slow_drawing(n_path):
+    model = build_model(n_path)
+    drawn = frames(model)
+    assert drawn.shape == (2 * n_path + 6, 1, 84, 84) and drawn.dtype == np.uint8
+    shades = {"#": 50, ">": 100, "!": 100, "@": 180, "I": 120, "W": 200, "G": 220, "F": 220}
+    for cell in (0, model.start, model.choices[1]):
+        for y in range(0, 84, 5):
+            for x in range(84):
+                row, col = int(y * 5 / 84), x * (n_path + 3) // 84
+                here = (row, col) == tuple(model.coordinates[cell])
+                assert drawn[cell, 0, y, x] == (255 if here else shades[model.grid[row][col]])
+    assert len({f.tobytes() for f in drawn}) == len(drawn)  # even with a column for each pixel, none is left out
+
+
+@pytest.mark.parametrize("flags", [{"n_path": 1}, {"n_path": 82}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"gamma": 0.0}])
+def test_bad_sizes_are_refused(flags):
+    (name,) = flags
+    with pytest.raises(ValueError, match=f"^{name} .*must lie"):
+        build_model(**flags)
+
+
+def test_gymnasium_environment():
+    for mode in (None, "rgb_array", "ansi"):
+        env = gymnasium.make(ENV_ID, render_mode=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_env(env.unwrapped, skip_render_check=mode is None)
+    env.reset()
+    assert env.render() == "#####G##\n#>>>>!W#\nA@###F##\n#>>>>!W#\n########\n"
+    picture = gymnasium.make(ENV_ID, render_mode="rgb_array")
+    picture.reset()
+    assert picture.render().shape == (420, 420, 3) and picture.render().dtype == np.uint8
+
+
+def test_gymnasium_environment_is_the_jax_one():
+    single = gymnasium.make(ENV_ID, n_path=3, epsilon=1.0)
+    many = ConfoundingGridworld(1, 0, n_path=3, epsilon=1.0)
+    obs, _ = single.reset(seed=0)
+    state, first = many.reset()
+    assert_array_equal(obs, first[0])
+    for action in (UP, RIGHT, DOWN, RIGHT, RIGHT, LEFT, UP):
+        obs, reward, terminated, truncated, _ = single.step(action)
+        state, after = many.step(state, jnp.array([action]))
+        assert_array_equal(obs, after.obs[0])
+        assert_allclose(reward, after.reward[0], rtol=1e-6)
+        assert (terminated, truncated) == (bool(after.terminated[0]), bool(after.truncated[0]))
+    assert terminated and reward < -3
+    _, *rest = [single.reset()] + [single.step(LEFT) for _ in range(TIME_LIMIT)]
+    assert [r[3] for r in rest] == [False] * (TIME_LIMIT - 1) + [True]
+
+
+@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
+def test_scripts_log_the_exact_value_of_their_policy(script):
+    code = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (32,)}
+    args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
+    script.check(args)
+    env = script.make_env(args)
+    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    state = script.init_state(args, env, agent, optimizer)
+    iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    state, metrics = iteration(state)
+    z = agent.encoder.apply(state.params.encoder, jnp.asarray(env.frames))
+    policy = np.asarray(jax.nn.softmax(agent.actor_critic.apply(state.params.actor_critic, z)[0]), np.float64)
+    value = np.zeros(16)
+    for _ in range(3000):  # the slow, obvious way
+        value = np.sum(policy * (env.model.reward + GAMMA * env.model.probability @ value), axis=1)
+    assert_allclose(metrics["charts/init_value"], value[env.model.start], rtol=1e-3, atol=1e-3)
+    assert_allclose(metrics["values/3_5"], value[env.model.choices[1]], rtol=1e-3)
+    different = jnp.sum(z[env.model.choices[0]] != z[env.model.choices[1]])  # two numbers for each variable that differs
+    assert_allclose(metrics["charts/representation_distance"], np.sqrt(different), rtol=1e-5)
+    picture = metrics["charts/policy_matrix"]
+    assert picture.shape == (12 * 16, 4 * 16)
+    assert_allclose(picture[8::16, 8::16] / 255, policy[~env.model.terminal], atol=0.003)
+
+
+def test_benchmark_trains_as_the_script_does():
+    """Its short cut, the encoder evaluated once for each cell, changes no parameter by more than rounding."""
+    from benchmarks import confounding_gridworld as benchmark
+
+    script, small = (
+        deep_spi,
+        {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "fc_layers": (32,), "total_timesteps": 64 * 3},
+    )
+    args = script.Args(env_id=ENV_ID, latent="categorical", num_categories=4, num_classes=4, **small)
+    env = script.make_env(args)
+    cells, pictures = benchmark.make_cells(script, args)
+    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    short_cut = agent._replace(encoder=benchmark.OncePerCell(agent.encoder, pictures))
+    results = []
+    for environment, networks in ((env, agent), (cells, short_cut)):
+        state = script.init_state(args, environment, networks, optimizer)
+        given = {"env": environment, "agent": networks, "optimizer": optimizer, "args": args}
+        iteration = jax.jit(partial(script.train_iteration, **given))
+        for _ in range(3):
+            state, metrics = iteration(state)
+        results.append((state.params, metrics["charts/init_value"]))
+    (params, value), (other_params, other_value) = results
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other_params), strict=True):
+        assert_allclose(a, b, atol=2e-5)
+    assert_allclose(value, other_value, atol=1e-3)
+
+
+def test_benchmark_writes_figure_and_numbers(tmp_path):
+    from benchmarks import confounding_gridworld as benchmark
+
+    args = benchmark.Args(output=str(tmp_path / "grid"), seeds=(1, 2), algorithms=("PPO",), total_timesteps=2048)
+    benchmark.main(args)
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+    (numbers,) = [v for k, v in json.loads((tmp_path / "grid.json").read_text()).items() if k != "device"]
+    assert numbers["steps"] == [1024, 2048]
+    finals = numbers["final value"]["seeds"]
+    assert finals[0] != finals[1]
+    assert_allclose(numbers["charts/init_value"]["mean"][-1], np.mean(finals), atol=1e-3)
+    # Student's t with one degree of freedom, by hand: 12.706 * |a - b| / 2
+    assert_allclose(numbers["final value"]["95% interval"], 12.706 * abs(finals[0] - finals[1]) / 2, rtol=1e-3)
+    with pytest.raises(benchmark.UsageError, match="--algorithms SARSA"):
+        benchmark.main(benchmark.Args(algorithms=("SARSA",)))
