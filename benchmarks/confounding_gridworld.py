@@ -200,7 +200,7 @@ def main(args: Args) -> None:
             "final value": {"median": float(np.median(final)), "mean": mean, "95% interval": half, "seeds": final.tolist()},
             "steps": curves[name]["steps"].tolist(),
         } | {
-            key: {"mean": m.round(4).tolist(), "95% interval": h.round(4).tolist()}
+            key: {"mean": [round(float(x), 4) for x in m], "95% interval": [round(float(x), 4) for x in h]}
             for key in (VALUE, DISTANCE, "up, above", "up, below")
             for m, h in [interval(curves[name][key])]
         }
@@ -210,7 +210,7 @@ def main(args: Args) -> None:
         f'"{name}": {{\n' + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items()) + "\n}"
         for name, of in summary.items()
     ]
-    device = json.dumps(describe_device().splitlines()[0])
+    device = json.dumps(describe_device().splitlines()[0].removeprefix("device: "))
     Path(f"{args.output}.json").write_text(f'{{"device": {device},\n' + ",\n".join(lines) + "\n}\n")
     print(f"written: {args.output}.png, {args.output}.json")
 
