@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,13 @@ from envs.confounding_gridworld import (  # noqa: E402
     optimal_value,
     policy_value,
 )
-from utils.run import UsageError, describe_device  # noqa: E402
+from utils.run import UsageError, describe_device, refuse_unread, require  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi}
-VALUE, DISTANCE = "charts/init_value", "charts/representation_distance"
+VALUE, DISTANCE, DISTINCT = "charts/init_value", "charts/representation_distance", "charts/distinct_latents"
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Args:
     """seeds of each algorithm; the setting was searched on seeds 1, 2 and 3"""
     algorithms: tuple[str, ...] = tuple(SCRIPTS)
     """which of PPO, DeepMDP, Deep SPI"""
-    latent: str = "categorical"
-    """categorical or continuous, for all algorithms"""
+    latent: Literal["categorical", "continuous"] = "categorical"
+    """of all algorithms"""
     num_categories: int = 2
     """variables of the categorical code"""
     num_classes: int = 4
@@ -127,7 +127,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
             state, metrics = script.train_iteration(state, env, agent, optimizer, flags)
             policy = metrics["charts/policy_matrix"][::16, ::16] / 255.0
             up = {f"up, {where}": policy[row[i], UP] for where, i in zip(("above", "below"), env.model.choices, strict=True)}
-            return state, {VALUE: metrics[VALUE], DISTANCE: metrics[DISTANCE]} | up
+            return state, {key: metrics[key] for key in (VALUE, DISTANCE, DISTINCT)} | up
 
         return jax.lax.scan(iteration, state, None, length=flags.total_timesteps // steps_per_iteration)[1]
 
@@ -142,18 +142,18 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over the seeds (axis 0), and half the width of its 95% confidence interval (Student's t)."""
     n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5 if n > 1 else np.zeros(values.shape[1])
-    return values.mean(axis=0), half
+    return values.mean(axis=0), stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
 
 
 def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, right: float) -> None:
-    """The figure: exact start values above, representation distances beneath."""
+    """The figure: exact start values above, representation distances beneath; thin lines are single seeds."""
     figure, (above, beneath) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
     for name, curve in curves.items():
         for axes, key in ((above, VALUE), (beneath, DISTANCE)):
             mean, half = interval(curve[key])
             (line,) = axes.plot(curve["steps"], mean, label=name)
-            axes.fill_between(curve["steps"], mean - half, mean + half, color=line.get_color(), alpha=0.2)
+            axes.fill_between(curve["steps"], mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
+            axes.plot(curve["steps"], curve[key].T, color=line.get_color(), alpha=0.35, linewidth=0.6)
     for value, what in ((optimum, "optimum"), (right, "always right")):
         above.axhline(value, color="grey", linestyle=":")
         above.annotate(f"{what}, {value:.2f}", (0, value), va="bottom", color="grey")
@@ -166,8 +166,13 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
 def main(args: Args) -> None:
     """Trains, draws, and writes."""
     unknown = set(args.algorithms) - set(SCRIPTS)
-    if unknown:
-        raise UsageError(f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
+    require(not unknown, f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
+    require(len(args.algorithms) > 0, "--algorithms: name at least one")
+    seeds = set(args.seeds)
+    require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name two or more, all different, of 0 or more")
+    if args.latent == "continuous":
+        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     model = build_model(args.gridworld_n_path, args.gridworld_epsilon)
     gamma = deep_spi.Args().gamma
     optimum = optimal_value(model, gamma)[model.start]
@@ -185,12 +190,12 @@ def main(args: Args) -> None:
         final = curves[name][VALUE][:, -1]
         mean, half = (float(x[-1]) for x in interval(curves[name][VALUE]))
         up = [np.median(curves[name][f"up, {where}"][:, -1]) for where in ("above", "below")]
-        distance = np.median(curves[name][DISTANCE][:, -1])
+        distance, distinct = (np.median(curves[name][key][:, -1]) for key in (DISTANCE, DISTINCT))
         seconds = (time.perf_counter() - started) / len(args.seeds)
         print(
             f"{SCRIPTS[name].__name__}.py {command}\n"
             f"  final value: median {np.median(final):.3f}, mean {mean:.3f} +- {half:.3f}, "
-            f"from {final.min():.3f} to {final.max():.3f}; distance {distance:.2f}; "
+            f"from {final.min():.3f} to {final.max():.3f}; medians: distance {distance:.2f}, {distinct:.0f} codes, "
             f"up with probability {up[0]:.2f} above, {up[1]:.2f} below; {seconds:.0f} s a seed",
             flush=True,
         )
@@ -198,10 +203,11 @@ def main(args: Args) -> None:
             "command": f"{SCRIPTS[name].__name__}.py {command}",
             "seeds": args.seeds,
             "final value": {"median": float(np.median(final)), "mean": mean, "95% interval": half, "seeds": final.tolist()},
+            "final distinct latents": curves[name][DISTINCT][:, -1].tolist(),
             "steps": curves[name]["steps"].tolist(),
         } | {
             key: {"mean": [round(float(x), 4) for x in m], "95% interval": [round(float(x), 4) for x in h]}
-            for key in (VALUE, DISTANCE, "up, above", "up, below")
+            for key in (VALUE, DISTANCE, DISTINCT, "up, above", "up, below")
             for m, h in [interval(curves[name][key])]
         }
     draw(curves, args, float(optimum), float(right))

@@ -35,6 +35,7 @@ TIME_LIMIT = 200  # steps
 SIZE = 84  # pixels of a frame, along each axis
 ROWS = 5
 MAX_N_PATH = SIZE - 3  # a column more, and a frame would leave one out
+MAX_LOG_REWARD = 14.0  # a million: float32 still resolves the other rewards, of 1, beside it
 BRIGHTNESS = {"#": 50, ">": 100, "!": 100, "@": 180, "I": 120, "W": 200, "G": 220, "F": 220}
 AGENT = 255
 
@@ -60,15 +61,21 @@ def build_model(n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99) -> M
         gamma: the discount that the rewards of the choices are made for.
 
     Raises:
-        ValueError: n_path is not between 2 and 81, or epsilon or gamma not in (0, 1].
+        ValueError: n_path is not between 2 and 81, epsilon not in (0, 1], or gamma not in (0, 1); or the rewards would be too
+            large for float32.
     """
     if not 2 <= n_path <= MAX_N_PATH:
         raise ValueError(f"n_path {n_path}: must lie between 2 and {MAX_N_PATH}")
     if not 0 < epsilon <= 1:
         raise ValueError(f"epsilon {epsilon}: must lie in (0, 1]")
-    if not 0 < gamma <= 1:
-        raise ValueError(f"gamma {gamma}: must lie in (0, 1]")
+    if not 0 < gamma < 1:  # with 1, a policy that never leaves a cell has no value
+        raise ValueError(f"gamma {gamma}: must lie between 0 and 1")
     n = n_path
+    largest = np.log(2 * n) - n * np.log(gamma) - np.log(epsilon)
+    if largest > MAX_LOG_REWARD:
+        raise ValueError(
+            f"n_path {n}: rewards of up to e^{largest:.0f} with gamma {gamma} and epsilon {epsilon}; choose a smaller one"
+        )
     path = "#" + ">" * (n - 1) + "!W#"
     grid = ("#" * n + "G##", path, "I@" + "#" * (n - 2) + "F##", path, "#" * (n + 3))
     coordinates = [(row, col) for row in range(ROWS) for col in range(n + 3) if grid[row][col] != "#"]
@@ -104,9 +111,7 @@ def policy_value(model: Model, policy: Float[Array, "S A"], gamma: float) -> Flo
 
     The time limit is not part of it: a policy is worth what it earns without one. Jittable and differentiable in the policy.
     """
-    # a policy that never leaves a cell makes gamma = 1 singular; ends, at least, can be left out
-    going_on = jnp.asarray(~model.terminal, policy.dtype)[:, None]
-    probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest") * going_on
+    probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest")
     reward = jnp.sum(policy * model.reward, axis=1)
     return jnp.linalg.solve(jnp.eye(len(reward)) - gamma * probability, reward)
 
@@ -193,8 +198,9 @@ class ConfoundingGridworld:
         """What is known of a policy without playing it.
 
         `charts/init_value` is the exact value of the start, `charts/representation_distance` the Euclidean distance of the
-        latents of the two choices, `values/r_c` the exact value of the cell in row r and column c, and `charts/policy_matrix`
-        a picture: a row for each of those cells in order, a column for each action (up, down, left, right), bright for likely.
+        latents of the two choices, `charts/distinct_latents` how many different latents the S cells have, `values/r_c` the
+        exact value of the cell in row r and column c, and `charts/policy_matrix` a picture: a row for each of those cells in
+        order, a column for each action (up, down, left, right), bright for likely.
 
         Args:
             policy: maps observations to latents and action probabilities.
@@ -202,10 +208,14 @@ class ConfoundingGridworld:
         z, probabilities = policy(jnp.asarray(self.frames))
         value = policy_value(self.model, probabilities, self.gamma)
         upper, lower = self.model.choices
+        flat = z.reshape(len(z), -1)
+        same = jnp.all(flat[:, None] == flat[None], axis=-1)
+        first = jnp.argmax(same, axis=1) == jnp.arange(len(z))  # no cell before has the same latent
         matrix = jnp.round(255 * probabilities[~self.model.terminal]).astype(jnp.uint8)
         return {
             "charts/init_value": value[self.model.start],
             "charts/representation_distance": jnp.linalg.norm((z[upper] - z[lower]).reshape(-1)),
+            "charts/distinct_latents": jnp.sum(first),
             "charts/policy_matrix": jnp.repeat(jnp.repeat(matrix, 16, axis=0), 16, axis=1),
         } | {
             f"values/{row}_{col}": value[i] for i, (row, col) in enumerate(self.model.coordinates) if not self.model.terminal[i]

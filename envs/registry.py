@@ -15,7 +15,7 @@ def env_ids() -> list[str]:
 
 def is_atari(env_id: str) -> bool:
     """Whether the id is that of a game."""
-    return env_id not in (*CLASSIC, GRIDWORLD)
+    return env_id in atari_ids()
 
 
 def check_gridworld(args: Any) -> None:

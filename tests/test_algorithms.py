@@ -301,7 +301,8 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
         for name in ("transition", "reward"):
             for a, b in zip(*(jax.tree.leaves(getattr(g, name)) for g in (theirs_grads, ours_grads)), strict=True):
                 assert float(jnp.abs(a).max()) > 0
-                assert_allclose(ratio * a, b, atol=1e-4 * float(jnp.abs(a).max()))
+                # those of what is shifted start near 0, as differences of larger numbers
+                assert_allclose(ratio * a, b, atol=1e-3 * float(jnp.abs(a).max()))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ MISTAKES = [
     (["--gridworld-n-path=3"], "--gridworld-n-path", "ConfoundingGridworld-v0"),
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
-    (["--env-id=ConfoundingGridworld-v0", "--gamma=0"], "--gamma", "(0, 1]"),
+    (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "between 0 and 1"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
     (["--wandb-group=a"], "--wandb-group", "--track"),

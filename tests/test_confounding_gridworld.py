@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import gymnasium
@@ -78,7 +79,7 @@ def test_dynamics_by_hand():
 
 
 @settings(max_examples=20, deadline=None)
-@given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.5, 0.99), seed=st.integers(0, 99))
+@given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.6, 0.99), seed=st.integers(0, 99))
 def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsilon, gamma, seed):
     model = build_model(n_path, epsilon, gamma)
     policy = np.random.default_rng(seed).dirichlet(np.ones(4), len(model.reward)).astype(np.float32)
@@ -175,10 +176,18 @@ def test_frames_against_a_slow_drawing(n_path):
     assert len({f.tobytes() for f in drawn}) == len(drawn)  # even with a column for each pixel, none is left out
 
 
-@pytest.mark.parametrize("flags", [{"n_path": 1}, {"n_path": 82}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"gamma": 0.0}])
+@pytest.mark.parametrize(
+    "flags", [{"n_path": 1}, {"n_path": 82}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"gamma": 0.0}, {"gamma": 1.0}]
+)
 def test_bad_sizes_are_refused(flags):
     (name,) = flags
     with pytest.raises(ValueError, match=f"^{name} .*must lie"):
+        build_model(**flags)
+
+
+@pytest.mark.parametrize("flags", [{"n_path": 81, "gamma": 1e-4}, {"n_path": 20, "gamma": 0.3}, {"epsilon": 1e-39}])
+def test_rewards_too_large_are_refused(flags):
+    with pytest.raises(ValueError, match="^n_path .*rewards of up to"):
         build_model(**flags)
 
 
@@ -212,6 +221,14 @@ def test_gymnasium_environment_is_the_jax_one():
     assert [r[3] for r in rest] == [False] * (TIME_LIMIT - 1) + [True]
 
 
+def test_flags_reach_the_environment():
+    args = ppo.Args(env_id=ENV_ID, num_envs=3, seed=7, gridworld_n_path=3, gridworld_epsilon=0.4, gamma=0.9)
+    env, expected = ppo.make_env(args), build_model(3, 0.4, 0.9)
+    assert env.num_envs == 3 and env.gamma == 0.9 and env.seed != ppo.make_env(replace(args, seed=8)).seed
+    assert_array_equal(env.model.probability, expected.probability)
+    assert_array_equal(env.model.reward, expected.reward)
+
+
 @pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
 def test_scripts_log_the_exact_value_of_their_policy(script):
     code = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (32,)}
@@ -230,7 +247,9 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
     assert_allclose(metrics["charts/init_value"], value[env.model.start], rtol=1e-3, atol=1e-3)
     assert_allclose(metrics["values/3_5"], value[env.model.choices[1]], rtol=1e-3)
     different = jnp.sum(z[env.model.choices[0]] != z[env.model.choices[1]])  # two numbers for each variable that differs
+    assert different > 0
     assert_allclose(metrics["charts/representation_distance"], np.sqrt(different), rtol=1e-5)
+    assert metrics["charts/distinct_latents"] == len({np.asarray(x).tobytes() for x in z}) > 1
     picture = metrics["charts/policy_matrix"]
     assert picture.shape == (12 * 16, 4 * 16)
     assert_allclose(picture[8::16, 8::16] / 255, policy[~env.model.terminal], atol=0.003)
@@ -276,5 +295,6 @@ def test_benchmark_writes_figure_and_numbers(tmp_path):
     assert_allclose(numbers["charts/init_value"]["mean"][-1], np.mean(finals), atol=1e-3)
     # Student's t with one degree of freedom, by hand: 12.706 * |a - b| / 2
     assert_allclose(numbers["final value"]["95% interval"], 12.706 * abs(finals[0] - finals[1]) / 2, rtol=1e-3)
-    with pytest.raises(benchmark.UsageError, match="--algorithms SARSA"):
-        benchmark.main(benchmark.Args(algorithms=("SARSA",)))
+    for mistake in ({"algorithms": ("SARSA",)}, {"seeds": (1, 1)}, {"seeds": ()}, {"latent": "continuous", "num_classes": 3}):
+        with pytest.raises(benchmark.UsageError, match=f"^--{list(mistake)[-1].replace('_', '-')} ?"):
+            benchmark.main(benchmark.Args(**mistake))

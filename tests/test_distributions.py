@@ -156,13 +156,14 @@ def test_clipped_noise_is_a_clipped_normal():
 
 
 def grouped_conv(hidden, kernel):
-    """lax's grouped convolution, for input channels k * G + g and output channels g * o + j; kernel [2, 2, G, c, o]."""
+    """lax's grouped convolution, for input channels k * G + g and output channels j * G + g; kernel [2, 2, G, c, o]."""
     n, h, w, channels = hidden.shape
     blocks = hidden.reshape(n, h, w, channels // GROUPS, GROUPS).swapaxes(-1, -2).reshape(hidden.shape)
     kernel = kernel.transpose(0, 1, 3, 2, 4).reshape(2, 2, channels // GROUPS, -1)
     dimensions = ("NHWC", "HWIO", "NHWC")
     pads = [(0, 1), (0, 1)]
-    return jax.lax.conv_general_dilated(blocks, kernel, (1, 1), pads, dimension_numbers=dimensions, feature_group_count=GROUPS)
+    out = jax.lax.conv_general_dilated(blocks, kernel, (1, 1), pads, dimension_numbers=dimensions, feature_group_count=GROUPS)
+    return out.reshape(n, h, w, GROUPS, -1).swapaxes(-1, -2).reshape(n, h, w, -1)
 
 
 def all_actions_then_select(p, z, action, lipschitz, components):
@@ -174,18 +175,18 @@ def all_actions_then_select(p, z, action, lipschitz, components):
         weights = jnp.broadcast_to(jax.nn.softmax(p["mixture"])[None], (len(z), num_actions, components))
         maps = [shifting_kernel(h[..., m, :], vertical, horizontal) for m in range(components)]
         kernels = [k.transpose(4, 0, 1, 5, 2, 3) for k in maps]  # each [A, 2, 2, G, c, o]
-        half = 0.5
+        share = 0.9  # of K, that of the locations
     else:
         hidden = jax.nn.relu(conv2d(z, p["hidden_kernel"], padding="SAME") + p["hidden_bias"])
         logits = hidden.reshape(len(z), -1) @ p["mixture"]["kernel"] + p["mixture"]["bias"]
         weights = jax.nn.softmax(logits.reshape(len(z), num_actions, components))
         per_map = p["kernels"].reshape(*p["kernels"].shape[:4], 2 * components, -1, p["kernels"].shape[-1])
         kernels = [per_map[:, :, :, :, m].swapaxes(-1, -2) for m in range(components)]
-        half = 1.0
+        share = 1.0
     outputs = []
     for a in range(num_actions):
-        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, :, m].reshape(-1) for m, k in enumerate(kernels)]
-        outputs.append(half * sum(weights[:, a, m, None, None, None] * loc for m, loc in enumerate(locs)))
+        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, :, m].T.reshape(-1) for m, k in enumerate(kernels)]
+        outputs.append(share * sum(weights[:, a, m, None, None, None] * loc for m, loc in enumerate(locs)))
     return jnp.stack(outputs)[action, jnp.arange(len(z))]
 
 

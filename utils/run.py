@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import tyro
@@ -54,7 +55,7 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def refuse_unread(args: RunArgs, flags: tuple[str, ...], needed: str) -> None:
+def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
     """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own.
 
     `needed` says with what they would be.
@@ -75,7 +76,7 @@ def check_run(args: RunArgs) -> None:
     known = env_ids()
     if args.env_id not in known:
         close = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see envs/atari.py for the ids it takes"
+        hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
         raise UsageError(f"--env-id {args.env_id}: no such environment; {hint}")
     if not is_atari(args.env_id):
         refuse_unread(args, ("reward_clip", "stochastic_env"), "an Atari game")

@@ -49,9 +49,11 @@ class Transition(nn.Module):
     depend on z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all.
     Averaging near-orthogonal maps is also how this network contracts where it should.
 
-    It starts near the identity, z' = 0.9 K z for z >= 0. Consecutive frames differ little, so that is nearly right from the
-    first step on; a random map of nearly full norm is worse than no prediction, and as long as it is, the loss is lowered
-    most easily by an encoder that gives up its features.
+    It starts near the identity, z' = 0.9 K z (K z where there are no scales), for z >= 0 as relu gives it; other activations
+    start with |z|. Consecutive frames differ little, so that is nearly right from the first step on; a random map of nearly
+    full norm is worse than no prediction, and as long as it is, the loss is lowered most easily by an encoder that gives up
+    its features. Nothing is shifted at the start, and what is learns from the noise on the locations' kernels alone at first:
+    with exactly the identity after it, a shift would have no gradient.
     """
 
     num_actions: int
