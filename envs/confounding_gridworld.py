@@ -111,7 +111,8 @@ def policy_value(model: Model, policy: Float[Array, "S A"], gamma: float) -> Flo
 
     The time limit is not part of it: a policy is worth what it earns without one. Jittable and differentiable in the policy.
     """
-    probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest")
+    going_on = jnp.asarray(~model.terminal, policy.dtype)[:, None]  # so that ends are worth 0 without rounding
+    probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest") * going_on
     reward = jnp.sum(policy * model.reward, axis=1)
     return jnp.linalg.solve(jnp.eye(len(reward)) - gamma * probability, reward)
 

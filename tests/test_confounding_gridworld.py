@@ -78,7 +78,7 @@ def test_dynamics_by_hand():
     assert (model.reward[model.terminal] == 0).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.6, 0.99), seed=st.integers(0, 99))
 def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsilon, gamma, seed):
     model = build_model(n_path, epsilon, gamma)
@@ -88,7 +88,7 @@ def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsil
     scale = np.abs(model.reward).max()
     assert_allclose(value, backup, atol=1e-4 * scale)
     assert (value <= optimal_value(model, gamma) + 1e-4 * scale).all()
-    assert_allclose(value[model.terminal], 0.0, atol=1e-6)
+    assert_array_equal(value[model.terminal], 0.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -231,7 +231,7 @@ def test_flags_reach_the_environment():
 
 @pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
 def test_scripts_log_the_exact_value_of_their_policy(script):
-    code = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (32,)}
+    code = {"latent": "categorical", "num_categories": 8, "num_classes": 8, "fc_layers": (32,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
     script.check(args)
     env = script.make_env(args)
