@@ -32,6 +32,7 @@ import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.confounding_gridworld import (  # noqa: E402
+    CELL_PIXELS,
     ENV_ID,
     RIGHT,
     UP,
@@ -125,7 +126,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     def run(state):
         def iteration(state, _):
             state, metrics = script.train_iteration(state, env, agent, optimizer, flags)
-            policy = metrics["charts/policy_matrix"][::16, ::16] / 255.0
+            policy = metrics["charts/policy_matrix"][::CELL_PIXELS, ::CELL_PIXELS] / 255.0
             up = {f"up, {where}": policy[row[i], UP] for where, i in zip(("above", "below"), env.model.choices, strict=True)}
             return state, {key: metrics[key] for key in (VALUE, DISTANCE, DISTINCT)} | up
 
@@ -173,8 +174,8 @@ def main(args: Args) -> None:
     if args.latent == "continuous":
         refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    model = build_model(args.gridworld_n_path, args.gridworld_epsilon)
     gamma = deep_spi.Args().gamma
+    model = build_model(args.gridworld_n_path, args.gridworld_epsilon, gamma)
     optimum = optimal_value(model, gamma)[model.start]
     right = np.zeros_like(model.reward)
     right[:, RIGHT] = 1.0
@@ -182,9 +183,9 @@ def main(args: Args) -> None:
     print(describe_device())
     curves, summary = {}, {}
     for name in args.algorithms:
-        defaults = vars(type(script_args(name, args))())
+        defaults = vars(SCRIPTS[name].Args())
         flags = {k: v for k, v in vars(script_args(name, args)).items() if v != defaults[k]}
-        command = shlex.join(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())
+        command = shlex.join([f"{SCRIPTS[name].__name__}.py", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())])
         started = time.perf_counter()
         curves[name] = train(name, args)
         final = curves[name][VALUE][:, -1]
@@ -193,14 +194,14 @@ def main(args: Args) -> None:
         distance, distinct = (np.median(curves[name][key][:, -1]) for key in (DISTANCE, DISTINCT))
         seconds = (time.perf_counter() - started) / len(args.seeds)
         print(
-            f"{SCRIPTS[name].__name__}.py {command}\n"
+            f"{command}\n"
             f"  final value: median {np.median(final):.3f}, mean {mean:.3f} +- {half:.3f}, "
             f"from {final.min():.3f} to {final.max():.3f}; medians: distance {distance:.2f}, {distinct:.0f} codes, "
             f"up with probability {up[0]:.2f} above, {up[1]:.2f} below; {seconds:.0f} s a seed",
             flush=True,
         )
         summary[name] = {
-            "command": f"{SCRIPTS[name].__name__}.py {command}",
+            "command": command,
             "seeds": args.seeds,
             "final value": {"median": float(np.median(final)), "mean": mean, "95% interval": half, "seeds": final.tolist()},
             "final distinct latents": curves[name][DISTINCT][:, -1].tolist(),

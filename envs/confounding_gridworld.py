@@ -38,6 +38,7 @@ MAX_N_PATH = SIZE - 3  # a column more, and a frame would leave one out
 MAX_LOG_REWARD = 14.0  # a million: float32 still resolves the other rewards, of 1, beside it
 BRIGHTNESS = {"#": 50, ">": 100, "!": 100, "@": 180, "I": 120, "W": 200, "G": 220, "F": 220}
 AGENT = 255
+CELL_PIXELS = 16  # of an entry of the policy matrix's picture, along each axis
 
 
 class Model(NamedTuple):
@@ -217,7 +218,7 @@ class ConfoundingGridworld:
             "charts/init_value": value[self.model.start],
             "charts/representation_distance": jnp.linalg.norm((z[upper] - z[lower]).reshape(-1)),
             "charts/distinct_latents": jnp.sum(first),
-            "charts/policy_matrix": jnp.repeat(jnp.repeat(matrix, 16, axis=0), 16, axis=1),
+            "charts/policy_matrix": jnp.repeat(jnp.repeat(matrix, CELL_PIXELS, axis=0), CELL_PIXELS, axis=1),
         } | {
             f"values/{row}_{col}": value[i] for i, (row, col) in enumerate(self.model.coordinates) if not self.model.terminal[i]
         }
