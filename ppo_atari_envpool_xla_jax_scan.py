@@ -21,6 +21,7 @@ from envs.registry import make_env
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
+from utils.neighbourhood import backtrack, ratio_metrics
 from utils.run import RunArgs, check_run, refuse_unread, require, run_script
 
 
@@ -81,6 +82,9 @@ class Args(RunArgs):
     """weight of the value loss"""
     target_kl: float | None = None
     """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
+    enforce_neighbourhood: Literal["none", "early_stop", "backtrack"] = "none"
+    """hold the ratios of *all* actions within [1 - eps, 1 + eps], which clipping does not: early_stop ends an update once a
+    minibatch finds one outside, backtrack moves the parameters back until all in the rollout are inside"""
 
 
 def check(args: Args) -> None:
@@ -143,7 +147,7 @@ class Rollout(NamedTuple):
     obs: Num[Array, "T+1 B *obs"]
     value: Float[Array, "T+1 B"]
     action: Int[Array, "T B"]
-    log_prob: Float[Array, "T B"]
+    log_probs: Float[Array, "T B A"]  # of all actions
     reward: Float[Array, "T B"]
     terminated: Bool[Array, "T B"]
     truncated: Bool[Array, "T B"]
@@ -156,7 +160,7 @@ class Minibatch(NamedTuple):
 
     obs: Num[Array, "N+N/S *obs"]
     action: Int[Array, " N"]
-    log_prob: Float[Array, " N"]
+    log_probs: Float[Array, "N A"]
     value: Float[Array, " N"]
     advantage: Float[Array, " N"]
     target: Float[Array, " N"]
@@ -208,10 +212,10 @@ def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Arg
         env_state, obs = carry
         logits, value = policy(obs)
         action = jax.random.categorical(key, logits)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
+        log_probs = jax.nn.log_softmax(logits)
         env_state, after = env.step(env_state, action)
         record = (
-            obs, value, action, log_prob, after.reward, after.terminated, after.truncated, after.valid, after.episode
+            obs, value, action, log_probs, after.reward, after.terminated, after.truncated, after.valid, after.episode
         )  # fmt: skip
         return (env_state, after.obs), Rollout(*record)
 
@@ -249,8 +253,9 @@ def loss_fn(
     logits, value = agent.actor_critic.apply(params.actor_critic, z)
 
     log_probs = jax.nn.log_softmax(logits)
-    log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
-    log_ratio = jnp.where(batch.valid, log_ratio, 0.0)  # a huge masked ratio would turn its masked gradient into NaN
+    # of all actions; a huge masked ratio would turn its masked gradient into NaN
+    log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
+    log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
@@ -266,17 +271,14 @@ def loss_fn(
     value_loss = mean(value_losses)
 
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    outside = jnp.abs(ratio - 1) > args.clip_coef
+    clipped = (ratio != clipped_ratio).astype(jnp.float32)
     return loss, {
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
         "losses/approx_kl": mean(ratio - 1 - log_ratio),
-        "losses/clipfrac": mean(outside.astype(jnp.float32)),
-        "spi/ratio_max": jnp.max(jnp.where(batch.valid, ratio, -jnp.inf)),
-        "spi/ratio_min": jnp.min(jnp.where(batch.valid, ratio, jnp.inf)),
-        "spi/outside_fraction": mean(outside.astype(jnp.float32)),
-    }
+        "losses/clipfrac": mean(clipped),
+    } | ratio_metrics(log_ratios, batch.valid, args.clip_coef)
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
@@ -301,7 +303,7 @@ def gather(
     return Minibatch(
         obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
         action=take(steps.action),
-        log_prob=take(steps.log_prob),
+        log_probs=take(steps.log_probs),
         value=take(steps.value),
         advantage=take(advantages),
         target=take(advantages + steps.value[:-1]),
@@ -323,17 +325,20 @@ def update(
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
+    early_stop = args.enforce_neighbourhood == "early_stop"
 
     def learn(params, opt_state, first, env, key):
         batch = gather(steps, advantages, first, env, args)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates))
+        # the steps before may have gone too far: then not one more
+        step = jnp.where(metrics["spi/outside_fraction"] > 0, 0.0, learning_rate) if early_stop else learning_rate
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -step * u, updates))
         return params, opt_state, metrics
 
     def minibatch_step(carry, minibatch):
         stopped = carry[2]
-        if args.target_kl is None:
+        if args.target_kl is None and not early_stop:
             params, opt_state, metrics = learn(*carry[:2], *minibatch)
             return (params, opt_state, stopped), (metrics, ~stopped)
         shapes = jax.eval_shape(learn, *carry[:2], *minibatch)
@@ -341,21 +346,39 @@ def update(
             params, opt_state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
         )  # fmt: skip
         params, opt_state, metrics = jax.lax.cond(stopped, skip, learn, *carry[:2], *minibatch)
-        return (params, opt_state, stopped | (metrics["losses/approx_kl"] > args.target_kl)), (metrics, ~stopped)
+        stop = stopped
+        if args.target_kl is not None:
+            stop = stop | (metrics["losses/approx_kl"] > args.target_kl)
+        if early_stop:
+            stop = stop | (metrics["spi/outside_fraction"] > 0)
+        return (params, opt_state, stop), (metrics, ~stopped)
 
     shuffle_key, loss_key = jax.random.split(key)
     first, env = minibatch_indices(shuffle_key, args)
     keys = jax.random.split(loss_key, first.shape[0])
     carry = (state.params, state.opt_state, jnp.zeros((), bool))
     (params, opt_state, _), (metrics, ran) = jax.lax.scan(minibatch_step, carry, (first, env, keys))
+    metrics = summarize(metrics, ran, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    if args.enforce_neighbourhood == "backtrack":
+        moved = partial(policy_change, steps=steps, agent=agent)
+        # a step of the encoder may flip a code however small it is: then let the others move without it
+        targets = (params, params._replace(encoder=state.params.encoder))
+        params, measured = backtrack(state.params, targets, moved, steps.valid, args.clip_coef)
+        metrics = metrics | measured
+    return state._replace(params=params, opt_state=opt_state, iteration=state.iteration + 1), metrics
 
-    state = state._replace(params=params, opt_state=opt_state, iteration=state.iteration + 1)
-    return state, summarize(metrics, ran, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+
+def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
+    """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
+    obs = steps.obs[:-1].reshape(-1, *steps.obs.shape[2:])
+    logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
+    log_probs = jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
+    return jnp.where(steps.valid[..., None], log_probs - steps.log_probs, 0.0)
 
 
 def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], args: Args) -> dict[str, Scalar]:
-    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios (of
-    the actions taken) to what they were in the last `num_minibatches`, each measured before its own gradient step."""
+    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios to
+    what they were in the last `num_minibatches`, each measured before its own gradient step."""
     last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - args.num_minibatches)
     reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
     return reduced | {

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from envs.protocol import EpisodeStats, Timestep
 
-CLASSIC = ("Acrobot-v1", "CartPole-v1", "Catch-v0")
+CLASSIC = {"Acrobot-v1": (-1.0, 0.0), "CartPole-v1": (0.0, 1.0), "Catch-v0": (-1.0, 1.0)}  # and the range of their rewards
 
 
 def atari_ids() -> list[str]:
@@ -43,9 +43,9 @@ class Pool:
     so it can be neither copied nor saved.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, **options):
+    def __init__(self, env_id: str, num_envs: int, seed: int, reward_range: tuple[float, float], **options):
         self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
-        self.num_envs = num_envs
+        self.num_envs, self.reward_range = num_envs, reward_range
         self.num_actions = int(self.pool.action_space.n)
         self.handle, _, _, self._step = self.pool.xla()
 
@@ -87,8 +87,9 @@ def make_pool(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, s
         ValueError: the id is not known.
     """
     if env_id in CLASSIC:
-        return Pool(env_id, num_envs, seed)
+        return Pool(env_id, num_envs, seed, CLASSIC[env_id])
     if env_id not in atari_ids():
         raise ValueError(f"unknown environment {env_id!r}")
     protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
-    return Pool(env_id, num_envs, seed, episodic_life=True, reward_clip=reward_clip, **protocol)
+    reward_range = (-1.0, 1.0) if reward_clip else (-np.inf, np.inf)
+    return Pool(env_id, num_envs, seed, reward_range, episodic_life=True, reward_clip=reward_clip, **protocol)

@@ -160,6 +160,7 @@ class ConfoundingGridworld:
     def __init__(self, num_envs: int, seed: int, n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99):
         self.num_envs, self.gamma = num_envs, gamma
         self.model = build_model(n_path, epsilon, gamma)
+        self.reward_range = (float(self.model.reward.min()), float(self.model.reward.max()))
         self.frames = frames(self.model)
         # a seed of its own, or the environment's numbers would be those that the script draws from the same seed
         self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])

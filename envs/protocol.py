@@ -9,22 +9,27 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 
 class EpisodeStats(NamedTuple):
-    """The running episode of each environment. Lost lives do not end it, clipping does not touch its return."""
+    """The running episode of each environment. Lost lives do not end it, clipping does not touch its return; `age` alone
+    starts anew with each life, that is, after every step that returned `terminated` or `truncated`."""
 
     episode_return: Float[Array, " B"]  # sum of unclipped, undiscounted rewards so far
     episode_length: Int[Array, " B"]  # steps so far, those that only reset the environment left out
-    finished: Bool[Array, " B"]  # true where the last step ended the episode: the other two are then its totals
+    finished: Bool[Array, " B"]  # true where the last step ended the episode: the two above are then its totals
+    age: Int[Array, " B"]  # steps since the environment started anew for the agent
+    previous_age: Int[Array, " B"]  # what it was when that happened; 0 before the first time
 
     @classmethod
     def zeros(cls, num_envs: int) -> "EpisodeStats":
         """No step taken yet."""
-        return cls(jnp.zeros(num_envs), jnp.zeros(num_envs, jnp.int32), jnp.zeros(num_envs, bool))
+        counts = (jnp.zeros(num_envs, jnp.int32) for _ in range(3))  # an array each, or they could not be donated
+        return cls(jnp.zeros(num_envs), next(counts), jnp.zeros(num_envs, bool), *counts)
 
     def update(self, reward: Float[Array, " B"], valid: Bool[Array, " B"], finished: Bool[Array, " B"]) -> "EpisodeStats":
         """The statistics after a step with the given *unclipped* reward; an episode that had ended starts anew."""
         episode_return = jnp.where(self.finished, 0.0, self.episode_return) + jnp.where(valid, reward, 0.0)
         episode_length = jnp.where(self.finished, 0, self.episode_length) + valid
-        return EpisodeStats(episode_return, episode_length, finished)
+        age = jnp.where(valid, self.age + 1, 0)
+        return EpisodeStats(episode_return, episode_length, finished, age, jnp.where(valid, self.previous_age, self.age))
 
 
 class Timestep(NamedTuple):
@@ -49,6 +54,7 @@ class Env(Protocol):
 
     num_envs: int
     num_actions: int
+    reward_range: tuple[float, float]  # of the rewards that the agent is trained on; infinite where not known
 
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:
         """Start anew: the state to thread through `step`, and the first observations."""

@@ -30,7 +30,7 @@ def as_latent(x: Float[Array, "N G o hw"], shape: tuple[int, ...]) -> Float[Arra
 
 def shift(x: Float[Array, "N G c hw"], width: int, rows: int, cols: int) -> Float[Array, "N G c hw"]:
     """The maps moved up and to the left, zeros following."""
-    pixels = rows * width + cols
+    pixels = min(rows * width + cols, x.shape[-1])
     moved = jnp.pad(x[..., pixels:], ((0, 0), (0, 0), (0, 0), (0, pixels)))
     return jnp.where(jnp.arange(x.shape[-1]) % width < width - cols, moved, 0.0)
 

@@ -2,4 +2,5 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["envs", "networks", "utils.losses", "utils.distributions", "utils.world_model"], "beartype.beartype")
+UTILS = ("distributions", "guarantees", "losses", "monitor", "neighbourhood", "tabular", "world_model")
+install_import_hook(["envs", "networks", *(f"utils.{name}" for name in UTILS)], "beartype.beartype")

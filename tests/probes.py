@@ -20,6 +20,8 @@ class CueEnv:
     """One-step episodes: the observation shows which of the actions pays 1; the optimal value is 1. Written in JAX, with the
     dummy step after each episode that emulators have."""
 
+    reward_range = (0.0, 1.0)
+
     def __init__(self, num_envs, num_actions=3):
         self.num_envs, self.num_actions = num_envs, num_actions
 
@@ -69,7 +71,7 @@ def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_ac
         obs=obs,
         value=jax.random.normal(keys[3], (num_steps + 1, num_envs)),
         action=jax.random.randint(keys[4], shape, 0, num_actions),
-        log_prob=-1.4 + 0.1 * jax.random.normal(keys[5], shape),
+        log_probs=jax.nn.log_softmax(0.1 * jax.random.normal(keys[5], (*shape, num_actions))),
         reward=jnp.where(valid, jax.random.normal(keys[6], shape), 0.0),
         terminated=terminated & valid,
         truncated=truncated & valid,

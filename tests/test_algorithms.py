@@ -35,7 +35,7 @@ def test_gae_by_hand():
         obs=jnp.zeros((7, 1, 1)),
         value=column(1.0, 2.0, 30.0, 4.0, 50.0, 6.0, 8.0),
         action=None,
-        log_prob=None,
+        log_probs=None,
         reward=column(1.0, 1.0, 0.0, 2.0, 0.0, 3.0),
         terminated=column(0, 1, 0, 0, 0, 0, dtype=bool),
         truncated=column(0, 0, 0, 1, 0, 0, dtype=bool),
@@ -98,7 +98,7 @@ def tiny_batch(script):
     return script.Minibatch(
         obs=obs[:, None, None, :],
         action=jnp.array([0, 1, 0]),
-        log_prob=jnp.log(jnp.array([0.4, 0.25, 0.1])),
+        log_probs=jnp.log(jnp.array([[0.4, 0.6], [0.75, 0.25], [0.1, 0.9]])),
         value=jnp.array([0.4, 0.0, 3.0]),
         advantage=jnp.array([2.0, -1.0, 9.0]),
         target=jnp.array([1.0, -1.0, 9.0]),
@@ -126,7 +126,9 @@ def test_ppo_loss_by_hand():
     assert_allclose(metrics["losses/value_loss"], value_loss, rtol=1e-5)
     assert_allclose(metrics["losses/entropy"], entropy, rtol=1e-5)
     assert_allclose(metrics["losses/clipfrac"], 0.5)
-    assert_allclose([metrics["spi/ratio_max"], metrics["spi/ratio_min"]], [1.25, 1.0], rtol=1e-5)
+    # of all actions: 0.5/0.4 and 0.5/0.6, then 0.75/0.75 and 0.25/0.25
+    assert_allclose([metrics["spi/ratio_max"], metrics["spi/ratio_min"]], [1.25, 0.5 / 0.6], rtol=1e-5)
+    assert_allclose(metrics["spi/outside_fraction"], 0.5)
     assert_allclose(metrics["losses/approx_kl"], (0.25 - np.log(1.25)) / 2, rtol=1e-4)
     assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * value_loss, rtol=1e-5)
 
@@ -223,7 +225,7 @@ def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
     masked = ~steps.valid
     other = steps._replace(
         action=jnp.where(masked, noise.action, steps.action),
-        log_prob=jnp.where(masked, -99.0, steps.log_prob),
+        log_probs=jnp.where(masked[..., None], -99.0, steps.log_probs),
         reward=jnp.where(masked, 1e6, steps.reward),
     )
     for a, b in zip(jax.tree.leaves(loss(params, steps)), jax.tree.leaves(loss(params, other)), strict=True):
@@ -294,9 +296,9 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
     ours, *_ = first_minibatch(deep_spi)
     z = agent.encoder.apply(params.encoder, batch.obs[: len(batch.action)])
     logits, _ = agent.actor_critic.apply(params.actor_critic, z)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.action[:, None], axis=1)[:, 0]
+    log_probs = jax.nn.log_softmax(logits)
     for ratio in (1.0, 1.05):
-        old = batch._replace(log_prob=log_prob - np.log(ratio))
+        old = batch._replace(log_probs=log_probs - np.log(ratio))
         theirs_grads, ours_grads = theirs(params, old)[1], ours(params, old)[1]
         for name in ("transition", "reward"):
             for a, b in zip(*(jax.tree.leaves(getattr(g, name)) for g in (theirs_grads, ours_grads)), strict=True):
@@ -349,7 +351,7 @@ def functions(script):
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-ADDED = {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "main"}
+ADDED = {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "train_iteration", "main"}
 
 
 @pytest.mark.parametrize(

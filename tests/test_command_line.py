@@ -65,6 +65,9 @@ WORLD_MODEL_MISTAKES = [
     (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "leave it out"),
     (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
     (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
+    (["--monitor-every=5"], "--monitor-every", "--monitor-guarantee"),
+    (["--monitor-guarantee", "--monitor-every=0"], "--monitor-every", "at least 1"),
+    (["--monitor-guarantee", "--gamma=1"], "--gamma", "below 1"),
 ]
 
 
@@ -114,9 +117,12 @@ def test_unwritable_folder_gets_one_line(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1 and "file" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
-    done = run(script, "--env-id=Breakout-v5", *SMALL, f"--logdir={tmp_path}")
+WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
+
+
+@pytest.mark.parametrize("script, flags", zip(SCRIPTS, ([], WATCHED, []), strict=True))
+def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
+    done = run(script, "--env-id=Breakout-v5", *SMALL, *flags, f"--logdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "device:" in done.stdout and "96/96 steps" in done.stdout and "tensorboard --logdir" in done.stdout
     (folder,) = tmp_path.iterdir()
@@ -126,6 +132,9 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, tmp_path):
         expected |= {"losses/transition_loss", "losses/reward_loss"}
     assert expected <= set(written)
     assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
+    if flags:
+        assert [step for step, _ in written["spi/bound/reward_error"]] == [32, 96]
+        assert [value for _, value in written["spi/outside_fraction"]] == [0, 0, 0]
 
 
 def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):

@@ -13,7 +13,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
-from utils import scores
+from utils import monitor, scores
 from utils.run import RunArgs, UsageError, describe_device
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
@@ -106,6 +106,7 @@ class Logger:
         self.pending = None
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
         metrics = {name: float(value) for name, value in values.items() if name not in pictures}
+        metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isnan(v))}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
         if self.step == self.steps_per_iteration:
@@ -142,7 +143,8 @@ class Logger:
         return self.writer.file_writer.event_writer._worker.is_alive()
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        # a bound that is infinite is no mistake
+        bad = [k for k, v in metrics.items() if not (math.isfinite(v) or k.startswith(monitor.PREFIX))]
         if bad and not self.warned:
             self.warned = True
             self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")

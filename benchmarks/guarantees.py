@@ -1,0 +1,241 @@
+"""Deep SPI on the confounding gridworld, with and without enforcement: exact returns, and at every update the true improvement
+against what the bound of docs/guarantees.md promises.
+
+    uv run benchmarks/guarantees.py --output docs/guarantees_gridworld
+
+trains with the setting of `benchmarks/confounding_gridworld.py` and writes a figure (.png) and its numbers (.json). Environment
+and latent model are small tables here (a code of 2 variables with 4 classes has 16 words), so all terms are exact.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import deep_spi  # noqa: E402
+from benchmarks import confounding_gridworld as gridworld  # noqa: E402
+from utils.guarantees import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
+from utils.run import UsageError, describe_device, require  # noqa: E402
+from utils.tabular import (  # noqa: E402
+    Tables,
+    difference_terms,
+    episode_length,
+    errors_over_time,
+    fitted_model,
+    mean_error,
+    of_environment,
+    total_variation,
+    values,
+)
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+MODES = ("none", "early_stop", "backtrack")
+LOGGED = ("charts/init_value", "spi/outside_fraction", "spi/ratio_max")
+
+
+@dataclass
+class Args:
+    """Flags of the benchmark."""
+
+    output: str = "guarantees_gridworld"
+    """where the figure (.png) and its numbers (.json) go"""
+    seeds: tuple[int, ...] = tuple(range(101, 106))
+    """seeds of each mode; the bound is computed for all of them and drawn for the first"""
+    total_timesteps: int = 204_800
+    """steps of each run"""
+
+
+def words(flags: Any) -> np.ndarray:
+    """All codes that the latent can take, [Z, V, C], one-hot."""
+    indices = np.indices((flags.num_classes,) * flags.num_categories).reshape(flags.num_categories, -1).T
+    return np.eye(flags.num_classes, dtype=np.float32)[indices]
+
+
+def as_tables(params: Any, agent: Any, cells: int, codes: np.ndarray, num_actions: int) -> dict[str, jax.Array]:
+    """The code of each cell [S], and for each code the policy [Z, A], the next code [Z, A, Z] and the reward [Z, A]."""
+    z = agent.encoder.apply(params.encoder, jnp.arange(cells))
+    code = jnp.argmax(jnp.einsum("svc,zvc->sz", z, codes), axis=1)
+    everywhere = jnp.repeat(jnp.asarray(codes), num_actions, axis=0)
+    action = jnp.tile(jnp.arange(num_actions), len(codes))
+    log_prob = jax.nn.log_softmax(agent.transition.apply(params.transition, everywhere, action).logits)
+    following = jnp.exp(jnp.einsum("nvc,zvc->nz", log_prob, codes, precision="highest"))
+    return {
+        "phi": code,
+        "policy": jax.nn.softmax(agent.actor_critic.apply(params.actor_critic, jnp.asarray(codes))[0]),
+        "probability": following.reshape(len(codes), num_actions, -1),
+        "reward": agent.reward.apply(params.reward, everywhere, action).reshape(len(codes), num_actions),
+    }
+
+
+def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any]:
+    """Trains from every seed. Returns metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
+    setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
+    flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighbourhood=mode)
+    deep_spi.check(flags)
+    env, frames = gridworld.make_cells(deep_spi, flags)
+    agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
+    agent = agent._replace(encoder=gridworld.OncePerCell(agent.encoder, frames))
+    tables_of = partial(as_tables, agent=agent, cells=len(frames), codes=words(flags), num_actions=env.num_actions)
+
+    @jax.jit
+    def run(state):
+        def iteration(state, _):
+            state, metrics = deep_spi.train_iteration(state, env, agent, optimizer, flags)
+            return state, ({name: metrics[name] for name in LOGGED}, tables_of(state.params))
+
+        iterations = flags.total_timesteps // (flags.num_envs * flags.num_steps)
+        _, (metrics, tables) = jax.lax.scan(iteration, state, None, length=iterations)
+        return metrics, jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), tables_of(state.params), tables)
+
+    runs = []
+    for seed in args.seeds:
+        seeded = replace(flags, seed=seed)
+        runs.append(
+            jax.device_get(run(deep_spi.init_state(seeded, gridworld.make_cells(deep_spi, seeded)[0], agent, optimizer)))
+        )
+    metrics, tables = jax.tree.map(lambda *xs: np.stack(xs), *runs)
+    return metrics, tables, flags, env
+
+
+def with_end(tables: dict[str, np.ndarray], real: Tables, alive: np.ndarray, visits: np.ndarray, low: float, high: float):
+    """The latent model as tables, its policy, and the latent of each state; all with an end.
+
+    Deep SPI's model does not say when an episode ends. Here it is told: of each code and action the share of visits that ended.
+    """
+    codes = len(tables["policy"])
+    phi = np.append(tables["phi"][alive], codes)
+    ends = fitted_model(real, phi, codes + 1, visits).probability[:-1, :, -1]
+    probability = np.zeros((codes + 1, real.reward.shape[1], codes + 1))
+    following = tables["probability"].astype(np.float64)
+    probability[:-1, :, :-1] = (1 - ends)[..., None] * following / following.sum(-1, keepdims=True)
+    probability[:-1, :, -1] = ends
+    probability[-1, :, -1] = 1.0
+    reward = np.vstack([np.clip(tables["reward"], low, high), np.zeros(real.reward.shape[1])])
+    policy = np.vstack([tables["policy"], np.full(real.reward.shape[1], 1 / real.reward.shape[1])]).astype(np.float64)
+    return phi, Tables(probability, reward, np.zeros(codes + 1)), policy / policy.sum(-1, keepdims=True)
+
+
+def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str, np.ndarray]:
+    """For each update of one run: the true improvement, the latent model's, and zeta in both forms."""
+    model = env.model
+    real = of_environment(model.probability, model.reward, model.terminal, model.start)
+    alive, span = np.flatnonzero(~model.terminal), value_span(env.reward_range, gamma)
+    rows = []
+    for k in range(1, len(tables["phi"])):
+        old, new = ({name: table[i] for name, table in tables.items()} for i in (k - 1, k))
+        behaviour = np.vstack([old["policy"][old["phi"][alive]], np.full(4, 0.25)]).astype(np.float64)
+        behaviour /= behaviour.sum(-1, keepdims=True)
+        transition = np.einsum("sa,sat->st", behaviour, real.probability)[:-1, :-1]
+        visits = np.append(np.linalg.solve((np.eye(len(alive)) - transition).T, real.start[:-1]), 0.0)[:, None] * behaviour
+        length = episode_length(real, behaviour)
+        row = {"step-wise zeta": 0.0, "episodic zeta": 0.0, "violated": 0.0}
+        for which, of in (("old", old), ("new", new)):
+            phi, latent, policy = with_end(of, real, alive, visits, *env.reward_range)
+            terms = difference_terms(real, latent, phi, policy, behaviour, gamma, total_variation)
+            errors, distance = jnp.asarray(terms.reward_error), jnp.asarray(terms.distance)
+            error = np.asarray(local_error(errors, distance, terms.k_value, gamma, terms.span), np.float64)
+            weighted = jnp.asarray(errors_over_time(real, behaviour, terms.ratio * error))
+            stepwise = float(stepwise_bound(weighted, terms.ratio_max, gamma, span))
+            row["step-wise zeta"] += stepwise
+            row["episodic zeta"] += float(episodic_bound(mean_error(real, behaviour, error), terms.ratio_max, gamma, length))
+            row["violated"] += abs(terms.real - terms.latent) > stepwise * (1 + 1e-4) + 1e-4
+            row |= {f"{which}, real": terms.real, f"{which}, latent": terms.latent}
+        row |= {
+            "improvement": row["new, real"] - row["old, real"],
+            "latent improvement": row["new, latent"] - row["old, latent"],
+            "reward error": mean_error(real, behaviour, terms.reward_error),
+            "transition error": mean_error(real, behaviour, terms.distance),
+            "ratio_max": terms.ratio_max,
+            "k_value": terms.k_value,
+            "episode length": length,
+        }
+        rows.append(row)
+    result = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    result["promised"] = result["latent improvement"] - result["step-wise zeta"]
+    assert np.allclose(result["old, real"][0], values(real, behaviour_of(tables, alive), gamma)[np.argmax(real.start)])
+    return result
+
+
+def behaviour_of(tables: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
+    """The untrained policy, over states."""
+    return np.vstack([tables["policy"][0][tables["phi"][0][alive]], np.full(4, 0.25)]).astype(np.float64)
+
+
+def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
+    """Exact values of all runs above; beneath, of the first seed, what each update did and what was promised."""
+    figure, (above, *beneath) = plt.subplots(1 + len(MODES), 1, figsize=(7, 11), sharex=True)
+    for mode, metrics in curves.items():
+        values = metrics["charts/init_value"]
+        steps = np.linspace(0, args.total_timesteps, values.shape[1] + 1)[1:]
+        (line,) = above.plot(steps, values.mean(axis=0), label=mode)
+        above.plot(steps, values.T, color=line.get_color(), alpha=0.3, linewidth=0.6)
+    above.set(ylabel="exact value of the start")
+    above.legend(title="--enforce-neighbourhood")
+    for axes, mode in zip(beneath, MODES, strict=True):
+        of = bounds[mode][0]
+        axes.plot(steps, of["improvement"], ".", markersize=3, label="true improvement")
+        axes.plot(steps, of["latent improvement"], ".", markersize=2, label="the latent model's")
+        axes.plot(steps, of["promised"], linewidth=0.8, label="promised: the latent model's, less zeta")
+        axes.set_yscale("symlog", linthresh=1e-2)
+        axes.set(ylabel=mode)
+    beneath[0].legend(fontsize="small")
+    beneath[-1].set(xlabel="environment steps")
+    figure.savefig(f"{args.output}.png", dpi=110, bbox_inches="tight")
+
+
+def main(args: Args) -> None:
+    """Trains, computes, draws and writes."""
+    require(
+        len(set(args.seeds)) == len(args.seeds) > 0 and min(args.seeds) >= 0, "--seeds: name some, all different, of 0 or more"
+    )
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    print(describe_device())
+    curves, bounds, summary = {}, {}, {}
+    for mode in MODES:
+        started = time.perf_counter()
+        curves[mode], tables, flags, env = train(mode, args)
+        seconds = (time.perf_counter() - started) / len(args.seeds)
+        each = [{name: table[i] for name, table in tables.items()} for i in range(len(args.seeds))]
+        bounds[mode] = [promises(of, env, flags.gamma) for of in each]
+        of = {name: np.concatenate([b[name] for b in bounds[mode]]) for name in bounds[mode][0]}
+        span, final = value_span(env.reward_range, flags.gamma), curves[mode]["charts/init_value"][:, -1]
+        summary[mode] = {
+            "final values": [round(float(v), 3) for v in final],
+            "updates": len(of["improvement"]),
+            "bound violated": int(of["violated"].sum()),
+            "vacuous": float(np.mean(np.asarray(is_vacuous(of["step-wise zeta"], span)))),
+            "episodic form finite": float(np.mean(np.isfinite(of["episodic zeta"]))),
+            "true improvement below 0": float(np.mean(of["improvement"] < -1e-6)),
+            "promised above 0": int(np.sum(of["promised"] > 0)),
+            "outside the neighbourhood": float(np.mean(of["ratio_max"] > 1 + flags.clip_coef + 1e-5)),
+            "medians": {name: float(np.median(of[name])) for name in of if name != "violated"},
+        }
+        line = {k: v for k, v in summary[mode].items() if k != "medians"}
+        print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s a seed", flush=True)
+    draw(curves, bounds, args)
+    device = describe_device().splitlines()[0].removeprefix("device: ")
+    curve = {mode: [[round(float(v), 3) for v in run] for run in m["charts/init_value"]] for mode, m in curves.items()}
+    lines = [f'"{mode}": {json.dumps(summary[mode])},\n"{mode}, values": {json.dumps(curve[mode])}' for mode in MODES]
+    text = f'{{"device": {json.dumps(device)}, "seeds": {json.dumps(args.seeds)},\n' + ",\n".join(lines) + "\n}\n"
+    Path(f"{args.output}.json").write_text(text)
+    print(f"written: {args.output}.png, {args.output}.json")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (UsageError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

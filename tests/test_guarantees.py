@@ -1,0 +1,212 @@
+"""The bounds against exact values of random tables, and their parts by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from networks.architectures import STEEPEST, ActorCritic, policy_lipschitz
+from tests.random_tables import random_case
+from utils.guarantees import (
+    aged_bound,
+    episodic_bound,
+    is_vacuous,
+    local_error,
+    stepwise_bound,
+    value_lipschitz,
+    value_span,
+)
+from utils.tabular import Tables, difference_terms, episode_length, errors_over_time, mean_error, total_variation
+
+CASES = {
+    "seed": st.integers(0, 2**32 - 1),
+    "states": st.integers(1, 6),
+    "latents": st.integers(1, 4),
+    "actions": st.integers(1, 4),
+    "gamma": st.floats(0, 0.99),
+    "ending": st.floats(0.02, 1),
+    "noise": st.sampled_from([0.0, 0.1, 1.0]),
+    "step": st.sampled_from([0.0, 0.05, 0.5, 2.0]),
+    "line": st.booleans(),
+}
+local, stepwise, average = jax.jit(local_error), jax.jit(stepwise_bound), jax.jit(episodic_bound)  # compiled once
+DROPPABLE = ("reward", "transition", "ratio", "length")
+
+
+def bounds(case, drop=""):
+    """Gaps and their bounds, by name. `drop` leaves out a factor or a term, and so makes the bounds wrong."""
+    behaviour, gamma = case.old[case.phi], case.gamma
+    rewards = np.concatenate([case.real.reward.ravel(), case.latent.reward.ravel()])
+    span = value_span((rewards.min(), rewards.max()), gamma)
+    length = 1.0 if drop == "length" else episode_length(case.real, behaviour)
+    found, zeta, change = {}, {"step-wise": 0.0, "episodic": 0.0}, {}
+    for which, policy in (("old", case.old), ("new", case.new)):
+        terms = difference_terms(case.real, case.latent, case.phi, policy, behaviour, gamma, case.wasserstein)
+        change[which] = (terms.real, terms.latent)
+        reward_error = 0.0 * terms.reward_error if drop == "reward" else terms.reward_error
+        distance = 0.0 * terms.distance if drop == "transition" else terms.distance
+        error = np.asarray(local(reward_error, distance, terms.k_value, gamma, terms.span), np.float64)
+        ratio_max, ratio = (1.0, 1.0) if drop == "ratio" else (terms.ratio_max, terms.ratio)
+        weighted = errors_over_time(case.real, behaviour, ratio * error)
+        step_wise = float(stepwise(weighted, ratio_max, gamma, span))
+        episodic = float(average(mean_error(case.real, behaviour, error), ratio_max, gamma, length))
+        found[f"{which}, step-wise"] = (abs(terms.real - terms.latent), step_wise)
+        found[f"{which}, episodic"] = (abs(terms.real - terms.latent), episodic)
+        found[f"{which}, span"] = (abs(terms.real - terms.latent), span)
+        if not drop and gamma * ratio_max <= 1:
+            found[f"{which}, the step-wise bound is the sharper one"] = (step_wise, episodic)
+        zeta["step-wise"] += step_wise
+        zeta["episodic"] += episodic
+    for name, value in zeta.items():
+        # |[rho(pi) - rho(pi_b)] - [rho(pibar) - rho(pibar_b)]| <= zeta
+        found[f"improvement, {name}"] = (abs(np.subtract(*change["new"]) - np.subtract(*change["old"])), value)
+    return found
+
+
+def violated(found):
+    return [name for name, (gap, bound) in found.items() if not gap <= bound * (1 + 1e-4) + 1e-4]
+
+
+tightness = {}
+
+
+def test_no_bound_is_violated_by_random_tables(capsys):
+    """`uv run pytest tests/test_guarantees.py -k random_tables -s` shows how tight they are."""
+    tightness.clear()
+
+    @settings(max_examples=5000, deadline=None, database=None)
+    @given(**CASES)
+    def check(**chosen):
+        found = bounds(random_case(**chosen))
+        assert not violated(found), found
+        for name, (gap, bound) in found.items():
+            tightness.setdefault(name, []).append((gap, bound))
+
+    check()
+    assert len(tightness["new, step-wise"]) >= 5000
+    with capsys.disabled():
+        for name in ("new, step-wise", "new, episodic", "improvement, step-wise", "improvement, episodic"):
+            pairs = np.array(tightness[name])
+            finite = np.isfinite(pairs[:, 1]) & (pairs[:, 1] > 1e-4)  # what is smaller is rounding
+            ratio = pairs[finite, 0] / pairs[finite, 1]
+            quantiles = ", ".join(f"{np.quantile(ratio, q):.2f}" for q in (0.5, 0.75, 1.0))
+            print(f"\n{name}: {len(pairs)} cases, {finite.mean():.0%} bounded by neither 0 nor inf;", end=" ")
+            print(f"gap / bound: median, upper quartile, largest {quantiles}", end="")
+
+
+@pytest.mark.parametrize("drop", DROPPABLE)
+def test_wrong_bounds_are_caught(drop):
+    """Each term and each factor is needed: without it, the same check finds violations."""
+    rng = np.random.default_rng(0)
+    caught = 0
+    for seed in range(300):
+        sizes = {name: int(rng.integers(1, n)) for name, n in (("states", 7), ("latents", 5), ("actions", 5))}
+        noise, step = rng.choice([0.0, 0.1, 1.0]), rng.choice([0.05, 0.5, 2.0])
+        case = random_case(seed, **sizes, gamma=rng.uniform(0, 0.99), ending=rng.uniform(0.02, 1), noise=noise, step=step,
+                           line=bool(rng.integers(2)))  # fmt: skip
+        caught += bool(violated(bounds(case, drop)))
+    assert caught > 0
+
+
+@pytest.mark.parametrize("likely, ratio_max", [(0.5, 1.9), (0.3, 3.0), (0.9, 1.1)])
+def test_the_power_of_the_ratio_is_needed_and_the_bound_attained(likely, ratio_max):
+    """A corridor that only action 0 goes along, and the model is wrong about its reward. pi takes it `ratio_max` times as often
+    as pi_b, so pi is in place t of the corridor ratio_max^t times as often."""
+    places, gamma = 8, 0.9
+    probability, reward = np.zeros((places + 1, 2, places + 1)), np.zeros((places + 1, 2))
+    probability[range(places), 0, range(1, places + 1)] = 1.0
+    probability[:, 1, -1] = probability[-1, :, -1] = 1.0
+    reward[:-1, 0] = 1.0
+    real = Tables(probability, reward, np.eye(places + 1)[0])
+    latent = real._replace(reward=0.0 * reward)
+    policy = lambda p: np.tile([p, 1.0 - p], (places + 1, 1))  # noqa: E731
+    old, new = policy(likely), policy(likely * ratio_max)
+    terms = difference_terms(real, latent, np.arange(places + 1), new, old, gamma, total_variation)
+    weighted = errors_over_time(real, old, terms.ratio * terms.reward_error)
+    assert_allclose(terms.ratio_max, ratio_max)
+    assert_allclose(stepwise_bound(jnp.asarray(weighted), ratio_max, gamma, 100.0), abs(terms.real - terms.latent), rtol=1e-5)
+    assert stepwise_bound(jnp.asarray(weighted), 1.0, gamma, 100.0) < 0.99 * abs(terms.real - terms.latent)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(**CASES)
+def test_lipschitz_constant_of_the_value_on_random_tables(**chosen):
+    """K_V from the constants of rewards, transitions and policy, against the steepest slope of the exact value."""
+    case = random_case(**chosen)
+    latent, codes = case.latent, np.eye(len(case.latent.reward))
+    case.new[-1] = case.new[0]
+    d = case.wasserstein(codes[:, None], codes[None])
+    slope = lambda differences: np.max(np.divide(differences, d, where=d > 0, out=np.zeros_like(d)))  # noqa: E731
+    actions = range(latent.reward.shape[1])
+    k_reward = max(slope(np.abs(latent.reward[:, None, a] - latent.reward[None, :, a])) for a in actions)
+    k_transition = max(slope(case.wasserstein(latent.probability[:, None, a], latent.probability[None, :, a])) for a in actions)
+    k_policy = slope(total_variation(case.new[:, None], case.new[None]))
+    span = value_span((latent.reward.min(), latent.reward.max()), case.gamma)
+    k_value = float(value_lipschitz(k_reward, k_transition, k_policy, case.gamma, span))
+    terms = difference_terms(case.real, latent, case.phi, case.new, case.old[case.phi], case.gamma, case.wasserstein)
+    assert terms.k_value <= k_value * (1 + 1e-4) + 1e-4
+    assert np.isfinite(k_value) == (np.float32(case.gamma * k_transition) < 1)
+
+
+def test_parts_by_hand():
+    assert value_span((-1.0, 1.0), 0.5) == 4.0
+    assert value_span((0.5, 1.0), 0.5) == 2.0  # an episode that ends at once returns 0
+    with pytest.raises(ValueError, match="gamma 1"):
+        value_span((-1.0, 1.0), 1.0)
+    assert_allclose(value_lipschitz(1.0, 0.5, 0.1, 0.8, 10.0), (1 + 1) / 0.6, rtol=1e-6)
+    assert value_lipschitz(1.0, 2.0, 0.0, 0.5, 10.0) == jnp.inf  # gamma K_P = 1
+    assert value_lipschitz(1.0, 0.0, 0.0, 0.5, jnp.inf) == 1.0  # a policy that ignores z needs no bounded rewards
+    errors, distances = jnp.array([0.1, 0.1, 0.1]), jnp.array([0.0, 0.2, 5.0])
+    assert_allclose(local_error(errors, distances, 3.0, 0.5, 4.0), [0.1, 0.4, 2.1], rtol=1e-6)
+    assert_allclose(local_error(errors, distances, jnp.inf, 0.5, 4.0), [0.1, 2.1, 2.1], rtol=1e-6)
+    # horizons 0, 1, 2: 8;  1 + 4;  1 + 0.5 * 1.2 * 2 + 2
+    assert_allclose(stepwise_bound(jnp.array([1.0, 2.0]), 1.2, 0.5, 8.0), 4.2, rtol=1e-6)
+    assert_allclose(stepwise_bound(jnp.array([9.0, 9.0]), 1.2, 0.5, 8.0), 8.0, rtol=1e-6)
+    # (gamma D)^1999 is far beyond float32, but the episode is over
+    assert_allclose(stepwise_bound(jnp.zeros(2000).at[0].set(1.0), 2.0, 0.9, 1e3), 1.0, rtol=1e-5)
+    assert_allclose(episodic_bound(0.1, 1.25, 0.8, 20.0), 2.5, rtol=1e-6)
+    assert episodic_bound(0.1, 1.26, 0.8, 20.0) == jnp.inf
+    for zeta, vacuous in ((3.9, False), (4.0, True), (jnp.inf, True), (jnp.nan, True)):
+        assert bool(is_vacuous(zeta, 4.0)) == vacuous
+
+
+@pytest.mark.parametrize("ratio_max", [1.0, 1.05, 1.3])
+def test_transitions_at_random_times_give_the_step_wise_sum(ratio_max):
+    """Two episodes, of 3 and 1 steps: the mean length is 2."""
+    errors = jnp.array([0.5, 1.0, 2.0, 0.3, 99.0])
+    ages, valid = jnp.array([0, 1, 2, 0, 7]), jnp.array([1, 1, 1, 1, 0], bool)
+    expected = ((0.5 + 0.3) + 0.9 * ratio_max * 1.0 + (0.9 * ratio_max) ** 2 * 2.0) / 2
+    assert_allclose(aged_bound(errors, ages, valid, ratio_max, 0.9, 2.0), expected, rtol=1e-6)
+    if ratio_max * 0.9 <= 1:
+        assert expected <= episodic_bound(3.8 / 4, ratio_max, 0.9, 2.0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("layers", [(), (32,), (8, 64)])
+def test_policy_is_as_lipschitz_as_it_says(activation, layers):
+    actor_critic = ActorCritic(5, layers, activation)
+    z = jax.random.normal(jax.random.key(0), (64, 1, 1, 16))
+    params = actor_critic.init(jax.random.key(1), z)
+    params = jax.tree.map(lambda x: 3.0 * x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    policy = lambda z: jax.nn.softmax(actor_critic.apply(params, z)[0])  # noqa: E731
+    constant = float(policy_lipschitz(actor_critic, params))
+    # the largest of |J v| / |v| over 64 points, |.| of the output being total variation
+    jacobian = jax.vmap(jax.jacobian(lambda z: policy(z[None])[0]))(z).reshape(64, 5, 16)
+    signs = jnp.array(np.stack(np.meshgrid(*[[-1.0, 1.0]] * 5)).reshape(5, -1))
+    steepest = 0.5 * float(jnp.max(jnp.linalg.norm(jnp.einsum("nai,as->nsi", jacobian, signs), axis=-1)))
+    assert 0.01 * constant < steepest <= constant * (1 + 1e-5)
+    far = 0.5 * jnp.sum(jnp.abs(policy(z) - policy(z[::-1])), axis=1)
+    assert jnp.all(far <= constant * jnp.linalg.norm((z - z[::-1]).reshape(64, -1), axis=1) + 1e-6)
+    assert policy_lipschitz(ActorCritic(5, (8,), activation, layer_norm=True), params) == jnp.inf
+
+
+def test_slopes_of_activations():
+    from networks.architectures import ACTIVATIONS
+
+    x = jnp.linspace(-6, 6, 20_001)
+    for name, f in ACTIVATIONS.items():
+        steepest = float(jnp.max(jnp.abs(jax.vmap(jax.grad(f))(x))))
+        assert 0.99 * STEEPEST[name] < steepest <= STEEPEST[name]

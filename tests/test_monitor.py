@@ -1,0 +1,254 @@
+"""The monitor's terms against exact ones, a representation that it must flag, and what it costs a run: nothing but time."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import deep_spi
+from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
+from tests.probes import CueEnv
+from utils.distributions import Categorical
+from utils.guarantees import local_error, stepwise_bound, value_span
+from utils.monitor import PREFIX, model_terms, monitor
+from utils.tabular import (
+    difference_terms,
+    episode_length,
+    errors_over_time,
+    fitted_model,
+    mean_error,
+    of_environment,
+    total_variation,
+)
+
+GAMMA = 0.9
+
+
+class TableEncoder(nn.Module):
+    """The observation is the index of a cell, the latent its code."""
+
+    phi: tuple[int, ...]
+
+    def __call__(self, obs):
+        return jax.nn.one_hot(jnp.asarray(self.phi)[obs], max(self.phi) + 1)[:, None]
+
+
+class Table(nn.Module):
+    """Rows of a table, by code and (where given) action; as `wrap` returns them."""
+
+    wrap: object
+
+    def __call__(self, z, action=None):
+        rows = jnp.einsum("nz,z...->n...", z[:, 0], self.get_variable("params", "table"))
+        return self.wrap(rows if action is None else rows[jnp.arange(len(z)), action])
+
+
+def table(values):
+    return {"params": {"table": jnp.asarray(values, jnp.float32)}}
+
+
+class Played:
+    """Episodes of the gridworld under tables, and what is exactly true of them. `merged` gives both choices one code."""
+
+    def __init__(self, merged):
+        self.env = ConfoundingGridworld(2000, 3)
+        self.env.frames = np.arange(len(self.env.frames))
+        model = self.env.model
+        self.real = of_environment(model.probability, model.reward, model.terminal, model.start)
+        alive = np.flatnonzero(~model.terminal)
+        code = np.arange(len(alive) + 1)
+        self.upper, self.lower = (int(np.flatnonzero(alive == c)[0]) for c in model.choices)
+        if merged:
+            code[self.lower] = self.upper
+        self.phi = code
+        cells = np.full(len(model.terminal), code[-1])
+        cells[alive] = code[:-1]
+        self.old = np.full((len(code), 4), 0.05)
+        self.old[:, RIGHT] = 0.85
+        self.old[self.upper] = self.old[self.lower] = [0.3, 0.05, 0.05, 0.6]
+        self.new = self.old.copy()
+        self.new[self.upper, UP] += 0.012
+        self.new[self.upper, RIGHT] -= 0.012
+        if merged:
+            self.new[self.lower] = self.new[self.upper]
+        # the model knows the choice from the upper path alone
+        weights = np.ones_like(self.real.reward)
+        weights[self.lower] *= 1e-6 if merged else 1.0
+        self.latent = fitted_model(self.real, code, len(code), weights)
+        self.behaviour = self.old[code]
+
+        encoder, actor = TableEncoder(tuple(int(c) for c in cells)), Table(lambda rows: (rows, jnp.zeros(len(rows))))
+        self.agent = deep_spi.Agent(encoder, actor, Table(lambda rows: Categorical(rows[:, None])), Table(lambda rows: rows))
+        log = lambda p: np.log(np.maximum(p, 1e-30))  # noqa: E731
+        model_tables = (table(log(self.latent.probability)), table(self.latent.reward))
+        self.params = [deep_spi.Params({}, table(log(policy)), *model_tables) for policy in (self.old, self.new)]
+        self.args = deep_spi.Args(num_envs=2000, num_steps=100, latent="categorical", gamma=GAMMA)
+        env_state, obs = self.env.reset()
+        state = deep_spi.TrainState(self.params[0], None, env_state, obs, None, None)
+        play = jax.jit(partial(deep_spi.rollout, env=self.env, agent=self.agent, args=self.args))
+        state, _ = play(state, jax.random.key(0))  # after which the agents no longer walk in step
+        _, self.steps = play(state, jax.random.key(1))
+        change = deep_spi.policy_change(self.params[1], self.steps, self.agent)
+        measure = partial(monitor, agent=self.agent, args=self.args, reward_range=self.env.reward_range)
+        measured = jax.jit(measure)(old=self.params[0], new=self.params[1], steps=self.steps, log_ratios=change,
+                                    key=jax.random.key(2))  # fmt: skip
+        self.measured = {name.removeprefix(PREFIX): float(value) for name, value in measured.items()}
+
+    def phi_of_obs(self):
+        return jnp.asarray(self.agent.encoder.phi)[self.steps.obs[:-1]]
+
+    def terms(self, policy):
+        return difference_terms(self.real, self.latent, self.phi, policy, self.behaviour, GAMMA, total_variation)
+
+
+@pytest.fixture(scope="module")
+def played():
+    return {name: Played(name == "merged") for name in ("faithful", "merged")}
+
+
+@pytest.mark.parametrize("name", ["faithful", "merged"])
+def test_terms_agree_with_exact_ones(played, name):
+    """Estimates from 200,000 steps."""
+    case = played[name]
+    exact, measured = case.terms(case.new), case.measured
+    length = episode_length(case.real, case.behaviour)
+    assert_allclose(measured["episode_length"], length, rtol=0.05)
+    assert_allclose(measured["ratio_max"], exact.ratio_max, rtol=1e-4)
+    assert_allclose(measured["reward_error"], mean_error(case.real, case.behaviour, exact.reward_error), rtol=0.1, atol=1e-5)
+    # the sample's coupling: how much probability the model gives to other codes than the one that followed
+    codes = np.eye(len(case.latent.reward))
+    following, predicted = case.real.probability @ codes[case.phi], case.latent.probability[case.phi]
+    mismatch = np.sum(following * (1 - predicted), axis=-1) - following[..., -1] * (1 - predicted[..., -1])
+    coupled = mean_error(case.real, case.behaviour, mismatch)
+    assert_allclose(measured["transition_error"], coupled, rtol=0.1)
+    assert coupled >= mean_error(case.real, case.behaviour, exact.distance)
+    span = value_span(case.env.reward_range, GAMMA)
+    assert_allclose([measured["k_value"], measured["value_span"]], span, rtol=1e-6)
+    assert GAMMA * exact.ratio_max <= 1
+    error = measured["reward_error"] + GAMMA * span * measured["transition_error"]
+    zeta = (exact.ratio_max + 1) * measured["episode_length"] * error
+    assert_allclose(measured["zeta"], zeta, rtol=1e-3)
+    # the step-wise form, estimated from the same transitions by an obvious loop
+    total = 0.0
+    terms = model_terms(case.params[1], case.agent, case.steps, jax.random.key(2), case.args, case.env.reward_range)
+    f = np.asarray(local_error(*terms[:2], span, GAMMA, span), np.float64)
+    ratio = (case.new / case.old)[np.asarray(case.phi_of_obs()), np.asarray(case.steps.action)]
+    ages, valid = np.asarray(case.steps.episode.age) - 1, np.asarray(case.steps.valid)
+    for weight, growth in ((ratio, GAMMA * exact.ratio_max), (1.0, GAMMA)):
+        total += measured["episode_length"] * np.sum((growth**ages * weight * f)[valid]) / valid.sum()
+    assert_allclose(measured["zeta_stepwise"], total, rtol=1e-3)
+    assert measured["zeta_stepwise"] < measured["zeta"]
+
+
+def test_merged_choices_are_flagged_and_faithful_ones_are_not(played):
+    """With one code for both choices, and a model that knows the upper one, "up" looks good and is ruinous."""
+    change, zeta = {}, {}
+    for name, case in played.items():
+        old, new = case.terms(case.old), case.terms(case.new)
+        change[name] = (new.real - old.real, new.latent - old.latent)
+        zeta[name], span = 0.0, value_span(case.env.reward_range, GAMMA)
+        for terms in (old, new):
+            errors, distances = jnp.asarray(terms.reward_error), jnp.asarray(terms.distance)
+            weighted = terms.ratio * np.asarray(local_error(errors, distances, terms.k_value, GAMMA, terms.span))
+            weighted = errors_over_time(case.real, case.behaviour, weighted)
+            zeta[name] += float(stepwise_bound(jnp.asarray(weighted), terms.ratio_max, GAMMA, span))
+    real, latent = change["merged"]
+    assert latent > 0 > real  # looks good, and is harmful
+    assert played["merged"].measured["reward_error"] > 0.3
+    assert latent - zeta["merged"] <= real < 0  # the bound promises nothing
+    real, latent = change["faithful"]
+    assert real == pytest.approx(latent, abs=1e-9) and real > 0
+    assert played["faithful"].measured["reward_error"] < 1e-5
+    assert zeta["faithful"] < 1e-4 < real  # the bound promises the whole improvement
+
+
+def test_training_is_the_same_with_it_and_only_every_so_often_measured():
+    plain = deep_spi.Args(
+        num_envs=8, num_steps=4, num_minibatches=2, total_timesteps=32 * 3, fc_layers=(16,), learning_rate=1e-3
+    )
+    results = []
+    for args in (plain, replace(plain, monitor_guarantee=True, monitor_every=2)):
+        env = CueEnv(8)
+        agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
+        iteration = jax.jit(partial(deep_spi.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+        state, history = deep_spi.init_state(args, env, agent, optimizer), []
+        for _ in range(3):
+            state, metrics = iteration(state)
+            history.append(jax.device_get(metrics))
+        results.append((state.params, history))
+    (params, history), (watched, watched_history) = results
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(watched), strict=True):
+        assert_allclose(a, b, atol=1e-5)
+    names = {name for name in watched_history[0] if name.startswith(PREFIX)}
+    assert names == set(watched_history[0]) - set(history[0]) and len(names) == 14
+    for i, metrics in enumerate(watched_history):
+        assert all(np.isnan(metrics[name]) == (i == 1) for name in names)
+    last = watched_history[2]
+    assert last[PREFIX + "episode_length"] == 1 and last[PREFIX + "k_reward"] == 1
+    # all episodes end after a step: nothing but rewards can be wrong, and ages are 0
+    assert last[PREFIX + "transition_error"] == 0
+    assert last[PREFIX + "vacuous"] == 0
+    assert last[PREFIX + "zeta_stepwise"] < last[PREFIX + "zeta"] or np.isinf(last[PREFIX + "zeta"])
+
+
+@pytest.mark.parametrize(
+    "flags, infinite",
+    [
+        ({}, set()),
+        ({"transition_density": "deterministic"}, set()),
+        ({"lipschitz_nets": False}, {"k_reward", "k_transition", "k_value"}),
+        ({"lipschitz_constant": 1.02}, {"k_value"}),
+        ({"use_layer_norm": True}, {"k_policy", "k_value"}),
+        ({"latent": "categorical", "num_categories": 4, "num_classes": 4}, set()),
+        ({"latent": "categorical", "num_categories": 4, "num_classes": 4, "world_model": "transformer"}, set()),
+    ],
+)
+def test_constants_that_are_not_certified_are_infinite(flags, infinite):
+    args = deep_spi.Args(num_envs=4, num_steps=3, fc_layers=(16,), **flags)
+    deep_spi.check(replace(args, num_envs=8))
+    env = CueEnv(4)
+    agent = deep_spi.make_agent(args, 3)
+    env_state, obs = env.reset()
+    params = deep_spi.init_params(jax.random.key(0), agent, obs)
+    state = deep_spi.TrainState(params, None, env_state, obs, None, None)
+    _, steps = deep_spi.rollout(state, jax.random.key(1), env, agent, args)
+    reward_error, distance, constants = model_terms(params, agent, steps, jax.random.key(2), args, env.reward_range)
+    assert {name for name, value in constants.items() if np.isinf(value)} == infinite
+    assert bool(jnp.isfinite(reward_error).all() and jnp.isfinite(distance).all())
+    assert bool((reward_error >= 0).all() and (distance >= 0).all())
+    span = value_span(env.reward_range, args.gamma)
+    assert bool(jnp.isfinite(local_error(reward_error, distance, constants["k_value"], args.gamma, span)).all())
+
+
+def test_distance_of_continuous_latents_by_hand():
+    """z' = z + 3 in 1 x 1 x 4 numbers, the environment stays where it is: 3 sqrt(4). The step that ends counts 0."""
+
+    class Moved(nn.Module):
+        def __call__(self, z, action):
+            return SimpleNamespace(sample=lambda key: z + 3.0)
+
+    class Half(nn.Module):
+        def __call__(self, z, action):
+            return jnp.full(len(z), 7.0)
+
+    class AsIs(nn.Module):
+        def __call__(self, obs):
+            return obs
+
+    obs = jnp.broadcast_to(jnp.arange(2.0)[:, None, None, None], (3, 2, 1, 1, 4))
+    false = jnp.zeros((2, 2), bool)
+    reward, ended, masked = jnp.array([[0.25, -1.0], [1.0, 0.0]]), false.at[0, 1].set(True), false.at[1, 1].set(True)
+    episodes = {"reward": reward, "terminated": ended, "truncated": false, "valid": ~masked}
+    steps = SimpleNamespace(obs=obs, action=jnp.zeros((2, 2), int), **episodes)
+    agent = deep_spi.Agent(AsIs(), deep_spi.ActorCritic(2, ()), Moved(), Half())
+    params = deep_spi.Params({}, agent.actor_critic.init(jax.random.key(0), obs[0]), {}, {})
+    args = deep_spi.Args(gamma=0.5)
+    reward_error, distance, _ = model_terms(params, agent, steps, jax.random.key(0), args, (-1.0, 1.0))
+    assert_allclose(distance, [[6.0, 0.0], [6.0, 0.0]])
+    assert_allclose(reward_error, [[0.75, 2.0], [0.0, 0.0]])  # the prediction, 7, counts as 1

@@ -1,0 +1,132 @@
+"""Measures, while a script trains, every term of the guarantee in docs/guarantees.md."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from networks.architectures import policy_lipschitz
+from utils.guarantees import aged_bound, episodic_bound, is_vacuous, local_error, value_lipschitz, value_span
+from utils.losses import masked_mean
+from utils.neighbourhood import ratio_metrics
+from utils.run import refuse_unread, require
+
+PREFIX = "spi/bound/"  # of all names; NaN stands for "not measured this time", and inf for a bound that does not hold
+
+
+@dataclass
+class MonitorArgs:
+    """Flags of the monitor."""
+
+    monitor_guarantee: bool = False
+    """measure the terms of the safe-policy-improvement bound on the fresh rollout, see docs/guarantees.md"""
+    monitor_every: int = 20
+    """updates from one such measurement to the next"""
+
+
+def check_monitor(args: Any) -> None:
+    """Checks the flags of `MonitorArgs`, given those of the script around them.
+
+    Raises:
+        UsageError: the first mistake found.
+    """
+    if not args.monitor_guarantee:
+        refuse_unread(args, ("monitor_every",), "--monitor-guarantee")
+    require(args.monitor_every > 0, f"--monitor-every {args.monitor_every}: must be at least 1")
+    require(
+        not args.monitor_guarantee or args.gamma < 1,
+        f"--monitor-guarantee: returns are bounded for a --gamma below 1 only, not {args.gamma}",
+    )
+
+
+def monitor(
+    agent: Any,
+    old: Any,
+    new: Any,
+    steps: Any,
+    log_ratios: Float[Array, "T B A"],
+    key: jax.Array,
+    args: Any,
+    reward_range: tuple[float, float],
+) -> dict[str, Array]:
+    """Every term of the bound, measured on the rollout of the policy before the update.
+
+    Args:
+        agent: a script's networks.
+        old, new: their parameters before and after the update.
+        steps: the rollout, of the old policy.
+        log_ratios: log pi'(a|s) - log pi(a|s) of all actions in it, 0 where a step is not valid.
+        key: draws the next latents that the model predicts.
+        args: the script's flags.
+        reward_range: the environment's.
+    """
+    mean = partial(masked_mean, valid=steps.valid)
+    span = value_span(reward_range, args.gamma)
+    terms = partial(model_terms, agent=agent, steps=steps, key=key, args=args, reward_range=reward_range)
+    reward_error, distance, constants = terms(new)
+    error = local_error(reward_error, distance, constants["k_value"], args.gamma, span)
+    old_reward_error, old_distance, old_constants = terms(old)
+    old_error = local_error(old_reward_error, old_distance, old_constants["k_value"], args.gamma, span)
+
+    ratios = ratio_metrics(log_ratios, steps.valid, args.clip_coef)
+    ratio_max = ratios["spi/ratio_max"]
+    ratio = jnp.exp(jnp.take_along_axis(log_ratios, steps.action[..., None], axis=-1)[..., 0])
+    lengths = steps.episode.previous_age[-1]
+    length = jnp.where(jnp.any(lengths > 0), masked_mean(lengths, lengths > 0), jnp.inf)
+    ages = steps.episode.age - 1  # the step itself is counted
+
+    bound = partial(episodic_bound, gamma=args.gamma, episode_length=length)
+    zeta = bound(mean(error), ratio_max) + bound(mean(old_error), 1.0)
+    aged = partial(aged_bound, ages=ages, valid=steps.valid, gamma=args.gamma, episode_length=length)
+    zeta_stepwise = aged(ratio * error, ratio_max=ratio_max) + aged(old_error, ratio_max=1.0)
+    measured = {name.removeprefix("spi/"): value for name, value in ratios.items()} | constants
+    measured |= {
+        "reward_error": mean(reward_error),
+        "transition_error": mean(distance),
+        "episode_length": length,
+        "zeta": zeta,
+        "zeta_stepwise": zeta_stepwise,
+        "value_span": jnp.asarray(span),
+        "vacuous": is_vacuous(jnp.minimum(zeta, zeta_stepwise), span).astype(jnp.float32),
+    }
+    return {PREFIX + name: value for name, value in measured.items()}
+
+
+def model_terms(
+    params: Any, agent: Any, steps: Any, key: jax.Array, args: Any, reward_range: tuple[float, float]
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"], dict[str, Array]]:
+    """|R - Rbar| and d(phi(s'), z') of each transition, 0 where it is not valid, and the constants that go with them.
+
+    The reward network's output counts as clipped to the range of the rewards, which brings it nearer to any. For continuous
+    latents d is the Euclidean distance, z' a sample. For categorical ones it is 0 if the two are equal and 1 if not; in
+    place of a sample's, its expectation: the probability that the model gives to other codes than phi(s').
+    """
+    shape = steps.action.shape
+    z = agent.encoder.apply(params.encoder, steps.obs.reshape(-1, *steps.obs.shape[2:]))
+    n = steps.action.size
+    z, next_z, action = z[:n], z[-n:], steps.action.reshape(-1)
+    predicted_reward = jnp.clip(agent.reward.apply(params.reward, z, action), *reward_range)
+    predicted = agent.transition.apply(params.transition, z, action)
+    span = value_span(reward_range, args.gamma)
+    if args.latent == "categorical":
+        distance = 1.0 - jnp.exp(jnp.sum(predicted.log_prob(next_z), axis=-1))
+        constants = {"k_value": jnp.asarray(span)}  # two codes are at distance 1
+    else:
+        distance = jnp.linalg.norm((predicted.sample(key) - next_z).reshape(n, -1), axis=-1)
+        certified = jnp.asarray(args.lipschitz_constant if args.lipschitz_nets else jnp.inf)
+        policy = policy_lipschitz(agent.actor_critic, params.actor_critic)
+        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)
+        constants = {"k_reward": certified, "k_transition": certified, "k_policy": policy, "k_value": k_value}
+    going_on = steps.valid & ~(steps.terminated | steps.truncated)
+    reward_error = jnp.where(steps.valid, jnp.abs(steps.reward - predicted_reward.reshape(shape)), 0.0)
+    return reward_error, jnp.where(going_on, distance.reshape(shape), 0.0), constants
+
+
+def now_and_then(iteration: Array, every: int, measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    """What `measure` returns in iterations 0, `every`, 2 `every`, ...; NaN in the others, at no cost."""
+    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
+    return jax.lax.cond(iteration % every == 0, measure, lambda: unmeasured)

@@ -1,0 +1,85 @@
+"""The neighbourhood N^C of a policy, C = 1 + eps: all policies whose ratios to it lie in [2 - C, C] = [1 - eps, 1 + eps], for
+*every* action. PPO's loss stops rewarding a ratio beyond it, and that of the action taken alone; it keeps no ratio inside."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from utils.losses import masked_mean
+
+Number = Float[Array, ""] | float
+
+SHRINK = 0.7  # of the line search
+TRIES = 12  # on the way to each target: down to 0.7^11 = 0.02
+
+
+def outside(log_ratios: Float[Array, "*batch A"], eps: Number) -> Bool[Array, "*batch"]:
+    """Whether the ratio of any action leaves [1 - eps, 1 + eps], or is not a number."""
+    ratios = jnp.exp(log_ratios)
+    return ~jnp.all((ratios >= 1 - eps) & (ratios <= 1 + eps), axis=-1)
+
+
+def ratio_metrics(log_ratios: Float[Array, "*batch A"], valid: Bool[Array, "*batch"], eps: Number) -> dict[str, Array]:
+    """The extreme ratios, and the share of states at which the policy has left the neighbourhood.
+
+    Args:
+        log_ratios: of all actions at the states visited; 0 where a step is not valid.
+        valid: which steps count.
+        eps: the neighbourhood.
+    """
+    return {
+        "spi/ratio_max": jnp.exp(jnp.max(log_ratios)),
+        "spi/ratio_min": jnp.exp(jnp.min(log_ratios)),
+        "spi/outside_fraction": masked_mean(outside(log_ratios, eps).astype(jnp.float32), valid),
+    }
+
+
+def backtrack(
+    old: Any,
+    targets: Sequence[Any],
+    log_ratios: Callable[[Any], Float[Array, "*batch A"]],
+    valid: Bool[Array, "*batch"],
+    eps: Number,
+) -> tuple[Any, dict[str, Array]]:
+    """Parameters on the way from the old ones to a target, as near to it as can be, that keep all ratios inside.
+
+    Tries old + f (target - old) for f = 1, 0.7, 0.49, ..., on the way to each target in turn; where none will do, it is old
+    itself. (TRPO's line search, Schulman et al., 2015, with N^C in the place of its constraint.) Jittable; each try costs one
+    evaluation of the policy on all states.
+
+    Args:
+        old: parameters of the policy that the ratios are to, up to rounding.
+        targets: where to go, first choice first.
+        log_ratios: of all actions at the states visited, against the policy that visited them; 0 where a step is not valid.
+        valid: which steps count.
+        eps: the neighbourhood.
+
+    Returns:
+        The parameters, and what to log: `ratio_metrics` of them, f as `spi/step_fraction` (0 for old), and
+        `spi/step_target`, the index of the target.
+    """
+
+    def candidate(tries):
+        way, fraction = tries // TRIES, SHRINK ** (tries % TRIES)
+        target = jax.tree.map(lambda *xs: jnp.stack(xs)[way], *targets)
+        # where f is 1 or 0 exactly the one or the other, were the target not even finite
+        move = lambda a, b: jnp.where(fraction == 1, b, a + fraction * (b - a))  # noqa: E731
+        return jax.tree.map(lambda a, b: jnp.where(way == len(targets), a, move(a, b)), old, target)
+
+    def leaves(carry):
+        tries, log_ratios = carry
+        return (tries < TRIES * len(targets)) & jnp.any(outside(log_ratios, eps))
+
+    def next_try(carry):
+        return carry[0] + 1, log_ratios(candidate(carry[0] + 1))
+
+    tries, found = jax.lax.while_loop(leaves, next_try, (jnp.zeros((), jnp.int32), log_ratios(targets[0])))
+    way = tries // TRIES
+    metrics = {
+        "spi/step_fraction": jnp.where(way == len(targets), 0.0, SHRINK ** (tries % TRIES)),
+        "spi/step_target": way.astype(jnp.float32),
+    }
+    return candidate(tries), ratio_metrics(found, valid, eps) | metrics
