@@ -388,11 +388,12 @@ def update(
     def learn(params, opt_state, first, env, key):
         batch = gather(steps, advantages, first, env, args)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        # the steps before may have gone too far: then not one more
-        step = jnp.where(metrics["spi/outside_fraction"] > 0, 0.0, learning_rate) if early_stop else learning_rate
-        params = optax.apply_updates(params, jax.tree.map(lambda u: -step * u, updates))
-        return params, opt_state, metrics
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        learned = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), new_opt_state
+        if early_stop:  # the steps before may have gone too far: then not one more
+            left = metrics["spi/outside_fraction"] > 0
+            learned = jax.tree.map(partial(jnp.where, left), (params, opt_state), learned)
+        return *learned, metrics
 
     def minibatch_step(carry, minibatch):
         stopped = carry[2]
@@ -428,9 +429,12 @@ def update(
 
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
     """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
-    obs = steps.obs[:-1].reshape(-1, *steps.obs.shape[2:])
-    logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
-    log_probs = jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
+
+    def log_probs(obs):  # a step at a time, as in the rollout: so that what has not changed is not rounded differently
+        logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
+        return jax.nn.log_softmax(logits)
+
+    log_probs = jax.lax.map(log_probs, steps.obs[:-1])
     return jnp.where(steps.valid[..., None], log_probs - steps.log_probs, 0.0)
 
 
@@ -446,6 +450,26 @@ def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], ar
     }
 
 
+def rollout_metrics(
+    params: Params, steps: Rollout, advantages: Float[Array, "T B"], env: Env, agent: Agent
+) -> dict[str, Scalar]:
+    """What to log of a rollout, and of the policy that has learned from it where it is known exactly."""
+
+    def policy(obs):
+        z = agent.encoder.apply(params.encoder, obs)
+        return z, nn.softmax(agent.actor_critic.apply(params.actor_critic, z)[0])
+
+    mean = partial(masked_mean, valid=steps.valid)
+    target = advantages + steps.value[:-1]
+    episode = steps.episode
+    return env.exact_metrics(policy) | {
+        "losses/explained_variance": 1 - mean((advantages - mean(advantages)) ** 2) / mean((target - mean(target)) ** 2),
+        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
+        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
+        "episodes": jnp.sum(episode.finished),
+    }
+
+
 def train_iteration(
     state: TrainState, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
@@ -456,26 +480,14 @@ def train_iteration(
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)
     state, metrics = update(state, steps, advantages, update_key, agent, optimizer, args)
 
-    def policy(obs):
-        z = agent.encoder.apply(state.params.encoder, obs)
-        return z, nn.softmax(agent.actor_critic.apply(state.params.actor_critic, z)[0])
-
     def guarantee():
         log_ratios = policy_change(state.params, steps, agent)
-        draw = jax.random.fold_in(update_key, 1)
+        draw = jax.random.fold_in(update_key, 2)
         return monitor(agent, old_params, state.params, steps, log_ratios, draw, args, env.reward_range)
 
     if args.monitor_guarantee:
         metrics = metrics | now_and_then(state.iteration - 1, args.monitor_every, guarantee)
-    mean = partial(masked_mean, valid=steps.valid)
-    target = advantages + steps.value[:-1]
-    episode = steps.episode
-    return state, metrics | env.exact_metrics(policy) | {
-        "losses/explained_variance": 1 - mean((advantages - mean(advantages)) ** 2) / mean((target - mean(target)) ** 2),
-        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
-        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
-        "episodes": jnp.sum(episode.finished),
-    }
+    return state, metrics | rollout_metrics(state.params, steps, advantages, env, agent)
 
 
 def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTransformation) -> TrainState:

@@ -159,6 +159,7 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
             "reward error": mean_error(real, behaviour, terms.reward_error),
             "transition error": mean_error(real, behaviour, terms.distance),
             "ratio_max": terms.ratio_max,
+            "ratio_min": terms.ratio.min(),
             "k_value": terms.k_value,
             "episode length": length,
         }
@@ -211,6 +212,7 @@ def main(args: Args) -> None:
         each = [{name: table[i] for name, table in tables.items()} for i in range(len(args.seeds))]
         bounds[mode] = [promises(of, env, flags.gamma) for of in each]
         of = {name: np.concatenate([b[name] for b in bounds[mode]]) for name in bounds[mode][0]}
+        below, above = 1 - flags.clip_coef - 1e-5, 1 + flags.clip_coef + 1e-5
         span, final = value_span(env.reward_range, flags.gamma), curves[mode]["charts/init_value"][:, -1]
         summary[mode] = {
             "final values": [round(float(v), 3) for v in final],
@@ -219,8 +221,9 @@ def main(args: Args) -> None:
             "vacuous": float(np.mean(np.asarray(is_vacuous(of["step-wise zeta"], span)))),
             "episodic form finite": float(np.mean(np.isfinite(of["episodic zeta"]))),
             "true improvement below 0": float(np.mean(of["improvement"] < -1e-6)),
+            "worst true improvement": float(np.min(of["improvement"])),
             "promised above 0": int(np.sum(of["promised"] > 0)),
-            "outside the neighbourhood": float(np.mean(of["ratio_max"] > 1 + flags.clip_coef + 1e-5)),
+            "outside the neighbourhood": float(np.mean((of["ratio_max"] > above) | (of["ratio_min"] < below))),
             "medians": {name: float(np.median(of[name])) for name in of if name != "violated"},
         }
         line = {k: v for k, v in summary[mode].items() if k != "medians"}

@@ -430,3 +430,12 @@ def test_episode_statistics_by_hand():
         stats = stats.update(jnp.array([reward]), jnp.array([valid]), jnp.array([finished]))
         trace.append((float(stats.episode_return[0]), int(stats.episode_length[0]), bool(stats.finished[0])))
     assert trace == [(2.0, 1, False), (5.0, 2, True), (0.0, 0, False), (5.0, 1, False)]
+
+
+def test_ages_by_hand():
+    """A life of two steps, the step that only resets, a life of one step that ends the game, a reset, a step."""
+    stats, trace = EpisodeStats.zeros(1), []
+    for valid, finished in ((1, 0), (1, 0), (0, 0), (1, 1), (0, 0), (1, 0)):
+        stats = stats.update(jnp.zeros(1), jnp.array([bool(valid)]), jnp.array([bool(finished)]))
+        trace.append((int(stats.age[0]), int(stats.previous_age[0]), int(stats.episode_length[0])))
+    assert trace == [(1, 0, 1), (2, 0, 2), (0, 2, 2), (1, 2, 3), (0, 1, 0), (1, 1, 1)]

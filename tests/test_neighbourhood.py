@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from tests.probes import random_steps, state_without_env
+from tests.probes import CueEnv, random_steps, state_without_env
 from utils.neighbourhood import SHRINK, TRIES, backtrack, outside, ratio_metrics
 
 
@@ -137,5 +137,22 @@ def test_early_stop_takes_no_step_after_one_that_went_too_far():
     expected = optax.apply_updates(params, jax.tree.map(lambda u: -0.1 * u, updates))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(state.params), strict=True):
         assert_allclose(a, b, atol=2e-3)
-    assert int(state.opt_state[1].count) == 2  # of 8 minibatches, the second saw it
+    assert int(state.opt_state[1].count) == 1  # of 8 minibatches, the second saw it
     assert metrics["spi/outside_fraction"] > 0
+
+
+def test_backtracking_holds_categorical_policies_in_training():
+    """Through the script's own rollout, whose log-probabilities are those of the policy that acted."""
+    code = {"latent": "categorical", "num_categories": 2, "num_classes": 4}
+    args = deep_spi.Args(num_envs=16, num_steps=4, num_minibatches=2, total_timesteps=64 * 8, fc_layers=(16,), **code)
+    args = replace(args, learning_rate=0.01, enforce_neighbourhood="backtrack")
+    env = CueEnv(16)
+    agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
+    state = deep_spi.init_state(args, env, agent, optimizer)
+    iteration = jax.jit(partial(deep_spi.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    fractions = []
+    for _ in range(8):
+        state, metrics = iteration(state)
+        assert metrics["spi/outside_fraction"] == 0 and metrics["spi/ratio_max"] <= 1.1
+        fractions.append(float(metrics["spi/step_fraction"]))
+    assert 0 < min(fractions) < 1

@@ -18,6 +18,11 @@ from utils.losses import masked_mean
 Number = Float[Array, ""] | float
 
 
+def _product(a, b):
+    """a b, and 0 where one of them is 0, be the other infinite."""
+    return jnp.where((jnp.asarray(a) == 0) | (jnp.asarray(b) == 0), 0.0, jnp.asarray(a) * b)
+
+
 def value_span(reward_range: tuple[float, float], gamma: float) -> float:
     """Largest difference of two returns, or two values, when rewards lie in the range and episodes may end (equation 2).
 
@@ -30,7 +35,9 @@ def value_span(reward_range: tuple[float, float], gamma: float) -> float:
     return (max(high, 0.0) - min(low, 0.0)) / (1 - gamma)
 
 
-def value_lipschitz(k_reward: Number, k_transition: Number, k_policy: Number, gamma: Number, span: Number) -> Float[Array, ""]:
+def value_lipschitz(
+    k_reward: Number, k_transition: Number, k_policy: Number, gamma: Number, span: Number, k_end: Number = 0.0
+) -> Float[Array, ""]:
     """K_V: Lipschitz constant of the value of a latent policy (equation 3); inf unless gamma k_transition < 1.
 
     Args:
@@ -39,11 +46,11 @@ def value_lipschitz(k_reward: Number, k_transition: Number, k_policy: Number, ga
         k_policy: of z -> pibar(.|z) in total variation, half the sum of absolute differences.
         gamma: the discount.
         span: of the values, see `value_span`.
+        k_end: of z -> probability that the episode ends, for each action, where that is no part of Pbar.
     """
     contracts = gamma * jnp.asarray(k_transition) < 1
-    # where either is 0 the product is, be the other infinite
-    policy_term = jnp.where(jnp.asarray(k_policy) == 0, 0.0, k_policy * span)
-    return jnp.where(contracts, (k_reward + policy_term) / jnp.where(contracts, 1 - gamma * k_transition, 1.0), jnp.inf)
+    steepness = k_reward + _product(k_policy + gamma * jnp.asarray(k_end), span)
+    return jnp.where(contracts, steepness / jnp.where(contracts, 1 - gamma * k_transition, 1.0), jnp.inf)
 
 
 def local_error(
@@ -62,8 +69,7 @@ def local_error(
         gamma: the discount.
         span: of the values; no next value is off by more.
     """
-    apart = jnp.minimum(jnp.where(distance > 0, k_value * distance, 0.0), span)
-    return reward_error + gamma * apart
+    return reward_error + gamma * jnp.minimum(_product(k_value, distance), span)
 
 
 def stepwise_bound(errors: Float[Array, " H"], ratio_max: Number, gamma: Number, span: Number) -> Float[Array, ""]:
@@ -78,11 +84,11 @@ def stepwise_bound(errors: Float[Array, " H"], ratio_max: Number, gamma: Number,
         span: largest difference of two returns.
     """
     t = jnp.arange(errors.shape[0] + 1)
-    # in logarithms, for (gamma D)^t may be too large where the error is 0
-    log_terms = t[:-1] * jnp.log(jnp.maximum(gamma * ratio_max, 1e-30)) + jnp.log(jnp.maximum(errors, 1e-30))
-    terms = jnp.where(errors > 0, jnp.exp(log_terms), 0.0)
-    partial_sums = jnp.concatenate([jnp.zeros(1), jnp.cumsum(terms)])
-    return jnp.min(partial_sums + jnp.asarray(gamma, jnp.float32) ** t * span)
+    # in logarithms: (gamma D)^t may be too large for float32 where it times the error is not
+    terms = jnp.exp(_product(t[:-1], jnp.log(jnp.asarray(gamma * ratio_max, jnp.float32))) + jnp.log(errors))
+    partial_sums = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jnp.where(errors == 0, 0.0, terms))])
+    rest = jnp.where(jnp.isinf(span), jnp.inf, jnp.asarray(gamma, jnp.float32) ** t * span)
+    return jnp.min(partial_sums + rest)
 
 
 def aged_bound(
@@ -106,8 +112,7 @@ def aged_bound(
         gamma: the discount.
         episode_length: mean length of the episodes of pi_b.
     """
-    weighted = jnp.where(errors > 0, (gamma * ratio_max) ** ages * errors, 0.0)
-    return episode_length * masked_mean(weighted, valid)
+    return _product(episode_length, masked_mean(_product((gamma * ratio_max) ** ages, errors), valid))
 
 
 def episodic_bound(
@@ -124,9 +129,9 @@ def episodic_bound(
         gamma: the discount.
         episode_length: AEL, mean length of the episodes of pi_b.
     """
-    return jnp.where(gamma * ratio_max <= 1, ratio_max * episode_length * mean_error, jnp.inf)
+    return jnp.where(gamma * ratio_max <= 1, ratio_max * _product(episode_length, mean_error), jnp.inf)
 
 
 def is_vacuous(zeta: Number, span: Number) -> Array:
-    """Whether a bound on the difference of two returns says nothing: it allows any that rewards in their range can make."""
+    """Whether zeta is so large that no improvement can be promised: none in the latent model is larger than the span."""
     return ~(jnp.asarray(zeta) < span)

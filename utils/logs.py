@@ -106,7 +106,9 @@ class Logger:
         self.pending = None
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
         metrics = {name: float(value) for name, value in values.items() if name not in pictures}
-        metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isnan(v))}
+        measured = metrics.pop(monitor.MEASURED, 1.0) > 0
+        # what is not bounded is no number to draw, and no mistake
+        metrics = {k: v for k, v in metrics.items() if not k.startswith(monitor.PREFIX) or measured and not math.isinf(v)}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
         if self.step == self.steps_per_iteration:
@@ -143,8 +145,7 @@ class Logger:
         return self.writer.file_writer.event_writer._worker.is_alive()
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
-        # a bound that is infinite is no mistake
-        bad = [k for k, v in metrics.items() if not (math.isfinite(v) or k.startswith(monitor.PREFIX))]
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad and not self.warned:
             self.warned = True
             self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")

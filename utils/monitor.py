@@ -1,4 +1,4 @@
-"""Measures, while a script trains, every term of the guarantee in docs/guarantees.md."""
+"""Measures, while a script trains, the terms of zeta in docs/guarantees.md."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from utils.losses import masked_mean
 from utils.neighbourhood import ratio_metrics
 from utils.run import refuse_unread, require
 
-PREFIX = "spi/bound/"  # of all names; NaN stands for "not measured this time", and inf for a bound that does not hold
+PREFIX = "spi/bound/"  # of all names; inf stands for what is not bounded or not known, and is left out of the log
+MEASURED = PREFIX + "measured"  # 0 in updates in which nothing was measured; not for the log
 
 
 @dataclass
@@ -53,7 +54,7 @@ def monitor(
     args: Any,
     reward_range: tuple[float, float],
 ) -> dict[str, Array]:
-    """Every term of the bound, measured on the rollout of the policy before the update.
+    """The terms of zeta, measured on the rollout of the policy before the update.
 
     Args:
         agent: a script's networks.
@@ -76,7 +77,8 @@ def monitor(
     ratio_max = ratios["spi/ratio_max"]
     ratio = jnp.exp(jnp.take_along_axis(log_ratios, steps.action[..., None], axis=-1)[..., 0])
     lengths = steps.episode.previous_age[-1]
-    length = jnp.where(jnp.any(lengths > 0), masked_mean(lengths, lengths > 0), jnp.inf)
+    # before each environment has finished one, those that have are the short ones
+    length = jnp.where(jnp.all(lengths > 0), jnp.mean(lengths), jnp.inf)
     ages = steps.episode.age - 1  # the step itself is counted
 
     bound = partial(episodic_bound, gamma=args.gamma, episode_length=length)
@@ -119,7 +121,7 @@ def model_terms(
         distance = jnp.linalg.norm((predicted.sample(key) - next_z).reshape(n, -1), axis=-1)
         certified = jnp.asarray(args.lipschitz_constant if args.lipschitz_nets else jnp.inf)
         policy = policy_lipschitz(agent.actor_critic, params.actor_critic)
-        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)
+        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # as if ends did not depend on z
         constants = {"k_reward": certified, "k_transition": certified, "k_policy": policy, "k_value": k_value}
     going_on = steps.valid & ~(steps.terminated | steps.truncated)
     reward_error = jnp.where(steps.valid, jnp.abs(steps.reward - predicted_reward.reshape(shape)), 0.0)
@@ -127,6 +129,7 @@ def model_terms(
 
 
 def now_and_then(iteration: Array, every: int, measure: Callable[[], dict[str, Array]]) -> dict[str, Array]:
-    """What `measure` returns in iterations 0, `every`, 2 `every`, ...; NaN in the others, at no cost."""
+    """What `measure` returns in iterations 0, `every`, 2 `every`, ...; nothing, at no cost, in the others (see `MEASURED`)."""
+    due = iteration % every == 0
     unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
-    return jax.lax.cond(iteration % every == 0, measure, lambda: unmeasured)
+    return jax.lax.cond(due, measure, lambda: unmeasured) | {MEASURED: due.astype(jnp.float32)}

@@ -59,7 +59,7 @@ def backtrack(
 
     Returns:
         The parameters, and what to log: `ratio_metrics` of them, f as `spi/step_fraction` (0 for old), and
-        `spi/step_target`, the index of the target.
+        `spi/step_target`, the index of the target (one more than the last for old).
     """
 
     def candidate(tries):
@@ -70,16 +70,18 @@ def backtrack(
         return jax.tree.map(lambda a, b: jnp.where(way == len(targets), a, move(a, b)), old, target)
 
     def leaves(carry):
-        tries, log_ratios = carry
-        return (tries < TRIES * len(targets)) & jnp.any(outside(log_ratios, eps))
+        tries, _, found = carry
+        return (tries < TRIES * len(targets)) & jnp.any(outside(found, eps))
 
     def next_try(carry):
-        return carry[0] + 1, log_ratios(candidate(carry[0] + 1))
+        params = candidate(carry[0] + 1)
+        return carry[0] + 1, params, log_ratios(params)
 
-    tries, found = jax.lax.while_loop(leaves, next_try, (jnp.zeros((), jnp.int32), log_ratios(targets[0])))
+    first = jax.tree.map(jnp.asarray, targets[0])
+    tries, params, found = jax.lax.while_loop(leaves, next_try, (jnp.zeros((), jnp.int32), first, log_ratios(first)))
     way = tries // TRIES
     metrics = {
         "spi/step_fraction": jnp.where(way == len(targets), 0.0, SHRINK ** (tries % TRIES)),
         "spi/step_target": way.astype(jnp.float32),
     }
-    return candidate(tries), ratio_metrics(found, valid, eps) | metrics
+    return params, ratio_metrics(found, valid, eps) | metrics

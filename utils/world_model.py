@@ -126,6 +126,14 @@ def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]
     return transition, Squashed(reward) if args.clip_reward_net_output else reward
 
 
+def make_end_predictor(args: Any, num_actions: int) -> nn.Module:
+    """Network (z, action) -> [N], the logit of the probability that the step ends the episode. Never certified: an end is a
+    jump."""
+    if args.latent == "categorical":
+        return CATEGORICAL[args.world_model].Reward(num_actions, args.activation)
+    return unconstrained.Reward(num_actions, args.activation)
+
+
 def transition_loss(
     predicted: Deterministic | Normal | Categorical, next_z: Float[Array, "N *z"], key: jax.Array, args: Any
 ) -> Float[Array, " N"]:
