@@ -14,12 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import deep_mdp_ppo as deep_mdp
 import deep_spi
+import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from tests.test_logs import scalars
 from utils.run import run_script
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_mdp_ppo.py", "deep_spi.py"]
+SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_mdp_ppo.py", "deep_spi.py", "dream_spi.py"]
 SMALL = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32"]
 
 
@@ -69,6 +70,16 @@ WORLD_MODEL_MISTAKES = [
     (["--monitor-guarantee", "--monitor-every=0"], "--monitor-every", "at least 1"),
     (["--monitor-guarantee", "--gamma=1"], "--gamma", "below 1"),
 ]
+DREAM_MISTAKES = [
+    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
+    (["--imagination-horizon=0"], "--imagination-horizon", "at least 1"),
+    (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
+    (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
+    (["--weight-decay=-1"], "--weight-decay", "0 or more"),
+    (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
+    (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
+    (["--target-kl=0.1"], "--target-kl", "leave it out"),
+]
 
 
 def assert_refused(code, out, err, name, remedy):
@@ -80,7 +91,8 @@ def assert_refused(code, out, err, name, remedy):
 @pytest.mark.parametrize(
     "script, flags, name, remedy",
     [(script, *mistake) for script in (ppo, deep_mdp, deep_spi) for mistake in MISTAKES]
-    + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES],
+    + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES]
+    + [(dream_spi, *mistake) for mistake in DREAM_MISTAKES],
 )
 def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *flags])
@@ -120,7 +132,7 @@ def test_unwritable_folder_gets_one_line(tmp_path):
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
 
 
-@pytest.mark.parametrize("script, flags", zip(SCRIPTS, ([], WATCHED, []), strict=True))
+@pytest.mark.parametrize("script, flags", zip(SCRIPTS, ([], WATCHED, [], []), strict=True))
 def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
     done = run(script, "--env-id=Breakout-v5", *SMALL, *flags, f"--logdir={tmp_path}")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,374 @@
+"""DreamSPI on envpool's Atari: a policy that learns in Deep SPI's world model (Delgrange et al., 2026, arXiv 2510.12312).
+
+    python dream_spi.py --env-id=Breakout-v5
+
+On real data the loss of Deep SPI trains encoder and world model, and a predictor of ends. Actor and critic learn by PPO in
+dreams: from each latent of the rollout the policy acts in the world model for a few steps. Rollout, advantages, minibatches and
+the loss on real data are those of `deep_spi.py`, imported from there; here stands what DreamSPI adds.
+
+Read from top to bottom: flags, records, dreaming, losses, updates, main.
+Shapes: T steps x B environments, H steps x M dreams, and N = flattened.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Num, Scalar
+
+import deep_spi
+from deep_spi import Rollout, compute_gae, gather, minibatch_indices, rollout
+from envs.protocol import Env
+from envs.registry import make_env
+from utils.logs import Logger
+from utils.losses import masked_mean
+from utils.run import refuse_unread, require, run_script
+from utils.world_model import make_end_predictor
+
+
+@dataclass
+class Args(deep_spi.Args):
+    """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here."""
+
+    learning_rate: float = 2e-4
+    """learning rate of AdamW for encoder and world model"""
+    weight_decay: float = 0.01
+    """weight decay of AdamW for encoder and world model"""
+    end_loss_coef: float = 1.0
+    """weight of the loss of the predictor of ends"""
+    # dreams
+    heads_learning_rate: float = 2.75e-5
+    """learning rate of Adam for actor and critic"""
+    anneal_heads_lr: bool = True
+    """lower that learning rate linearly to 0 over the run"""
+    imagination_horizon: int = 8
+    """steps of a dream (H)"""
+    n_imagination_rollouts: int = 1
+    """dreams from each latent of the rollout, one after the other, the policy learning in between"""
+    imagination_epochs: int = 4
+    """passes over the dreams of one such round"""
+    soft_done: bool = False
+    """dreams never end, but go on with the predicted probability as a weight; otherwise their ends are drawn"""
+    # real data for actor and critic
+    dyna_style: bool = False
+    """actor and critic learn on real data as well"""
+    progressive: Literal["none", "linear", "exponential"] = "none"
+    """actor and critic start on real data and move to dreams: the share of their learning rate in dreams rises from 0 to 1 over
+    the run, linearly or as 1 - 0.01^progress"""
+
+
+def check(args: Args) -> None:
+    """Raises UsageError where a flag, or a combination of flags, cannot work."""
+    deep_spi.check(args)
+    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs"):
+        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
+    require(args.heads_learning_rate > 0, f"--heads-learning-rate {args.heads_learning_rate}: must be positive")
+    for flag in ("weight_decay", "end_loss_coef"):
+        require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
+    require(
+        not (args.dyna_style and args.progressive != "none"),
+        f"--dyna-style: with --progressive {args.progressive} actor and critic learn on real data already; drop one of the two",
+    )
+    needed = "deep_spi.py, whose policy learns on real data alone"
+    refuse_unread(args, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), needed)
+
+
+class Agent(NamedTuple):
+    """The networks, without their parameters."""
+
+    encoder: nn.Module
+    actor_critic: nn.Module
+    transition: nn.Module
+    reward: nn.Module
+    end: nn.Module
+
+
+class Params(NamedTuple):
+    """The parameters of the networks of `Agent`, field by field."""
+
+    encoder: Any
+    actor_critic: Any
+    transition: Any
+    reward: Any
+    end: Any
+
+
+HEADS = Params(encoder="model", actor_critic="heads", transition="model", reward="model", end="model")  # who learns which
+
+
+class Optimizers(NamedTuple):
+    """One for each group of parameters (see `HEADS`). It leaves the other as it is, to the bit."""
+
+    model: Any
+    heads: Any
+
+
+class Dreams(NamedTuple):
+    """H steps of M dreams, in the convention of `Rollout`: `z[t + 1]` follows `action[t]` in `z[t]`.
+
+    `going_on[t]` is whether (or with `--soft-done` how probably) the dream goes on after step t, and `weight[t]` whether it had
+    come to step t at all: what comes after an end counts for nothing.
+    """
+
+    z: Float[Array, "H M *z"]
+    value: Float[Array, "H+1 M"]
+    action: Int[Array, "H M"]
+    log_prob: Float[Array, "H M"]
+    reward: Float[Array, "H M"]
+    going_on: Float[Array, "H M"]
+    weight: Float[Array, "H M"]
+
+
+class HeadsBatch(NamedTuple):
+    """N steps of dreams."""
+
+    z: Float[Array, "N *z"]
+    action: Int[Array, " N"]
+    log_prob: Float[Array, " N"]
+    value: Float[Array, " N"]
+    advantage: Float[Array, " N"]
+    weight: Float[Array, " N"]
+
+
+class TrainState(NamedTuple):
+    """All that changes in training."""
+
+    params: Params
+    opt_state: Optimizers
+    env_state: Any
+    obs: Num[Array, "B *obs"]
+    key: jax.Array
+    iteration: Int[Scalar, ""]
+
+
+def make_agent(args: Args, num_actions: int) -> Agent:
+    """The networks that the flags ask for."""
+    return Agent(*deep_spi.make_agent(args, num_actions), end=make_end_predictor(args, num_actions))
+
+
+def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
+    """Random parameters, those of `deep_spi.py` for the same key among them."""
+    params = deep_spi.init_params(key, agent, obs)
+    z = agent.encoder.apply(params.encoder, obs[:1])
+    return Params(*params, end=agent.end.init(jax.random.fold_in(key, 4), z, jnp.zeros(1, jnp.int32)))
+
+
+def make_optimizers(args: Args) -> Optimizers:
+    """AdamW for encoder and world model, Adam for actor and critic, each on its group's clipped gradient. Learning rates are
+    applied in the updates, which know how far the run is."""
+    clip, adam = optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5)
+    of = {"model": optax.chain(clip, adam, optax.add_decayed_weights(args.weight_decay)), "heads": optax.chain(clip, adam)}
+    frozen = optax.set_to_zero()
+    labels = lambda params: Params(*(jax.tree.map(lambda _, g=group: g, p) for group, p in zip(HEADS, params, strict=True)))  # noqa: E731
+    return Optimizers(
+        model=optax.partition({"model": of["model"], "heads": frozen}, labels),
+        heads=optax.partition({"model": frozen, "heads": of["heads"]}, labels),
+    )
+
+
+def imagine(
+    params: Params, z: Float[Array, "M *z"], awake: Float[Array, " M"], key: jax.Array, agent: Agent, args: Args
+) -> Dreams:
+    """Acts in the world model for H steps, from each of the latents (where `awake` is 1). No gradient flows through a dream."""
+    params, z = jax.lax.stop_gradient((params, z))
+
+    def step(carry, key):
+        z, weight = carry
+        action_key, end_key, z_key = jax.random.split(key, 3)
+        logits, value = agent.actor_critic.apply(params.actor_critic, z)
+        action = jax.random.categorical(action_key, logits)
+        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
+        reward = agent.reward.apply(params.reward, z, action)
+        going_on = 1.0 - nn.sigmoid(agent.end.apply(params.end, z, action))
+        if not args.soft_done:
+            going_on = jax.random.bernoulli(end_key, going_on).astype(jnp.float32)
+        next_z = agent.transition.apply(params.transition, z, action).sample(z_key)
+        return (next_z, weight * going_on), (z, value, action, log_prob, reward, going_on, weight)
+
+    (z, _), dreams = jax.lax.scan(step, (z, awake), jax.random.split(key, args.imagination_horizon))
+    dreams = Dreams(*dreams)
+    _, value = agent.actor_critic.apply(params.actor_critic, z)
+    return dreams._replace(value=jnp.concatenate([dreams.value, value[None]]))
+
+
+def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
+    """Generalised advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
+
+    def backwards(next_advantage, step):
+        delta, going_on = step
+        advantage = delta + gamma * gae_lambda * going_on * next_advantage
+        return advantage, advantage
+
+    delta = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
+    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(delta[0]), (delta, dreams.going_on), reverse=True)
+    return advantages
+
+
+def model_loss(
+    params: Params, batch: deep_spi.Minibatch, ended: Bool[Array, " N"], key: jax.Array, agent: Agent, args: Args
+) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
+    """Deep SPI's loss on real data, and the cross-entropy of the predictor of ends, whose gradient stops at the latent."""
+    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args)
+    z = jax.lax.stop_gradient(agent.encoder.apply(params.encoder, batch.obs)[: batch.action.shape[0]])
+    logit = agent.end.apply(params.end, z, batch.action)
+    end_loss = masked_mean(optax.sigmoid_binary_cross_entropy(logit, ended.astype(jnp.float32)), batch.valid)
+    return loss + args.end_loss_coef * end_loss, metrics | {"losses/end_loss": end_loss}
+
+
+def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
+    """PPO's loss in dreams, each step counting by its weight."""
+
+    def mean(x):
+        return jnp.sum(batch.weight * x) / jnp.maximum(jnp.sum(batch.weight), 1e-8)
+
+    logits, value = agent.actor_critic.apply(params.actor_critic, batch.z)
+    log_probs = jax.nn.log_softmax(logits)
+    log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    advantage = batch.advantage
+    if args.norm_adv:
+        advantage = advantage - mean(advantage)
+        advantage = advantage / (jnp.sqrt(mean(advantage**2)) + 1e-8)
+    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
+    entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
+    value_loss = mean(0.5 * (value - batch.value - batch.advantage) ** 2)
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    return loss, {
+        "dreams/policy_loss": policy_loss,
+        "dreams/value_loss": value_loss,
+        "dreams/entropy": entropy,
+        "dreams/approx_kl": mean(ratio - 1 - log_ratio),
+    }
+
+
+def shares(iteration: Int[Scalar, ""], args: Args) -> tuple[Float[Scalar, ""], Float[Scalar, ""], Float[Scalar, ""]]:
+    """What is left of the run, and the shares of the heads' learning rate on real data and in dreams."""
+    progress = iteration / (args.total_timesteps // (args.num_envs * args.num_steps))
+    if args.progressive == "none":
+        real, dreams = jnp.asarray(1.0 if args.dyna_style else 0.0), jnp.asarray(1.0)
+    else:
+        dreams = progress if args.progressive == "linear" else (1.0 - 0.01**progress) / 0.99
+        real = 1.0 - dreams
+    return 1.0 - progress, real, dreams
+
+
+def apply(optimizer: Any, grads: Params, opt_state: Any, params: Params, learning_rate: Any) -> tuple[Params, Any]:
+    """One step of an optimizer."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), opt_state
+
+
+def update_model(
+    state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
+    args: Args,
+) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
+    """All epochs of minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic."""
+    left, real, _ = shares(state.iteration, args)
+    learning_rate = args.learning_rate * (left if args.anneal_lr else 1.0)
+    heads_rate = args.heads_learning_rate * (left if args.anneal_heads_lr else 1.0) * real
+
+    def minibatch_step(carry, minibatch):
+        params, opt_state = carry
+        first, env, key = minibatch
+        batch = gather(steps, advantages, first, env, args)
+        length = 1 if args.minibatch_by == "transition" else args.num_steps
+        ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
+        grads, metrics = jax.grad(model_loss, has_aux=True)(params, batch, ended, key, agent, args)
+        new, model_state = apply(optimizers.model, grads, opt_state.model, params, learning_rate)
+        opt_state = opt_state._replace(model=model_state)
+        if args.dyna_style or args.progressive != "none":
+            new, heads_state = apply(optimizers.heads, grads, opt_state.heads, new, heads_rate)
+            opt_state = opt_state._replace(heads=heads_state)
+        return (new, opt_state), metrics
+
+    shuffle_key, loss_key = jax.random.split(key)
+    first, env = minibatch_indices(shuffle_key, args)
+    keys = jax.random.split(loss_key, first.shape[0])
+    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), (first, env, keys))
+    metrics = deep_spi.summarize(metrics, jnp.ones(first.shape[0], bool), args)
+    return state._replace(params=params, opt_state=opt_state), metrics | {"charts/learning_rate": jnp.asarray(learning_rate)}
+
+
+def update_heads(
+    state: TrainState, steps: Rollout, key: jax.Array, agent: Agent, optimizers: Optimizers, args: Args
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """All rounds of dreams from the latents of the rollout, and of minibatch gradient steps of actor and critic on them."""
+    left, _, dreams_share = shares(state.iteration, args)
+    learning_rate = args.heads_learning_rate * (left if args.anneal_heads_lr else 1.0) * dreams_share
+    z = jax.lax.map(partial(agent.encoder.apply, state.params.encoder), steps.obs[:-1])
+    z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
+    size = args.imagination_horizon * z.shape[0]
+
+    def minibatch_step(carry, indices, batch):
+        params, opt_state = carry
+        grads, metrics = jax.grad(heads_loss, has_aux=True)(params, jax.tree.map(lambda x: x[indices], batch), agent, args)
+        params, heads_state = apply(optimizers.heads, grads, opt_state.heads, params, learning_rate)
+        return (params, opt_state._replace(heads=heads_state)), metrics
+
+    def dream_and_learn(carry, key):
+        dream_key, shuffle_key = jax.random.split(key)
+        dreams = imagine(carry[0], z, awake, dream_key, agent, args)
+        advantages = dream_advantages(dreams, args.gamma, args.gae_lambda)
+        batch = HeadsBatch(dreams.z, dreams.action, dreams.log_prob, dreams.value[:-1], advantages, dreams.weight)
+        batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
+        keys = jax.random.split(shuffle_key, args.imagination_epochs)
+        shuffled = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+        shuffled = shuffled.reshape(args.imagination_epochs * args.num_minibatches, -1)
+        carry, metrics = jax.lax.scan(partial(minibatch_step, batch=batch), carry, shuffled)
+        dreamt = {
+            "dreams/length": jnp.sum(dreams.weight) / jnp.maximum(jnp.sum(awake), 1.0),
+            "dreams/reward": jnp.sum(dreams.weight * dreams.reward) / jnp.maximum(jnp.sum(dreams.weight), 1e-8),
+        }
+        return carry, jax.tree.map(jnp.mean, metrics) | dreamt
+
+    keys = jax.random.split(key, args.n_imagination_rollouts)
+    (params, opt_state), metrics = jax.lax.scan(dream_and_learn, (state.params, state.opt_state), keys)
+    metrics = jax.tree.map(jnp.mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(learning_rate)}
+    return state._replace(params=params, opt_state=opt_state), metrics
+
+
+def train_iteration(
+    state: TrainState, env: Env, agent: Agent, optimizers: Optimizers, args: Args
+) -> tuple[TrainState, dict[str, Scalar]]:
+    """One rollout and the updates on it: the unit of work, jitted as a whole."""
+    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    state, steps = rollout(state._replace(key=key), rollout_key, env, agent, args)
+    advantages = compute_gae(steps, args.gamma, args.gae_lambda)
+    model_key, heads_key = jax.random.split(update_key)
+    state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
+    state, dream_metrics = update_heads(state, steps, heads_key, agent, optimizers, args)
+    state = state._replace(iteration=state.iteration + 1)
+    return state, metrics | dream_metrics | deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+
+
+def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> TrainState:
+    """The state before the first iteration."""
+    init_key, key = jax.random.split(jax.random.key(args.seed))
+    env_state, obs = env.reset()
+    params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
+    opt_state = Optimizers(optimizers.model.init(params), optimizers.heads.init(params))
+    return TrainState(params, opt_state, env_state, obs, key, jnp.zeros((), jnp.int32))
+
+
+def main(args: Args) -> None:
+    """Trains, and logs as it goes."""
+    check(args)
+    env = make_env(args)
+    agent = make_agent(args, env.num_actions)
+    optimizers = make_optimizers(args)
+    iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args), donate_argnums=0)
+    steps_per_iteration = args.num_envs * args.num_steps
+    with Logger(args, "dream_spi", steps_per_iteration) as logger:
+        state = init_state(args, env, agent, optimizers)
+        for _ in range(args.total_timesteps // steps_per_iteration):
+            state, metrics = iteration(state)
+            logger.log(metrics)
+
+
+if __name__ == "__main__":
+    run_script(main, Args)
