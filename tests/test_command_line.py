@@ -132,7 +132,7 @@ def test_unwritable_folder_gets_one_line(tmp_path):
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
 
 
-@pytest.mark.parametrize("script, flags", zip(SCRIPTS, ([], WATCHED, [], []), strict=True))
+@pytest.mark.parametrize("script, flags", [*zip(SCRIPTS, ([], WATCHED, [], []), strict=True)])
 def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
     done = run(script, "--env-id=Breakout-v5", *SMALL, *flags, f"--logdir={tmp_path}")
     assert done.returncode == 0, done.stderr

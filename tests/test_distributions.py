@@ -190,7 +190,7 @@ def all_actions_then_select(p, z, action, lipschitz, components):
     return jnp.stack(outputs)[action, jnp.arange(len(z))]
 
 
-@pytest.mark.parametrize("num_actions, lipschitz", [(4, True), (18, True), (4, False)])
+@pytest.mark.parametrize("num_actions, lipschitz", [(4, True), pytest.param(18, True, marks=pytest.mark.slow), (4, False)])
 def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actions, lipschitz):
     keys = jax.random.split(KEY, 5)
     z = jax.random.normal(keys[0], (12, 7, 7, 32))

@@ -154,7 +154,7 @@ def changed(before, after):
 MODEL = {"encoder", "transition", "reward", "end"}
 
 
-REAL = [({}, set()), ({"dyna_style": True}, {"actor_critic"}), ({"progressive": "linear"}, {"actor_critic"})]
+REAL = [({}, set()), ({"progressive": "linear"}, {"actor_critic"})]
 
 
 @pytest.mark.parametrize("flags, real", REAL)
@@ -188,11 +188,9 @@ def test_shares_of_real_data_and_dreams():
             assert_allclose(found, [1 - iteration / 10, real, dreams], atol=1e-6)
 
 
-@pytest.mark.parametrize("flags", [{}, {"soft_done": True, "n_imagination_rollouts": 2, "imagination_epochs": 2}])
-def test_learns_a_probe_in_dreams_alone(flags):
-    args, env, agent, optimizers, state = dream_setup(
-        learning_rate=2e-3, heads_learning_rate=2e-3, transition_loss_coef=0.1, **flags
-    )
+def test_learns_a_probe_in_dreams_alone():
+    rates = {"learning_rate": 2e-3, "heads_learning_rate": 2e-3, "transition_loss_coef": 0.1}
+    args, env, agent, optimizers, state = dream_setup(**rates, n_imagination_rollouts=2, imagination_epochs=2)
     iteration = jax.jit(partial(dream_spi.train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
     history = []
     for _ in range(40):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -101,11 +100,10 @@ def updated(script, learning_rate, mode="none"):
     return params, state, metrics, moved, (steps, advantages, agent, optimizer, args)
 
 
-@pytest.mark.parametrize("script", [ppo, deep_spi])
-def test_backtracking_holds_the_whole_rollout_inside(script):
-    _, _, _, moved, _ = updated(script, 0.003)
+def test_backtracking_holds_the_whole_rollout_inside():
+    _, _, _, moved, _ = updated(ppo, 0.003)
     assert jnp.mean(outside(moved, 0.1)) > 0.3
-    params, state, metrics, moved, (steps, *_) = updated(script, 0.003, "backtrack")
+    params, state, metrics, moved, (steps, *_) = updated(ppo, 0.003, "backtrack")
     assert not outside(moved, 0.1 + 1e-6).any()
     assert metrics["spi/outside_fraction"] == 0 and 0 < metrics["spi/step_fraction"] < 1
     assert_allclose(metrics["spi/ratio_max"], jnp.exp(moved).max(), rtol=1e-4)
