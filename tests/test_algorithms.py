@@ -204,7 +204,7 @@ def test_drift_with_coefficient_one_is_the_clipped_loss():
         (ppo, {"minibatch_by": "transition"}),
         (deep_spi, {}),
         (deep_spi, {"minibatch_by": "transition", "latent": "categorical"}),
-        (deep_mdp, {"lipschitz_nets": False}),
+        pytest.param(deep_mdp, {"lipschitz_nets": False}, marks=pytest.mark.slow),
     ],
 )
 def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
@@ -377,7 +377,7 @@ def learn(script, env, args, updates):
     return state, history
 
 
-@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
+@pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
 def test_learns_a_probe_of_known_value(script):
     args = script.Args(num_envs=16, num_steps=8, total_timesteps=128 * 60, learning_rate=2e-3, fc_layers=(64,))
     env = CueEnv(16)

@@ -78,7 +78,7 @@ def test_dynamics_by_hand():
     assert (model.reward[model.terminal] == 0).all()
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.6, 0.99), seed=st.integers(0, 99))
 def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsilon, gamma, seed):
     model = build_model(n_path, epsilon, gamma)
@@ -229,7 +229,7 @@ def test_flags_reach_the_environment():
     assert_array_equal(env.model.reward, expected.reward)
 
 
-@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
+@pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
 def test_scripts_log_the_exact_value_of_their_policy(script):
     code = {"latent": "categorical", "num_categories": 8, "num_classes": 8, "fc_layers": (32,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)

@@ -115,7 +115,7 @@ def errors_over_time(
     probability, _ = under(real, behaviour)
     expected, state, result = np.sum(behaviour * errors, axis=1), real.start, np.zeros(HORIZON)
     for t in range(HORIZON):
-        if state[-1] >= 1 - 1e-15:
+        if state[-1] >= 1 - 1e-13:
             break
         result[t] = state @ expected
         state = state @ probability
