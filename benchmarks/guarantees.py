@@ -36,14 +36,14 @@ from utils.tabular import (  # noqa: E402
     mean_error,
     of_environment,
     total_variation,
-    values,
+    visits,
 )
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 MODES = ("none", "early_stop", "backtrack")
-LOGGED = ("charts/init_value", "spi/outside_fraction", "spi/ratio_max")
+VALUE = "charts/init_value"
 
 
 @dataclass
@@ -94,7 +94,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     def run(state):
         def iteration(state, _):
             state, metrics = deep_spi.train_iteration(state, env, agent, optimizer, flags)
-            return state, ({name: metrics[name] for name in LOGGED}, tables_of(state.params))
+            return state, ({VALUE: metrics[VALUE]}, tables_of(state.params))
 
         iterations = flags.total_timesteps // (flags.num_envs * flags.num_steps)
         _, (metrics, tables) = jax.lax.scan(iteration, state, None, length=iterations)
@@ -110,14 +110,14 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     return metrics, tables, flags, env
 
 
-def with_end(tables: dict[str, np.ndarray], real: Tables, alive: np.ndarray, visits: np.ndarray, low: float, high: float):
+def with_end(tables: dict[str, np.ndarray], real: Tables, alive: np.ndarray, often: np.ndarray, low: float, high: float):
     """The latent model as tables, its policy, and the latent of each state; all with an end.
 
     Deep SPI's model does not say when an episode ends. Here it is told: of each code and action the share of visits that ended.
     """
     codes = len(tables["policy"])
     phi = np.append(tables["phi"][alive], codes)
-    ends = fitted_model(real, phi, codes + 1, visits).probability[:-1, :, -1]
+    ends = fitted_model(real, phi, codes + 1, often).probability[:-1, :, -1]
     probability = np.zeros((codes + 1, real.reward.shape[1], codes + 1))
     following = tables["probability"].astype(np.float64)
     probability[:-1, :, :-1] = (1 - ends)[..., None] * following / following.sum(-1, keepdims=True)
@@ -138,12 +138,10 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
         old, new = ({name: table[i] for name, table in tables.items()} for i in (k - 1, k))
         behaviour = np.vstack([old["policy"][old["phi"][alive]], np.full(4, 0.25)]).astype(np.float64)
         behaviour /= behaviour.sum(-1, keepdims=True)
-        transition = np.einsum("sa,sat->st", behaviour, real.probability)[:-1, :-1]
-        visits = np.append(np.linalg.solve((np.eye(len(alive)) - transition).T, real.start[:-1]), 0.0)[:, None] * behaviour
-        length = episode_length(real, behaviour)
+        often, length = visits(real, behaviour), episode_length(real, behaviour)
         row = {"step-wise zeta": 0.0, "episodic zeta": 0.0, "violated": 0.0}
         for which, of in (("old", old), ("new", new)):
-            phi, latent, policy = with_end(of, real, alive, visits, *env.reward_range)
+            phi, latent, policy = with_end(of, real, alive, often, *env.reward_range)
             terms = difference_terms(real, latent, phi, policy, behaviour, gamma, total_variation)
             errors, distance = jnp.asarray(terms.reward_error), jnp.asarray(terms.distance)
             error = np.asarray(local_error(errors, distance, terms.k_value, gamma, terms.span), np.float64)
@@ -166,20 +164,14 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
         rows.append(row)
     result = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     result["promised"] = result["latent improvement"] - result["step-wise zeta"]
-    assert np.allclose(result["old, real"][0], values(real, behaviour_of(tables, alive), gamma)[np.argmax(real.start)])
     return result
-
-
-def behaviour_of(tables: dict[str, np.ndarray], alive: np.ndarray) -> np.ndarray:
-    """The untrained policy, over states."""
-    return np.vstack([tables["policy"][0][tables["phi"][0][alive]], np.full(4, 0.25)]).astype(np.float64)
 
 
 def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
     """Exact values of all runs above; beneath, of the first seed, what each update did and what was promised."""
     figure, (above, *beneath) = plt.subplots(1 + len(MODES), 1, figsize=(7, 11), sharex=True)
     for mode, metrics in curves.items():
-        values = metrics["charts/init_value"]
+        values = metrics[VALUE]
         steps = np.linspace(0, args.total_timesteps, values.shape[1] + 1)[1:]
         (line,) = above.plot(steps, values.mean(axis=0), label=mode)
         above.plot(steps, values.T, color=line.get_color(), alpha=0.3, linewidth=0.6)
@@ -213,7 +205,7 @@ def main(args: Args) -> None:
         bounds[mode] = [promises(of, env, flags.gamma) for of in each]
         of = {name: np.concatenate([b[name] for b in bounds[mode]]) for name in bounds[mode][0]}
         below, above = 1 - flags.clip_coef - 1e-5, 1 + flags.clip_coef + 1e-5
-        span, final = value_span(env.reward_range, flags.gamma), curves[mode]["charts/init_value"][:, -1]
+        span, final = value_span(env.reward_range, flags.gamma), curves[mode][VALUE][:, -1]
         summary[mode] = {
             "final values": [round(float(v), 3) for v in final],
             "updates": len(of["improvement"]),
@@ -230,7 +222,7 @@ def main(args: Args) -> None:
         print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s a seed", flush=True)
     draw(curves, bounds, args)
     device = describe_device().splitlines()[0].removeprefix("device: ")
-    curve = {mode: [[round(float(v), 3) for v in run] for run in m["charts/init_value"]] for mode, m in curves.items()}
+    curve = {mode: [[round(float(v), 3) for v in run] for run in m[VALUE]] for mode, m in curves.items()}
     lines = [f'"{mode}": {json.dumps(summary[mode])},\n"{mode}, values": {json.dumps(curve[mode])}' for mode in MODES]
     text = f'{{"device": {json.dumps(device)}, "seeds": {json.dumps(args.seeds)},\n' + ",\n".join(lines) + "\n}\n"
     Path(f"{args.output}.json").write_text(text)

@@ -122,12 +122,17 @@ def errors_over_time(
     return result
 
 
+def visits(real: Tables, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, "S A"]:
+    """How often each state and action occurs in an episode on average, the end left out. Episodes end with certainty."""
+    probability, _ = under(real, policy)
+    alive = probability[:-1, :-1]
+    return np.append(np.linalg.solve((np.eye(len(alive)) - alive).T, real.start[:-1]), 0.0)[:, None] * policy
+
+
 def mean_error(real: Tables, behaviour: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]) -> float:
     """Mean of the errors over the transitions of the episodes of `behaviour`, which end with certainty."""
-    probability, _ = under(real, behaviour)
-    alive = probability[:-1, :-1]
-    visits = np.linalg.solve((np.eye(len(alive)) - alive).T, real.start[:-1])
-    return float(visits @ np.sum(behaviour * errors, axis=1)[:-1] / np.sum(visits))
+    often = visits(real, behaviour)
+    return float(np.sum(often * errors) / np.sum(often))
 
 
 def of_environment(probability: np.ndarray, reward: np.ndarray, terminal: np.ndarray, start: int) -> Tables:
