@@ -10,6 +10,7 @@ Read from top to bottom: flags, records, rollout, advantages, loss, update, main
 Shapes: T steps x B environments, and N = flattened.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -282,9 +283,14 @@ def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array,
 
 
 def loss_fn(
-    params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args
-) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
-    """Deep SPI's loss of a minibatch, and what to log of it. The key draws the next latents."""
+    params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args,
+    distance: Callable = transition_loss, centre: Float[Array, " N"] | float = 1.0,
+) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
+    """Deep SPI's loss of a minibatch, and what to log of it. The key draws the next latents.
+
+    `distance` measures how far a prediction is from the next latent (see `transition_loss`); `centre` is what the ratio is
+    clipped around, not 1 where another policy than the present one acted.
+    """
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
     z = agent.encoder.apply(params.encoder, batch.obs)
@@ -296,13 +302,13 @@ def loss_fn(
     log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
     log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
     ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    clipped_ratio = jnp.clip(ratio, centre - args.clip_coef, centre + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
     # U = A - c_R l_R - c_P l_P. No gradient is stopped: through U they reach both networks and the encoder of z and z'.
     predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
     predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
-    transition_losses = transition_loss(predict_z(z), next_z, key, args)
+    transition_losses = distance(predict_z(z), next_z, key, args)
     reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
     model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
     if not args.piecewise_auxiliary_ratio:

@@ -6,10 +6,11 @@ On real data the loss of Deep SPI trains encoder and world model, and a predicto
 dreams: from each latent of the rollout the policy acts in the world model for a few steps. Rollout, advantages, minibatches and
 the loss on real data are those of `deep_spi.py`, imported from there; here stands what DreamSPI adds.
 
-Read from top to bottom: flags, records, dreaming, losses, updates, main.
+Read from top to bottom: flags, records, dreaming, advantages, losses, updates, main.
 Shapes: T steps x B environments, H steps x M dreams, and N = flattened.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -21,17 +22,22 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
 import deep_spi
-from deep_spi import Rollout, compute_gae, gather, minibatch_indices, rollout
+from deep_spi import Minibatch, Rollout, compute_gae, gather, minibatch_indices, rollout
 from envs.protocol import Env
 from envs.registry import make_env
+from networks.discriminator import TotalVariationCritic, WassersteinCritic
+from utils import dream_traces, replay
+from utils.dream_traces import DreamTraceArgs, trace_dreams
 from utils.logs import Logger
 from utils.losses import masked_mean
+from utils.monitor import now_and_then
+from utils.replay import ReplayArgs, Replayed
 from utils.run import refuse_unread, require, run_script
-from utils.world_model import make_end_predictor
+from utils.world_model import make_end_predictor, transition_loss
 
 
 @dataclass
-class Args(deep_spi.Args):
+class Args(ReplayArgs, DreamTraceArgs, deep_spi.Args):
     """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here."""
 
     learning_rate: float = 2e-4
@@ -40,6 +46,13 @@ class Args(deep_spi.Args):
     """weight decay of AdamW for encoder and world model"""
     end_loss_coef: float = 1.0
     """weight of the loss of the predictor of ends"""
+    wasserstein_discriminator: bool = False
+    """measure the transition loss by a critic trained to tell real next latents from predicted ones: Wasserstein's distance for
+    continuous latents, total variation for categorical ones"""
+    discriminator_steps: int = 5
+    """gradient steps of that critic before each of the world model"""
+    discriminator_learning_rate: float = 2e-4
+    """learning rate of Adam for that critic"""
     # dreams
     heads_learning_rate: float = 2.75e-5
     """learning rate of Adam for actor and critic"""
@@ -64,9 +77,16 @@ class Args(deep_spi.Args):
 def check(args: Args) -> None:
     """Raises UsageError where a flag, or a combination of flags, cannot work."""
     deep_spi.check(args)
-    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs"):
+    replay.check_replay(args)
+    dream_traces.check_dream_traces(args)
+    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs", "discriminator_steps"):
         require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    require(args.heads_learning_rate > 0, f"--heads-learning-rate {args.heads_learning_rate}: must be positive")
+    for flag in ("heads_learning_rate", "discriminator_learning_rate"):
+        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
+    if args.wasserstein_discriminator:
+        refuse_unread(args, ("categorical_cost", "w_balancing"), "the usual distances, without --wasserstein-discriminator")
+    else:
+        refuse_unread(args, ("discriminator_steps", "discriminator_learning_rate"), "--wasserstein-discriminator")
     for flag in ("weight_decay", "end_loss_coef"):
         require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
     require(
@@ -85,6 +105,7 @@ class Agent(NamedTuple):
     transition: nn.Module
     reward: nn.Module
     end: nn.Module
+    discriminator: nn.Module | None
 
 
 class Params(NamedTuple):
@@ -95,16 +116,18 @@ class Params(NamedTuple):
     transition: Any
     reward: Any
     end: Any
-
-
-HEADS = Params(encoder="model", actor_critic="heads", transition="model", reward="model", end="model")  # who learns which
+    discriminator: Any
 
 
 class Optimizers(NamedTuple):
-    """One for each group of parameters (see `HEADS`). It leaves the other as it is, to the bit."""
+    """One for each group of parameters (see `GROUP`). It leaves the others as they are, to the bit."""
 
     model: Any
     heads: Any
+    discriminator: Any
+
+
+GROUP = Params("model", actor_critic="heads", transition="model", reward="model", end="model", discriminator="discriminator")
 
 
 class Dreams(NamedTuple):
@@ -141,33 +164,39 @@ class TrainState(NamedTuple):
     opt_state: Optimizers
     env_state: Any
     obs: Num[Array, "B *obs"]
+    replay: Any
     key: jax.Array
     iteration: Int[Scalar, ""]
 
 
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
-    return Agent(*deep_spi.make_agent(args, num_actions), end=make_end_predictor(args, num_actions))
+    discriminator = None
+    if args.wasserstein_discriminator:
+        continuous = args.latent == "continuous"
+        discriminator = WassersteinCritic(num_actions) if continuous else TotalVariationCritic(num_actions, args.activation)
+    networks = deep_spi.make_agent(args, num_actions)
+    return Agent(*networks, end=make_end_predictor(args, num_actions), discriminator=discriminator)
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
     """Random parameters, those of `deep_spi.py` for the same key among them."""
     params = deep_spi.init_params(key, agent, obs)
-    z = agent.encoder.apply(params.encoder, obs[:1])
-    return Params(*params, end=agent.end.init(jax.random.fold_in(key, 4), z, jnp.zeros(1, jnp.int32)))
+    z, action = agent.encoder.apply(params.encoder, obs[:1]), jnp.zeros(1, jnp.int32)
+    end, discriminator = agent.end.init(jax.random.fold_in(key, 4), z, action), None
+    if agent.discriminator is not None:
+        discriminator = agent.discriminator.init(jax.random.fold_in(key, 5), z, action, z)
+    return Params(*params, end=end, discriminator=discriminator)
 
 
 def make_optimizers(args: Args) -> Optimizers:
-    """AdamW for encoder and world model, Adam for actor and critic, each on its group's clipped gradient. Learning rates are
-    applied in the updates, which know how far the run is."""
-    clip, adam = optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5)
-    of = {"model": optax.chain(clip, adam, optax.add_decayed_weights(args.weight_decay)), "heads": optax.chain(clip, adam)}
-    frozen = optax.set_to_zero()
-    labels = lambda params: Params(*(jax.tree.map(lambda _, g=group: g, p) for group, p in zip(HEADS, params, strict=True)))  # noqa: E731
-    return Optimizers(
-        model=optax.partition({"model": of["model"], "heads": frozen}, labels),
-        heads=optax.partition({"model": frozen, "heads": of["heads"]}, labels),
-    )
+    """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
+    in the updates, which know how far the run is."""
+    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    of = Optimizers(optax.chain(adam, optax.add_decayed_weights(args.weight_decay)), heads=adam, discriminator=adam)
+    frozen = dict.fromkeys(Optimizers._fields, optax.set_to_zero())
+    labels = lambda params: Params(*(jax.tree.map(lambda _, g=g: g, p) for g, p in zip(GROUP, params, strict=True)))  # noqa: E731
+    return Optimizers(*(optax.partition(frozen | {g: o}, labels) for g, o in of._asdict().items()))
 
 
 def imagine(
@@ -195,25 +224,85 @@ def imagine(
     return dreams._replace(value=jnp.concatenate([dreams.value, value[None]]))
 
 
+def decayed_sums(x: Float[Array, "T N"], decay: Float[Array, "T N"]) -> Float[Array, "T N"]:
+    """y[t] = x[t] + decay[t] y[t + 1], and y[T] = 0."""
+
+    def backwards(later, step):
+        total = step[0] + step[1] * later
+        return total, total
+
+    return jax.lax.scan(backwards, jnp.zeros_like(x[0]), (x, decay), reverse=True)[1]
+
+
 def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
     """Generalised advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
+    error = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
+    return decayed_sums(error, gamma * gae_lambda * dreams.going_on)
 
-    def backwards(next_advantage, step):
-        delta, going_on = step
-        advantage = delta + gamma * gae_lambda * going_on * next_advantage
-        return advantage, advantage
 
-    delta = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
-    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(delta[0]), (delta, dreams.going_on), reverse=True)
-    return advantages
+def vtrace(
+    steps: Replayed, value: Float[Array, "T B"], weight: Float[Array, "T-1 B"], gamma: float, trace: float
+) -> Float[Array, "T-1 B"]:
+    """V-trace's advantages (Espeholt et al., 2018), 0 where a step is not valid; with the values they give its targets.
+
+    With rho = c = `weight` = min(1, pi/mu), and `trace` the lambda of their remark 2, the advantages of their equation 1 and of
+    their policy gradient are the same, if the latter bootstraps from the mixture of target and value that belongs to lambda:
+    A[t] = weight[t] (error[t] + gamma lambda A[t + 1]). Where the weights are 1 these are generalised advantage estimates.
+    """
+    steps = jax.tree.map(lambda x: x[:-1], steps)
+    error = steps.reward + gamma * (1.0 - steps.terminated) * value[1:] - value[:-1]
+    weight = jnp.where(steps.valid, weight, 0.0)
+    return decayed_sums(weight * error, gamma * trace * weight * (1.0 - (steps.terminated | steps.truncated)))
+
+
+def replayed_minibatch(
+    params: Params, steps: Replayed, agent: Agent, args: Args
+) -> tuple[Minibatch, Bool[Array, " N"], Float[Array, " N"] | float]:
+    """Replayed steps as a minibatch for the policy of `params`: with it which of them ended, and what to clip ratios around."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    z = agent.encoder.apply(params.encoder, flat(steps.obs))
+    logits, value = agent.actor_critic.apply(params.actor_critic, z)
+    value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
+    taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
+    ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))[:-1]
+    by_vtrace = args.off_policy == "vtrace"
+    weight = jnp.minimum(ratio, 1.0) if by_vtrace else jnp.ones_like(ratio)
+    advantage = vtrace(steps, value, weight, args.gamma, args.gae_lambda)
+    obs, steps = flat(steps.obs), jax.tree.map(lambda x: flat(x[:-1]), steps)
+    batch = Minibatch(
+        obs=obs,
+        action=steps.action,
+        log_probs=flat(log_probs[:-1]) if by_vtrace else steps.log_probs,
+        value=flat(value[:-1]),
+        advantage=flat(advantage),
+        target=flat(advantage + value[:-1]),
+        reward=steps.reward,
+        valid=steps.valid,
+    )
+    return batch, steps.terminated, 1.0 if by_vtrace else flat(ratio)
+
+
+def distance_by(params: Params, z: Float[Array, "N *z"], action: Int[Array, " N"], agent: Agent, args: Args) -> Callable:
+    """What measures how far predictions are from next latents (see `deep_spi.loss_fn`): single ones may be negative, where a
+    critic does, whose mean is the distance."""
+    if not args.wasserstein_discriminator:
+        return transition_loss
+    critic = partial(agent.discriminator.apply, params.discriminator, z, action)
+    return lambda predicted, next_z, key, args: critic(next_z) - critic(predicted.sample(key))
 
 
 def model_loss(
-    params: Params, batch: deep_spi.Minibatch, ended: Bool[Array, " N"], key: jax.Array, agent: Agent, args: Args
+    params: Params,
+    batch: Minibatch,
+    ended: Bool[Array, " N"],
+    centre: Float[Array, " N"] | float,
+    key: jax.Array,
+    agent: Agent,
+    args: Args,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
     """Deep SPI's loss on real data, and the cross-entropy of the predictor of ends, whose gradient stops at the latent."""
-    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args)
     z = jax.lax.stop_gradient(agent.encoder.apply(params.encoder, batch.obs)[: batch.action.shape[0]])
+    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args, distance_by(params, z, batch.action, agent, args), centre)
     logit = agent.end.apply(params.end, z, batch.action)
     end_loss = masked_mean(optax.sigmoid_binary_cross_entropy(logit, ended.astype(jnp.float32)), batch.valid)
     return loss + args.end_loss_coef * end_loss, metrics | {"losses/end_loss": end_loss}
@@ -257,41 +346,75 @@ def shares(iteration: Int[Scalar, ""], args: Args) -> tuple[Float[Scalar, ""], F
     return 1.0 - progress, real, dreams
 
 
-def apply(optimizer: Any, grads: Params, opt_state: Any, params: Params, learning_rate: Any) -> tuple[Params, Any]:
-    """One step of an optimizer."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), opt_state
+def descend(
+    group: str, grads: Params, rate: Any, params: Params, opt_state: Optimizers, optimizers: Optimizers
+) -> tuple[Params, Optimizers]:
+    """One step of a group's optimizer."""
+    updates, moved = getattr(optimizers, group).update(grads, getattr(opt_state, group), params)
+    return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), opt_state._replace(**{group: moved})
+
+
+def sharpen_critic(
+    params: Params, opt_state: Optimizers, batch: Minibatch, key: jax.Array, rate: Any, agent: Agent, optimizers: Optimizers,
+    args: Args,
+) -> tuple[Params, Optimizers]:  # fmt: skip
+    """The gradient steps of the critic on a minibatch, towards the largest distance that it can see."""
+    n = batch.action.shape[0]
+    z = agent.encoder.apply(params.encoder, batch.obs)
+    predicted = agent.transition.apply(params.transition, z[:n], batch.action)
+
+    def loss(params, key):
+        distance = distance_by(params, z[:n], batch.action, agent, args)
+        return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid)
+
+    def step(carry, key):
+        return descend("discriminator", jax.grad(loss)(carry[0], key), rate, *carry, optimizers), None
+
+    return jax.lax.scan(step, (params, opt_state), jax.random.split(key, args.discriminator_steps))[0]
 
 
 def update_model(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """All epochs of minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic."""
+    """All minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic."""
     left, real, _ = shares(state.iteration, args)
-    learning_rate = args.learning_rate * (left if args.anneal_lr else 1.0)
+    left_of_model = left if args.anneal_lr else 1.0
+    learning_rate = args.learning_rate * left_of_model
     heads_rate = args.heads_learning_rate * (left if args.anneal_heads_lr else 1.0) * real
 
-    def minibatch_step(carry, minibatch):
-        params, opt_state = carry
-        first, env, key = minibatch
-        batch = gather(steps, advantages, first, env, args)
+    def fresh(which):
+        first, env = which
         length = 1 if args.minibatch_by == "transition" else args.num_steps
         ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
-        grads, metrics = jax.grad(model_loss, has_aux=True)(params, batch, ended, key, agent, args)
-        new, model_state = apply(optimizers.model, grads, opt_state.model, params, learning_rate)
-        opt_state = opt_state._replace(model=model_state)
-        if args.dyna_style or args.progressive != "none":
-            new, heads_state = apply(optimizers.heads, grads, opt_state.heads, new, heads_rate)
-            opt_state = opt_state._replace(heads=heads_state)
-        return (new, opt_state), metrics
+        return gather(steps, advantages, first, env, args), ended, 1.0
 
-    shuffle_key, loss_key = jax.random.split(key)
-    first, env = minibatch_indices(shuffle_key, args)
-    keys = jax.random.split(loss_key, first.shape[0])
-    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), (first, env, keys))
-    metrics = deep_spi.summarize(metrics, jnp.ones(first.shape[0], bool), args)
-    return state._replace(params=params, opt_state=opt_state), metrics | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    def replayed(key):
+        return replayed_minibatch(state.params, replay.sample(state.replay, key, args), agent, args)
+
+    def minibatch_step(carry, drawn):
+        which, key = drawn
+        batch, ended, centre = take(which)
+        if args.wasserstein_discriminator:
+            rate = args.discriminator_learning_rate * left_of_model
+            carry = sharpen_critic(*carry, batch, jax.random.fold_in(key, 2), rate, agent, optimizers, args)
+        grads, metrics = jax.grad(model_loss, has_aux=True)(carry[0], batch, ended, centre, key, agent, args)
+        carry = descend("model", grads, learning_rate, *carry, optimizers)
+        if args.dyna_style or args.progressive != "none":
+            carry = descend("heads", grads, heads_rate, *carry, optimizers)
+        return carry, metrics
+
+    draw_key, loss_key = jax.random.split(key)
+    if args.use_replay_buffer:
+        take, count = replayed, replay.replay_updates(args)
+        which = jax.random.split(draw_key, count)
+    else:
+        take, count = fresh, args.update_epochs * args.num_minibatches
+        which = minibatch_indices(draw_key, args)
+    drawn = which, jax.random.split(loss_key, count)
+    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
+    metrics = deep_spi.summarize(metrics, jnp.ones(count, bool), args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    return state._replace(params=params, opt_state=opt_state), metrics
 
 
 def update_heads(
@@ -305,10 +428,9 @@ def update_heads(
     size = args.imagination_horizon * z.shape[0]
 
     def minibatch_step(carry, indices, batch):
-        params, opt_state = carry
-        grads, metrics = jax.grad(heads_loss, has_aux=True)(params, jax.tree.map(lambda x: x[indices], batch), agent, args)
-        params, heads_state = apply(optimizers.heads, grads, opt_state.heads, params, learning_rate)
-        return (params, opt_state._replace(heads=heads_state)), metrics
+        batch = jax.tree.map(lambda x: x[indices], batch)
+        grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], batch, agent, args)
+        return descend("heads", grads, learning_rate, *carry, optimizers), metrics
 
     def dream_and_learn(carry, key):
         dream_key, shuffle_key = jax.random.split(key)
@@ -332,41 +454,66 @@ def update_heads(
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
+def gather_experience(
+    state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Args
+) -> tuple[TrainState, Rollout, Float[Array, "T B"]]:
+    """A rollout, kept for replay where asked for, and its advantages."""
+    state, steps = rollout(state, key, env, agent, args)
+    advantages = compute_gae(steps, args.gamma, args.gae_lambda)
+    if args.use_replay_buffer:
+        state = state._replace(replay=replay.add(state.replay, steps, args))
+    return state, steps, advantages
+
+
+def prefill_iteration(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[TrainState, dict[str, Scalar]]:
+    """A rollout to fill the buffer, and no update."""
+    key, rollout_key = jax.random.split(state.key)
+    state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
+    metrics = deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+    return state._replace(iteration=state.iteration + 1), metrics
+
+
 def train_iteration(
     state: TrainState, env: Env, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """One rollout and the updates on it: the unit of work, jitted as a whole."""
-    key, rollout_key, update_key = jax.random.split(state.key, 3)
-    state, steps = rollout(state._replace(key=key), rollout_key, env, agent, args)
-    advantages = compute_gae(steps, args.gamma, args.gae_lambda)
-    model_key, heads_key = jax.random.split(update_key)
+    """One rollout and the updates after it: the unit of work, jitted as a whole."""
+    key, rollout_key, model_key, heads_key = jax.random.split(state.key, 4)
+    old_params = state.params
+    state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
     state, dream_metrics = update_heads(state, steps, heads_key, agent, optimizers, args)
-    state = state._replace(iteration=state.iteration + 1)
-    return state, metrics | dream_metrics | deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+    metrics = metrics | dream_metrics | deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+    if args.log_dreams:  # of the model that has not learned from this rollout yet
+        trace = partial(trace_dreams, old_params, steps, jax.random.fold_in(heads_key, 1), agent, args)
+        metrics = metrics | now_and_then(state.iteration, args.log_dreams_every, trace, dream_traces.PREFIX)
+    return state._replace(iteration=state.iteration + 1), metrics
 
 
 def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> TrainState:
     """The state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
+    buffer = replay.init_replay(env.obs_spec, env.num_actions, args) if args.use_replay_buffer else None
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
-    opt_state = Optimizers(optimizers.model.init(params), optimizers.heads.init(params))
-    return TrainState(params, opt_state, env_state, obs, key, jnp.zeros((), jnp.int32))
+    opt_state = Optimizers(*(optimizer.init(params) for optimizer in optimizers))
+    return TrainState(params, opt_state, env_state, obs, buffer, key, jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> None:
     """Trains, and logs as it goes."""
     check(args)
     env = make_env(args)
+    replay.check_memory(env.obs_spec, env.num_actions, args)
     agent = make_agent(args, env.num_actions)
     optimizers = make_optimizers(args)
-    iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args), donate_argnums=0)
+    jit = partial(jax.jit, donate_argnums=0)
+    prefill = jit(partial(prefill_iteration, env=env, agent=agent, args=args))
+    train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
     steps_per_iteration = args.num_envs * args.num_steps
     with Logger(args, "dream_spi", steps_per_iteration) as logger:
         state = init_state(args, env, agent, optimizers)
-        for _ in range(args.total_timesteps // steps_per_iteration):
-            state, metrics = iteration(state)
+        for k in range(args.total_timesteps // steps_per_iteration):
+            state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)
             logger.log(metrics)
 
 

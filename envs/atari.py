@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import envpool
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
@@ -47,6 +48,8 @@ class Pool:
         self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
         self.num_envs, self.reward_range = num_envs, reward_range
         self.num_actions = int(self.pool.action_space.n)
+        obs = self.pool.spec.state_array_spec["obs"]  # a Gymnasium space would warn of its bounds
+        self.obs_spec = jax.ShapeDtypeStruct(tuple(obs.shape), obs.dtype)
         self.handle, _, _, self._step = self.pool.xla()
 
     def reset(self) -> tuple[PoolState, Array]:

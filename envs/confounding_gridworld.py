@@ -162,6 +162,7 @@ class ConfoundingGridworld:
         self.model = build_model(n_path, epsilon, gamma)
         self.reward_range = (float(self.model.reward.min()), float(self.model.reward.max()))
         self.frames = frames(self.model)
+        self.obs_spec = jax.ShapeDtypeStruct(self.frames.shape[1:], self.frames.dtype)
         # a seed of its own, or the environment's numbers would be those that the script draws from the same seed
         self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
 

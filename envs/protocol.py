@@ -54,6 +54,7 @@ class Env(Protocol):
 
     num_envs: int
     num_actions: int
+    obs_spec: jax.ShapeDtypeStruct  # of one environment's observation
     reward_range: tuple[float, float]  # of the rewards that the agent is trained on; infinite where not known
 
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:

@@ -24,6 +24,7 @@ class CueEnv:
 
     def __init__(self, num_envs, num_actions=3):
         self.num_envs, self.num_actions = num_envs, num_actions
+        self.obs_spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.reset()[1])
 
     def _obs(self, cue):
         return jax.nn.one_hot(cue, self.num_actions)

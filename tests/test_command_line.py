@@ -79,6 +79,24 @@ DREAM_MISTAKES = [
     (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
     (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
     (["--target-kl=0.1"], "--target-kl", "leave it out"),
+    (["--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
+    (["--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
+    (["--use-replay-buffer", "--update-epochs=2"], "--update-epochs", "leave it out"),
+    (["--use-replay-buffer", "--replay-length=0"], "--replay-length", "at least 1"),
+    (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4224"),
+    (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
+    (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
+    (["--use-replay-buffer", "--replay-ratio=1"], "--replay-ratio", "at least 2"),
+    (
+        ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=99"],
+        "--replay-capacity",
+        "GiB of memory",
+    ),
+    (["--wasserstein-discriminator", "--w-balancing=0.5"], "--w-balancing", "leave it out"),
+    (["--wasserstein-discriminator", "--discriminator-steps=0"], "--discriminator-steps", "at least 1"),
+    (["--discriminator-learning-rate=1e-3"], "--discriminator-learning-rate", "--wasserstein-discriminator"),
+    (["--log-dreams-every=5"], "--log-dreams-every", "--log-dreams"),
+    (["--log-dreams", "--log-dreams-every=0"], "--log-dreams-every", "at least 1"),
 ]
 
 
@@ -132,6 +150,10 @@ def test_unwritable_folder_gets_one_line(tmp_path):
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
 
 
+REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=40", "--replay-length=4", "--replay-batch-size=4"]
+REPLAYED += ["--replay-ratio=1", "--wasserstein-discriminator", "--log-dreams", "--log-dreams-every=2"]
+
+
 @pytest.mark.parametrize("script, flags", [*zip(SCRIPTS, ([], WATCHED, [], []), strict=True)])
 def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
     done = run(script, "--env-id=Breakout-v5", *SMALL, *flags, f"--logdir={tmp_path}")
@@ -147,6 +169,20 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
     if flags:
         assert [step for step, _ in written["spi/bound/reward_error"]] == [32, 96]
         assert [value for _, value in written["spi/outside_fraction"]] == [0, 0, 0]
+
+
+def test_dreams_on_atari_with_replay_a_critic_and_pictures(tmp_path):
+    done = run("dream_spi.py", "--env-id=Breakout-v5", *SMALL, *REPLAYED, f"--logdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    written = scalars(folder)
+    assert [step for step, _ in written["losses/explained_variance"]] == [32, 64, 96]
+    assert [step for step, _ in written["losses/transition_loss"]] == [96]  # the first two rollouts fill the buffer
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
+        "dreams/outcomes": [96], "dreams/latent_error": [96]
+    }  # fmt: skip
 
 
 def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):

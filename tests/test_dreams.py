@@ -1,4 +1,4 @@
-"""DreamSPI: dreams in a world model that is known, who learns from what, and a probe."""
+"""DreamSPI: dreams in a world model that is known, who learns from what, the critic that measures, pictures, and a probe."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,8 +13,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_spi
 import dream_spi
 from envs.confounding_gridworld import RIGHT, build_model, policy_value
+from networks.discriminator import TotalVariationCritic, WassersteinCritic
 from tests.probes import CueEnv
-from utils.distributions import Categorical
+from tests.test_algorithms import Identity
+from tests.test_lipschitz import TOLERANCE, parameter_cases
+from utils import dream_traces
+from utils.distributions import Categorical, Deterministic
+from utils.dream_traces import trace_dreams
 
 GAMMA = 0.99
 
@@ -55,10 +60,9 @@ def known_world(critic):
     logits = np.where(ends > 0.5, 50.0, -50.0)
     table = np.column_stack([log(policy), critic(value)])
     actor = Lookup(nested(table), lambda rows: (rows[:, :4], rows[:, 4]))
-    agent = dream_spi.Agent(
-        None, actor, Hard(nested(log(model.probability))), Lookup(nested(model.reward)), Lookup(nested(logits))
-    )
-    return model, value, agent, dream_spi.Params(None, {}, {}, {}, {})
+    transition = Hard(nested(log(model.probability)))
+    agent = dream_spi.Agent(None, actor, transition, Lookup(nested(model.reward)), Lookup(nested(logits)), None)
+    return model, value, agent, dream_spi.Params(None, {}, {}, {}, {}, None)
 
 
 @pytest.mark.parametrize("soft_done", [False, True])
@@ -117,8 +121,8 @@ def test_heads_loss_by_hand():
         log_prob=jnp.log(jnp.array([0.4, 0.25, 0.5])), value=jnp.array([0.5, 0.0, 3.0]), advantage=jnp.array([2.0, -1.0, 9.0]),
         weight=jnp.array([1.0, 0.5, 0.0]),
     )  # fmt: skip
-    params = dream_spi.Params(None, {"params": {"w": 1.0}}, None, None, None)
-    agent = dream_spi.Agent(None, Heads(), None, None, None)
+    params = dream_spi.Params(None, {"params": {"w": 1.0}}, None, None, None, None)
+    agent = dream_spi.Agent(None, Heads(), None, None, None, None)
     loss, metrics = dream_spi.heads_loss(params, batch, agent, args)
     # ratios 1.25 (clipped to 1.2) and 1; the third step counts for nothing
     policy_loss = (-2 * 1.2 + 0.5 * 1.0) / 1.5
@@ -152,9 +156,12 @@ def changed(before, after):
 
 
 MODEL = {"encoder", "transition", "reward", "end"}
-
-
-REAL = [({}, set()), ({"progressive": "linear"}, {"actor_critic"})]
+REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_batch_size": 16, "replay_length": 4}
+REAL = [
+    ({}, set()),
+    ({"progressive": "linear"}, {"actor_critic"}),
+    (REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}),
+]
 
 
 @pytest.mark.parametrize("flags, real", REAL)
@@ -165,13 +172,144 @@ def test_each_update_changes_its_own_parameters_alone(flags, real):
     update_model, update_heads = (jax.jit(partial(f, **given)) for f in (dream_spi.update_model, dream_spi.update_heads))
     state = state._replace(iteration=jnp.asarray(10))  # where progressive learns from both
     for k in range(2):
-        after_rollout, steps = deep_spi.rollout(state, jax.random.key(k), env, agent, args)
-        advantages = deep_spi.compute_gae(steps, args.gamma, args.gae_lambda)
+        after_rollout, steps, advantages = dream_spi.gather_experience(state, jax.random.key(k), env, agent, args)
         after_model, _ = update_model(after_rollout, steps, advantages, jax.random.key(10 + k))
         assert changed(state.params, after_model.params) == MODEL | real
         after_heads, _ = update_heads(after_model, steps, jax.random.key(20 + k))
         assert changed(after_model.params, after_heads.params) == {"actor_critic"}
         state = after_heads
+
+
+def test_the_critic_learns_from_its_own_loss_alone():
+    """Its steps change nothing else, and the others' losses, whose gradients do reach it, leave it as it is."""
+    args, env, agent, optimizers, state = dream_setup(wasserstein_discriminator=True, discriminator_steps=3)
+    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
+    state, steps, advantages = gather(state, jax.random.key(0))
+    first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
+    batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
+    given = {"agent": agent, "optimizers": optimizers, "args": args}
+    sharpen = jax.jit(partial(dream_spi.sharpen_critic, rate=1e-3, **given))
+    params, opt_state = sharpen(state.params, state.opt_state, batch, key)
+    assert changed(state.params, params) == {"discriminator"}
+    ended = jnp.zeros(len(batch.action), bool)
+    loss = partial(dream_spi.model_loss, agent=agent, args=args)
+    grads, _ = jax.jit(jax.grad(loss, has_aux=True))(params, batch, ended, 1.0, key)
+    assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads.discriminator))
+    assert changed(params, dream_spi.descend("model", grads, 1e-3, params, opt_state, optimizers)[0]) == MODEL
+    assert changed(params, dream_spi.descend("heads", grads, 1e-3, params, opt_state, optimizers)[0]) == {"actor_critic"}
+
+
+def sharpened(args, agent, z, next_z, predicted, steps):
+    """The distance that a critic sees between `next_z` and samples of `predicted`, after so many gradient steps."""
+    agent = agent._replace(encoder=Given(jnp.concatenate([z, next_z])), transition=Given(predicted))
+    critic = agent.discriminator.init(jax.random.key(0), z[:1], jnp.zeros(1, jnp.int32), z[:1])
+    params = dream_spi.Params({}, {}, {}, {}, {}, critic)
+    optimizers = dream_spi.make_optimizers(args)
+    opt_state = dream_spi.Optimizers(*(optimizer.init(params) for optimizer in optimizers))
+    n = len(z)
+    batch = deep_spi.Minibatch(None, jnp.arange(n) % 2, None, None, None, None, None, jnp.ones(n, bool))
+    given = {"agent": agent, "optimizers": optimizers, "args": replace(args, discriminator_steps=steps)}
+    params, _ = jax.jit(partial(dream_spi.sharpen_critic, **given))(params, opt_state, batch, jax.random.key(1), 1e-3)
+    distance = dream_spi.distance_by(params, z, batch.action, agent, args)
+    return distance(predicted, next_z, jax.random.key(2), args)
+
+
+class Given(nn.Module):
+    """Returns what it was given."""
+
+    what: object
+
+    def __call__(self, *inputs, **named):
+        return self.what
+
+
+def test_the_critic_sees_the_wasserstein_distance():
+    """Points that lie 3 apart, in a direction that depends on the latent: no pair looks further apart than that."""
+    args = dream_spi.Args(wasserstein_discriminator=True)
+    z = jax.random.normal(jax.random.key(3), (64, 1, 1, 16))
+    next_z = z + 3.0 * jnp.sign(z[..., :1]) * jnp.eye(16)[1]
+    agent = dream_spi.Agent(*[None] * 5, WassersteinCritic(2, features=128))
+    seen = sharpened(args, agent, z, next_z, Deterministic(z), 300)
+    assert np.max(np.abs(seen)) <= 3.0 * (1 + 1e-4)
+    assert np.mean(seen) >= 2.9
+
+
+def test_the_critic_sees_the_total_variation_distance():
+    """The real next code is always the first class, the predicted one that with probability 0.7: total variation 0.3."""
+    args = dream_spi.Args(wasserstein_discriminator=True, latent="categorical")
+    z = jax.nn.one_hot(jnp.arange(512) % 3, 3)[:, None]
+    next_z = jnp.zeros_like(z).at[..., 0].set(1.0)
+    predicted = Categorical(jnp.broadcast_to(jnp.log(jnp.array([0.7, 0.2, 0.1])), z.shape))
+    agent = dream_spi.Agent(*[None] * 5, TotalVariationCritic(2))
+    seen = sharpened(args, agent, z, next_z, predicted, 100)
+    assert np.max(np.abs(seen)) <= 1.0
+    assert abs(np.mean(seen) - 0.3) <= 0.07  # the standard error of 512 samples is 0.02
+
+
+def test_the_wasserstein_critic_is_1_lipschitz_for_all_parameters():
+    """In the next latent, for every latent and action: its gradient's norm at random points, and distant pairs."""
+    critic, keys = WassersteinCritic(3, features=16), jax.random.split(jax.random.key(0), 4)
+    z, near = (3.0 * jax.random.normal(k, (40, 3, 3, 2)) for k in keys[:2])
+    far = near + 30.0 * jax.random.normal(keys[2], near.shape)
+    action = jnp.arange(40) % 3
+    for case, params in parameter_cases(critic.init(keys[3], z, action, near)).items():
+        if case == "x1e25":  # what z adds is not finite any more
+            continue
+        value = partial(critic.apply, params, z, action)
+        slopes = jnp.linalg.norm(jax.vjp(value, near)[1](jnp.ones(40))[0].reshape(40, -1), axis=1)
+        assert float(jnp.max(slopes)) <= 1 + TOLERANCE, case
+        if case == "initial":
+            assert float(jnp.min(slopes)) >= 0.8
+        shift = value(jnp.zeros_like(near))  # rounding is relative to this
+        steps = jnp.abs(value(far) - value(near)) - jnp.linalg.norm((far - near).reshape(40, -1), axis=1)
+        assert bool(jnp.all(steps <= TOLERANCE * (1 + jnp.abs(shift)))), case
+
+
+def test_traces_of_dreams_by_hand():
+    """z' = z + 1 beside real latents that move by 2: the error grows by 1 a step, until the episode ends."""
+
+    class Plus(nn.Module):
+        def __call__(self, z, action):
+            return Deterministic(z + 1.0)
+
+    class FirstOf(nn.Module):
+        def __call__(self, z, action):
+            return z.reshape(len(z), -1)[:, 0] + action
+
+    args = dream_spi.Args(num_steps=4, imagination_horizon=3)
+    table = lambda *rows, dtype=jnp.float32: jnp.asarray(rows, dtype).T  # noqa: E731
+    obs = table([0, 2, 4, 6, 8], [5, 7, 1, 3, 5])[..., None, None, None]
+    ends = table([0, 0, 0, 0], [1, 0, 0, 0], dtype=bool)  # the second environment's first step; then a dummy step
+    steps = deep_spi.Rollout(
+        obs=obs,
+        value=jnp.zeros((5, 2)),
+        action=table([0, 1, 0, 1], [0, 0, 0, 0], dtype=jnp.int32),
+        log_probs=None,
+        reward=table([1, 2, 3, 4], [7, 6, 7, 8]),
+        terminated=ends,
+        truncated=jnp.zeros_like(ends),
+        valid=table([1, 1, 1, 1], [1, 0, 1, 1], dtype=bool),
+        episode=None,
+    )
+    agent = dream_spi.Agent(Identity(), None, Plus(), FirstOf(), FirstOf(), None)
+    params = dream_spi.Params({}, None, {}, {}, {}, None)
+    traces = trace_dreams(params, steps, jax.random.key(0), agent, args)
+    of = {name.removeprefix(dream_traces.PREFIX): np.asarray(x) for name, x in traces.items()}
+    assert_array_equal(of["alive"], np.array([[1, 1, 1], [1, 0, 0]]).T)
+    assert_allclose(of["error"][:, 0], [1, 2, 3])
+    assert_allclose(of["no_change"][:, 0], [2, 4, 6])
+    assert_allclose(of["error"][0, 1], 1.0)
+    assert_allclose(of["dreamt_reward"][:, 0], [0 + 0, 1 + 1, 2 + 0])
+    assert_allclose(of["reward"], np.array([[1, 2, 3], [7, 6, 7]]).T)
+    assert_allclose(of["dreamt_end"][:, 0], jax.nn.sigmoid(jnp.array([0.0, 2.0, 2.0])), rtol=1e-6)
+    assert_array_equal(of["end"], np.array([[0, 0, 0], [1, 0, 0]]).T)
+
+    figures = dream_traces.draw({name: np.asarray(x) for name, x in traces.items()})
+    real, dreamt = figures["dreams/outcomes"].axes[0].lines  # the mean reward of those that live
+    assert_allclose(real.get_ydata(), [4, 2, 3])
+    assert_allclose(dreamt.get_ydata(), [(0 + 5) / 2, 2, 2])
+    assert "environment 1" in figures["dreams/outcomes"].axes[1].get_title()  # the one that ended
+    assert_allclose(figures["dreams/latent_error"].axes[0].lines[0].get_ydata(), [1, 2, 3])
 
 
 def test_shares_of_real_data_and_dreams():

@@ -183,7 +183,8 @@ def test_training_is_the_same_with_it_and_only_every_so_often_measured():
     names = {name for name in watched_history[0] if name.startswith(PREFIX)}
     assert names == set(watched_history[0]) - set(history[0]) and len(names) == 15
     for i, metrics in enumerate(watched_history):
-        assert metrics[MEASURED] == (i != 1) and all(np.isnan(metrics[name]) == (i == 1) for name in names - {MEASURED})
+        others = names - {PREFIX + MEASURED}
+        assert metrics[PREFIX + MEASURED] == (i != 1) and all(np.isnan(metrics[name]) == (i == 1) for name in others)
     last = watched_history[2]
     assert last[PREFIX + "episode_length"] == 1 and last[PREFIX + "k_reward"] == 1
     # all episodes end after a step: nothing but rewards can be wrong, and ages are 0

@@ -13,7 +13,7 @@ import jax
 import tensorboardX
 from tqdm import tqdm
 
-from utils import monitor, scores
+from utils import dream_traces, monitor, scores
 from utils.run import RunArgs, UsageError, describe_device
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
@@ -95,7 +95,8 @@ class Logger:
         print(f"logs: {self.folder}   (uv run tensorboard --logdir {self.args.logdir})", flush=True)
 
     def log(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the iteration just dispatched (scalars, grey pictures) and writes those of the one before it."""
+        """Takes the metrics of the iteration just dispatched (scalars, grey pictures, traces of dreams) and writes those of the
+        one before it."""
         self._flush_pending()
         self.pending = metrics
 
@@ -104,11 +105,14 @@ class Logger:
             return
         values = jax.device_get(self.pending)
         self.pending = None
+        for prefix in (monitor.PREFIX, dream_traces.PREFIX):
+            if values.pop(prefix + monitor.MEASURED, 1.0) == 0:
+                values = {name: value for name, value in values.items() if not name.startswith(prefix)}
+        traces = {name: values.pop(name) for name in list(values) if name.startswith(dream_traces.PREFIX)}
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
         metrics = {name: float(value) for name, value in values.items() if name not in pictures}
-        measured = metrics.pop(monitor.MEASURED, 1.0) > 0
         # what is not bounded is no number to draw, and no mistake
-        metrics = {k: v for k, v in metrics.items() if not k.startswith(monitor.PREFIX) or measured and not math.isinf(v)}
+        metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isinf(v))}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
         if self.step == self.steps_per_iteration:
@@ -137,6 +141,8 @@ class Logger:
             self.writer.add_scalar(name, value, self.step)
         for name, value in pictures.items():
             self.writer.add_image(name, value, self.step, dataformats="HW")
+        for name, figure in (dream_traces.draw(traces) if traces else {}).items():
+            self.writer.add_figure(name, figure, self.step)
         self._show(metrics, now)
 
     def _writer_lives(self) -> bool:

@@ -1,0 +1,49 @@
+"""Critics f(z, a, z') that tell real next latents from predicted ones: their largest mean difference is a distance."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from networks.architectures import ACTIVATIONS, dense
+from networks.lipschitz import LipschitzDense, LipschitzScalars, group_sort
+
+
+class WassersteinCritic(nn.Module):
+    """For continuous latents: 1-Lipschitz in z' for each (z, a) and every value of the parameters.
+
+    Over all functions that are, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the 1-Wasserstein
+    distance of z' and z'' (Kantorovich and Rubinstein); over these networks it is a lower bound of that. What z adds to the
+    first layer shifts f for all z' alike, and is unconstrained.
+    """
+
+    num_actions: int
+    features: int = 256
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "N h w c"], action: Int[Array, " N"], next_z: Float[Array, "N h w c"]
+    ) -> Float[Array, " N"]:
+        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+        x = group_sort(LipschitzDense(self.features)(flat(next_z)) + dense(self.features, name="condition")(flat(z)))
+        x = group_sort(LipschitzDense(self.features)(x))
+        return jnp.take_along_axis(LipschitzScalars(self.num_actions)(x), action[:, None], axis=1)[:, 0]
+
+
+class TotalVariationCritic(nn.Module):
+    """For categorical latents: values in [0, 1], whatever the parameters.
+
+    Over all functions that are, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the total variation
+    distance of z' and z''; over these networks it is a lower bound of that.
+    """
+
+    num_actions: int
+    activation: str = "relu"
+    features: int = 256
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"], next_z: Float[Array, "N V C"]) -> Float[Array, " N"]:
+        x = jnp.concatenate([z.reshape(z.shape[0], -1), next_z.reshape(z.shape[0], -1)], axis=1)
+        for _ in range(2):
+            x = ACTIVATIONS[self.activation](dense(self.features)(x))
+        logits = dense(self.num_actions, 1.0, name="logits")(x)
+        return nn.sigmoid(jnp.take_along_axis(logits, action[:, None], axis=1)[:, 0])

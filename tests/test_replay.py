@@ -1,0 +1,214 @@
+"""Replay: what comes back is what was stored, in order; V-trace and the off-policy ratio against numbers by hand."""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+import deep_spi
+import dream_spi
+from envs.atari import make_pool
+from tests.probes import CueEnv, random_steps
+from tests.test_algorithms import column, tiny, tiny_batch
+from utils import replay
+from utils.replay import Replayed
+from utils.run import UsageError
+
+SMALL = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
+
+
+class Sizes(NamedTuple):
+    """The flags that the buffer reads."""
+
+    num_envs: int
+    num_steps: int
+    replay_capacity: int
+    replay_batch_size: int
+    replay_length: int
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    num_envs=st.integers(1, 3), num_steps=st.integers(1, 5), spare=st.integers(0, 7), length=st.integers(1, 4),
+    rollouts=st.integers(1, 9), extra=st.integers(0, 2), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_only_stored_contiguous_sequences_come_back(num_envs, num_steps, spare, length, rollouts, extra, seed):
+    """Each step is marked by its time and environment; the buffer has wrapped around in most examples."""
+    held = max(length + 1, num_steps) + spare  # steps of each environment
+    sizes = Sizes(num_envs, num_steps, held * num_envs + min(extra, num_envs - 1), 50, length)
+    rollouts = max(rollouts, -(-(length + 1) // num_steps))
+    buffer = replay.init_replay(jax.ShapeDtypeStruct((2,), jnp.uint8), 3, sizes)
+    env = np.arange(num_envs)[None]
+    for k in range(rollouts):
+        time = np.arange(k * num_steps, (k + 1) * num_steps + 1)[:, None]
+        marks = np.stack(np.broadcast_arrays(time, env), -1)
+        steps = deep_spi.Rollout(
+            obs=jnp.asarray(marks, jnp.uint8),
+            value=None,
+            action=jnp.asarray(100 * time[:-1] + env, jnp.int32),
+            log_probs=jnp.zeros((num_steps, num_envs, 3)) + marks[:-1, :, :1],
+            reward=jnp.asarray(time[:-1] + 0.5 * env, jnp.float32),
+            terminated=jnp.asarray((time[:-1] + env) % 3 == 0),
+            truncated=jnp.asarray((time[:-1] + env) % 5 == 0),
+            valid=jnp.asarray((time[:-1] + env) % 2 == 0),
+            episode=None,
+        )
+        buffer = replay.add(buffer, steps, sizes)
+    found = replay.sample(buffer, jax.random.key(seed), sizes)
+    assert found.obs.shape == (length + 1, 50, 2) and found.obs.dtype == jnp.uint8
+    time, env = np.asarray(found.obs[..., 0], int), np.asarray(found.obs[..., 1], int)
+    assert np.all(np.diff(time, axis=0) == 1) and np.all(env == env[:1])
+    newest = rollouts * num_steps - 1
+    assert time.max() <= newest and time.min() >= max(0, newest + 1 - held)
+    # every field of a step has stayed with it
+    assert_array_equal(found.action, 100 * time + env)
+    assert_array_equal(found.log_probs[..., 2], time)
+    assert_array_equal(found.reward, time + 0.5 * env)
+    assert_array_equal(found.terminated, (time + env) % 3 == 0)
+    assert_array_equal(found.truncated, (time + env) % 5 == 0)
+    assert_array_equal(found.valid, (time + env) % 2 == 0)
+
+
+def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
+    args = dream_spi.Args(num_envs=8, use_replay_buffer=True)
+    obs = make_pool("Breakout-v5", 2, 1).obs_spec
+    assert obs.shape == (4, 84, 84) and obs.dtype == np.uint8
+    monkeypatch.setattr(replay, "free_memory", lambda: replay.KEPT_FREE + 2**20)
+    with pytest.raises(UsageError, match="--replay-capacity 500000: takes 13.2 GiB .* ask for 32 or less"):
+        replay.check_memory(obs, 4, args)
+    replay.check_memory(obs, 4, replace(args, replay_capacity=32))
+    replay.check_memory(obs, 4, replace(args, use_replay_buffer=False))
+    monkeypatch.undo()
+    assert replay.free_memory() > 2**20
+
+
+def replayed(steps):
+    """A rollout as it comes back from the buffer."""
+    fields = {name: getattr(steps, name) for name in Replayed._fields if name != "obs"}
+    last = {name: jnp.concatenate([x, jnp.zeros_like(x[:1])]) for name, x in fields.items()}
+    return Replayed(obs=steps.obs, **last)
+
+
+def test_vtrace_by_hand():
+    """A step, a lost life, its dummy step, a truncation, its dummy step, a step; gamma 0.5, lambda 0.5."""
+    steps = Replayed(
+        obs=None,
+        action=None,
+        log_probs=None,
+        reward=column(1.0, 1.0, 0.0, 2.0, 0.0, 3.0, 99.0),
+        terminated=column(0, 1, 0, 0, 0, 0, 1, dtype=bool),
+        truncated=column(0, 0, 0, 1, 0, 0, 1, dtype=bool),
+        valid=column(1, 1, 0, 1, 0, 1, 1, dtype=bool),
+    )
+    value = column(1.0, 2.0, 30.0, 4.0, 50.0, 6.0, 8.0)
+    weight = column(0.5, 0.2, 1.0, 0.1, 1.0, 0.3)
+    # errors as in the test of generalised advantages: 1, -1, none, 23, none, 1
+    expected = [0.5 * (1 + 0.25 * -0.2), -0.2, 0.0, 2.3, 0.0, 0.3]
+    assert_allclose(dream_spi.vtrace(steps, value, weight, 0.5, 0.5)[:, 0], expected, rtol=1e-6)
+
+
+def test_vtrace_is_its_definition():
+    """v_s = V(s) + sum_t gamma^(t-s) (prod c) rho_t error_t (Espeholt et al., 2018, equation 1), and rho (r + gamma v - V)."""
+    steps = replayed(random_steps(deep_spi, jax.random.key(0), 7, 4, obs_shape=(1,)))
+    false = jnp.zeros_like(steps.valid)
+    steps = steps._replace(terminated=false, truncated=false, valid=~false)
+    value = jax.random.normal(jax.random.key(1), (8, 4))
+    weight = jnp.minimum(jnp.exp(jax.random.normal(jax.random.key(2), (7, 4))), 1.0)
+    error = steps.reward[:-1] + 0.9 * value[1:] - value[:-1]
+    target = [
+        value[s] + sum(0.9 ** (t - s) * jnp.prod(weight[s:t], axis=0) * weight[t] * error[t] for t in range(s, 7))
+        for s in range(8)
+    ]
+    found = dream_spi.vtrace(steps, value, weight, 0.9, 1.0)
+    assert_allclose(found + value[:-1], jnp.stack(target[:-1]), rtol=1e-4, atol=1e-5)
+    advantage = [weight[s] * (steps.reward[s] + 0.9 * target[s + 1] - value[s]) for s in range(7)]
+    assert_allclose(found, jnp.stack(advantage), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trace", [1.0, 0.95])
+def test_vtrace_on_policy_is_gae(trace):
+    steps = random_steps(deep_spi, jax.random.key(3), 9, 5, obs_shape=(1,))
+    found = dream_spi.vtrace(replayed(steps), steps.value, jnp.ones_like(steps.reward), 0.99, trace)
+    assert_array_equal(found, deep_spi.compute_gae(steps, 0.99, trace))
+
+
+def test_off_policy_ratio_by_hand():
+    agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0)
+    # the first action's ratio to the policy that acted is 0.5 / 0.4 = 1.25, the second's 0.25 / 0.25 = 1
+    for centre, first in (([1.0, 1.0, 1.0], 1.2), ([1.04, 1.0, 1.0], 1.24), ([1.25, 1.0, 1.0], 1.25), ([2.0, 1.0, 1.0], 1.25)):
+        loss, key = partial(deep_spi.loss_fn, centre=jnp.asarray(centre)), jax.random.key(0)
+        _, metrics = loss(params, tiny_batch(deep_spi), key, agent, args)
+        assert_allclose(metrics["losses/policy_loss"], (-2 * first + 1.0) / 2, rtol=1e-5)
+    # an advantage below 0 is clipped from below: 1.25 is held at 1.8 where the ratio was 2
+    batch = tiny_batch(deep_spi)._replace(advantage=jnp.array([-2.0, -1.0, 9.0]))
+    _, metrics = loss(params, batch, key, agent, args)
+    assert_allclose(metrics["losses/policy_loss"], (2 * 1.8 + 1.0) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
+def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
+    """The loss, and all its gradients, of a rollout that comes back before anything was learned."""
+    flags = {"num_envs": 8, "num_steps": 6, "num_minibatches": 1, "gae_lambda": 1.0, "off_policy": off_policy}
+    args = dream_spi.Args(**flags, **SMALL)
+    env = CueEnv(8)
+    agent = dream_spi.make_agent(args, env.num_actions)
+    state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizers(args))
+    _, steps = deep_spi.rollout(state, jax.random.key(0), env, agent, args)
+    advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
+    fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)
+    batch, ended, centre = dream_spi.replayed_minibatch(state.params, replayed(steps), agent, args)
+    assert_array_equal(ended, steps.terminated.reshape(-1))
+    assert_allclose(centre, 1.0, rtol=1e-5)
+    for name in fresh._fields:
+        assert_allclose(getattr(batch, name), getattr(fresh, name), atol=1e-5, err_msg=name)
+    grads = jax.value_and_grad(partial(deep_spi.loss_fn, key=jax.random.key(1), agent=agent, args=args), has_aux=True)
+    (expected, _), of_fresh = grads(state.params, fresh)
+    (found, _), of_replayed = grads(state.params, batch, centre=centre)
+    assert_allclose(found, expected, rtol=1e-5)
+    jax.tree.map(partial(assert_allclose, atol=1e-5), of_replayed, of_fresh)
+
+
+@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
+def test_what_an_older_policy_did_is_weighed(off_policy):
+    """A policy that has moved since: log-probabilities, ratios and weights are of the policies they should be, and what a
+    masked step holds changes nothing."""
+    args = dream_spi.Args(off_policy=off_policy, **SMALL)
+    agent = dream_spi.make_agent(args, 3)
+    stored = replayed(random_steps(deep_spi, jax.random.key(5), 6, 4, obs_shape=(3,), num_actions=3))
+    params = dream_spi.init_params(jax.random.key(0), agent, stored.obs[0])
+    params = jax.tree.map(lambda x: 5 * x, params)  # the actor's output layer starts near 0
+    batch, _, centre = dream_spi.replayed_minibatch(params, stored, agent, args)
+    z = agent.encoder.apply(params.encoder, stored.obs.reshape(-1, 3))
+    logits, value = agent.actor_critic.apply(params.actor_critic, z)
+    log_probs = jax.nn.log_softmax(logits).reshape(7, 4, 3)[:-1]
+    taken = np.take_along_axis(np.asarray(log_probs - stored.log_probs[:-1]), np.asarray(stored.action)[:-1, :, None], -1)
+    ratio = np.where(stored.valid[:-1], np.exp(taken[..., 0]), 1.0)
+    assert ratio.max() > 1.05 and ratio.min() < 0.95
+    if off_policy == "vtrace":
+        weight = jnp.minimum(ratio, 1.0)
+        assert_allclose(batch.log_probs, log_probs.reshape(-1, 3), rtol=1e-5)
+        assert centre == 1.0
+    else:
+        weight = jnp.ones_like(ratio)
+        assert_allclose(batch.log_probs, stored.log_probs[:-1].reshape(-1, 3))
+        assert_allclose(centre, ratio.reshape(-1), rtol=1e-4)
+    advantage = dream_spi.vtrace(stored, value.reshape(7, 4), weight, args.gamma, args.gae_lambda)
+    assert_allclose(batch.advantage, advantage.reshape(-1), rtol=1e-4, atol=1e-5)
+
+    loss = jax.jit(partial(deep_spi.loss_fn, params, key=jax.random.key(1), agent=agent, args=args))
+    masked = ~stored.valid
+    assert masked[:-1].any()
+    other = stored._replace(
+        action=jnp.where(masked, 2 - stored.action, stored.action),
+        reward=jnp.where(masked, 1e3, stored.reward),
+        log_probs=jnp.where(masked[..., None], -50.0, stored.log_probs),
+    )
+    other_batch, _, other_centre = dream_spi.replayed_minibatch(params, other, agent, args)
+    assert loss(batch, centre=centre)[0] == loss(other_batch, centre=other_centre)[0]
