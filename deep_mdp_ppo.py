@@ -25,8 +25,9 @@ from envs.registry import make_env
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
-from utils.monitor import MonitorArgs, check_monitor, monitor, now_and_then
+from utils.monitor import PREFIX, MonitorArgs, check_monitor, monitor
 from utils.neighbourhood import backtrack, ratio_metrics
+from utils.occasionally import occasionally
 from utils.run import RunArgs, check_run, refuse_unread, require, run_script
 from utils.world_model import (
     WorldModelArgs,
@@ -471,7 +472,7 @@ def train_iteration(
         return monitor(agent, old_params, state.params, steps, log_ratios, draw, args, env.reward_range)
 
     if args.monitor_guarantee:
-        metrics = metrics | now_and_then(state.iteration - 1, args.monitor_every, guarantee)
+        metrics = metrics | occasionally(state.iteration - 1, args.monitor_every, guarantee, PREFIX)
     return state, metrics | rollout_metrics(state.params, steps, advantages, env, agent)
 
 

@@ -26,8 +26,9 @@ from envs.registry import make_env
 from networks.architectures import ActorCritic, Encoder
 from utils.logs import Logger
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
-from utils.monitor import MonitorArgs, check_monitor, monitor, now_and_then
+from utils.monitor import PREFIX, MonitorArgs, check_monitor, monitor
 from utils.neighbourhood import backtrack, ratio_metrics
+from utils.occasionally import occasionally
 from utils.run import RunArgs, check_run, refuse_unread, require, run_script
 from utils.world_model import (
     WorldModelArgs,
@@ -284,12 +285,12 @@ def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array,
 
 def loss_fn(
     params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args,
-    distance: Callable = transition_loss, centre: Float[Array, " N"] | float = 1.0,
+    distance: Callable = transition_loss, weight: Float[Array, " N"] | float = 1.0,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
     """Deep SPI's loss of a minibatch, and what to log of it. The key draws the next latents.
 
-    `distance` measures how far a prediction is from the next latent (see `transition_loss`); `centre` is what the ratio is
-    clipped around, not 1 where another policy than the present one acted.
+    For `dream_spi.py`: `distance` measures how far a prediction is from the next latent; `weight` is the ratio of the policy
+    before the update to the one that acted, around which ratios to the latter are clipped.
     """
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
@@ -301,8 +302,8 @@ def loss_fn(
     # of all actions; a huge masked ratio would turn its masked gradient into NaN
     log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
     log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
-    ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, centre - args.clip_coef, centre + args.clip_coef)
+    ratio = weight * jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, weight - args.clip_coef, weight + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
     # U = A - c_R l_R - c_P l_P. No gradient is stopped: through U they reach both networks and the encoder of z and z'.
@@ -340,7 +341,7 @@ def loss_fn(
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": mean(ratio - 1 - log_ratio),
+        "losses/approx_kl": mean(ratio - weight - weight * log_ratio),
         "losses/clipfrac": mean(clipped),
     } | ratio_metrics(log_ratios, batch.valid, args.clip_coef) | model_metrics
 
@@ -492,7 +493,7 @@ def train_iteration(
         return monitor(agent, old_params, state.params, steps, log_ratios, draw, args, env.reward_range)
 
     if args.monitor_guarantee:
-        metrics = metrics | now_and_then(state.iteration - 1, args.monitor_every, guarantee)
+        metrics = metrics | occasionally(state.iteration - 1, args.monitor_every, guarantee, PREFIX)
     return state, metrics | rollout_metrics(state.params, steps, advantages, env, agent)
 
 

@@ -10,7 +10,6 @@ Read from top to bottom: flags, records, dreaming, advantages, losses, updates, 
 Shapes: T steps x B environments, H steps x M dreams, and N = flattened.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,20 +24,21 @@ import deep_spi
 from deep_spi import Minibatch, Rollout, compute_gae, gather, minibatch_indices, rollout
 from envs.protocol import Env
 from envs.registry import make_env
-from networks.discriminator import TotalVariationCritic, WassersteinCritic
 from utils import dream_traces, replay
-from utils.dream_traces import DreamTraceArgs, trace_dreams
+from utils.discriminator import DiscriminatorArgs, check_discriminator, make_discriminator, transition_distance
+from utils.dream_traces import DreamTraceArgs, check_dream_traces, trace_dreams
 from utils.logs import Logger
-from utils.losses import masked_mean
-from utils.monitor import now_and_then
-from utils.replay import ReplayArgs, Replayed
+from utils.losses import decayed_sums, masked_mean, smooth_l1_loss, weighted_mean
+from utils.occasionally import occasionally
+from utils.replay import ReplayArgs, Replayed, check_replay, vtrace
 from utils.run import refuse_unread, require, run_script
-from utils.world_model import make_end_predictor, transition_loss
+from utils.world_model import make_end_predictor
 
 
 @dataclass
-class Args(ReplayArgs, DreamTraceArgs, deep_spi.Args):
-    """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here."""
+class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
+    """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
+    `clip_vloss` and `drift_formulation` shape the loss on real data alone."""
 
     learning_rate: float = 2e-4
     """learning rate of AdamW for encoder and world model"""
@@ -46,13 +46,6 @@ class Args(ReplayArgs, DreamTraceArgs, deep_spi.Args):
     """weight decay of AdamW for encoder and world model"""
     end_loss_coef: float = 1.0
     """weight of the loss of the predictor of ends"""
-    wasserstein_discriminator: bool = False
-    """measure the transition loss by a critic trained to tell real next latents from predicted ones: Wasserstein's distance for
-    continuous latents, total variation for categorical ones"""
-    discriminator_steps: int = 5
-    """gradient steps of that critic before each of the world model"""
-    discriminator_learning_rate: float = 2e-4
-    """learning rate of Adam for that critic"""
     # dreams
     heads_learning_rate: float = 2.75e-5
     """learning rate of Adam for actor and critic"""
@@ -71,22 +64,17 @@ class Args(ReplayArgs, DreamTraceArgs, deep_spi.Args):
     """actor and critic learn on real data as well"""
     progressive: Literal["none", "linear", "exponential"] = "none"
     """actor and critic start on real data and move to dreams: the share of their learning rate in dreams rises from 0 to 1 over
-    the run, linearly or as 1 - 0.01^progress"""
+    the run, linearly or as 1 - 0.01^progress (besides what --anneal-heads-lr takes off both)"""
 
 
 def check(args: Args) -> None:
     """Raises UsageError where a flag, or a combination of flags, cannot work."""
     deep_spi.check(args)
-    replay.check_replay(args)
-    dream_traces.check_dream_traces(args)
-    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs", "discriminator_steps"):
+    for check_helper in (check_replay, check_discriminator, check_dream_traces):
+        check_helper(args)
+    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs"):
         require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    for flag in ("heads_learning_rate", "discriminator_learning_rate"):
-        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
-    if args.wasserstein_discriminator:
-        refuse_unread(args, ("categorical_cost", "w_balancing"), "the usual distances, without --wasserstein-discriminator")
-    else:
-        refuse_unread(args, ("discriminator_steps", "discriminator_learning_rate"), "--wasserstein-discriminator")
+    require(args.heads_learning_rate > 0, f"--heads-learning-rate {args.heads_learning_rate}: must be positive")
     for flag in ("weight_decay", "end_loss_coef"):
         require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
     require(
@@ -119,15 +107,17 @@ class Params(NamedTuple):
     discriminator: Any
 
 
+GROUP = Params("model", actor_critic="heads", transition="model", reward="model", end="model", discriminator="discriminator")
+
+
 class Optimizers(NamedTuple):
-    """One for each group of parameters (see `GROUP`). It leaves the others as they are, to the bit."""
+    """Optimizers, their states, or their learning rates. Each moves the parameters of one `GROUP` and leaves the others as they
+    are, to the bit. Heads have two, so that the moments of what they learn from real data are not those of dreams."""
 
     model: Any
     heads: Any
+    real_heads: Any
     discriminator: Any
-
-
-GROUP = Params("model", actor_critic="heads", transition="model", reward="model", end="model", discriminator="discriminator")
 
 
 class Dreams(NamedTuple):
@@ -171,12 +161,8 @@ class TrainState(NamedTuple):
 
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
-    discriminator = None
-    if args.wasserstein_discriminator:
-        continuous = args.latent == "continuous"
-        discriminator = WassersteinCritic(num_actions) if continuous else TotalVariationCritic(num_actions, args.activation)
     networks = deep_spi.make_agent(args, num_actions)
-    return Agent(*networks, end=make_end_predictor(args, num_actions), discriminator=discriminator)
+    return Agent(*networks, make_end_predictor(args, num_actions), make_discriminator(args, num_actions))
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
@@ -193,10 +179,11 @@ def make_optimizers(args: Args) -> Optimizers:
     """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
     in the updates, which know how far the run is."""
     adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
-    of = Optimizers(optax.chain(adam, optax.add_decayed_weights(args.weight_decay)), heads=adam, discriminator=adam)
-    frozen = dict.fromkeys(Optimizers._fields, optax.set_to_zero())
+    adamw = optax.chain(adam, optax.add_decayed_weights(args.weight_decay))
+    frozen = dict.fromkeys(GROUP, optax.set_to_zero())
     labels = lambda params: Params(*(jax.tree.map(lambda _, g=g: g, p) for g, p in zip(GROUP, params, strict=True)))  # noqa: E731
-    return Optimizers(*(optax.partition(frozen | {g: o}, labels) for g, o in of._asdict().items()))
+    of = lambda group, optimizer: optax.partition(frozen | {group: optimizer}, labels)  # noqa: E731
+    return Optimizers(of("model", adamw), of("heads", adam), of("heads", adam), of("discriminator", adam))
 
 
 def imagine(
@@ -224,85 +211,47 @@ def imagine(
     return dreams._replace(value=jnp.concatenate([dreams.value, value[None]]))
 
 
-def decayed_sums(x: Float[Array, "T N"], decay: Float[Array, "T N"]) -> Float[Array, "T N"]:
-    """y[t] = x[t] + decay[t] y[t + 1], and y[T] = 0."""
-
-    def backwards(later, step):
-        total = step[0] + step[1] * later
-        return total, total
-
-    return jax.lax.scan(backwards, jnp.zeros_like(x[0]), (x, decay), reverse=True)[1]
-
-
 def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
     """Generalised advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
     error = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
     return decayed_sums(error, gamma * gae_lambda * dreams.going_on)
 
 
-def vtrace(
-    steps: Replayed, value: Float[Array, "T B"], weight: Float[Array, "T-1 B"], gamma: float, trace: float
-) -> Float[Array, "T-1 B"]:
-    """V-trace's advantages (Espeholt et al., 2018), 0 where a step is not valid; with the values they give its targets.
-
-    With rho = c = `weight` = min(1, pi/mu), and `trace` the lambda of their remark 2, the advantages of their equation 1 and of
-    their policy gradient are the same, if the latter bootstraps from the mixture of target and value that belongs to lambda:
-    A[t] = weight[t] (error[t] + gamma lambda A[t + 1]). Where the weights are 1 these are generalised advantage estimates.
-    """
-    steps = jax.tree.map(lambda x: x[:-1], steps)
-    error = steps.reward + gamma * (1.0 - steps.terminated) * value[1:] - value[:-1]
-    weight = jnp.where(steps.valid, weight, 0.0)
-    return decayed_sums(weight * error, gamma * trace * weight * (1.0 - (steps.terminated | steps.truncated)))
-
-
 def replayed_minibatch(
     params: Params, steps: Replayed, agent: Agent, args: Args
-) -> tuple[Minibatch, Bool[Array, " N"], Float[Array, " N"] | float]:
-    """Replayed steps as a minibatch for the policy of `params`: with it which of them ended, and what to clip ratios around."""
+) -> tuple[Minibatch, Bool[Array, " N"], Float[Array, " N"]]:
+    """Replayed steps as a minibatch for the policy of `params`: with it which of them ended, and how much each counts."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     z = agent.encoder.apply(params.encoder, flat(steps.obs))
     logits, value = agent.actor_critic.apply(params.actor_critic, z)
     value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
     taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
-    ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))[:-1]
-    by_vtrace = args.off_policy == "vtrace"
-    weight = jnp.minimum(ratio, 1.0) if by_vtrace else jnp.ones_like(ratio)
-    advantage = vtrace(steps, value, weight, args.gamma, args.gae_lambda)
+    ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))
+    truncated_ratio = jnp.minimum(ratio, 1.0)
+    advantage, target = vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
+    weight = truncated_ratio if args.off_policy == "vtrace" else ratio
     obs, steps = flat(steps.obs), jax.tree.map(lambda x: flat(x[:-1]), steps)
     batch = Minibatch(
         obs=obs,
         action=steps.action,
-        log_probs=flat(log_probs[:-1]) if by_vtrace else steps.log_probs,
+        log_probs=flat(log_probs[:-1]),
         value=flat(value[:-1]),
         advantage=flat(advantage),
-        target=flat(advantage + value[:-1]),
+        target=flat(target),
         reward=steps.reward,
         valid=steps.valid,
     )
-    return batch, steps.terminated, 1.0 if by_vtrace else flat(ratio)
-
-
-def distance_by(params: Params, z: Float[Array, "N *z"], action: Int[Array, " N"], agent: Agent, args: Args) -> Callable:
-    """What measures how far predictions are from next latents (see `deep_spi.loss_fn`): single ones may be negative, where a
-    critic does, whose mean is the distance."""
-    if not args.wasserstein_discriminator:
-        return transition_loss
-    critic = partial(agent.discriminator.apply, params.discriminator, z, action)
-    return lambda predicted, next_z, key, args: critic(next_z) - critic(predicted.sample(key))
+    return batch, steps.terminated, flat(weight[:-1])
 
 
 def model_loss(
-    params: Params,
-    batch: Minibatch,
-    ended: Bool[Array, " N"],
-    centre: Float[Array, " N"] | float,
-    key: jax.Array,
-    agent: Agent,
-    args: Args,
-) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
+    params: Params, batch: Minibatch, ended: Bool[Array, " N"], weight: Float[Array, " N"] | float, key: jax.Array,
+    agent: Agent, args: Args,
+) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
     """Deep SPI's loss on real data, and the cross-entropy of the predictor of ends, whose gradient stops at the latent."""
     z = jax.lax.stop_gradient(agent.encoder.apply(params.encoder, batch.obs)[: batch.action.shape[0]])
-    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args, distance_by(params, z, batch.action, agent, args), centre)
+    distance = transition_distance(agent.discriminator, params.discriminator, z, batch.action)
+    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args, distance, weight)
     logit = agent.end.apply(params.end, z, batch.action)
     end_loss = masked_mean(optax.sigmoid_binary_cross_entropy(logit, ended.astype(jnp.float32)), batch.valid)
     return loss + args.end_loss_coef * end_loss, metrics | {"losses/end_loss": end_loss}
@@ -310,10 +259,7 @@ def model_loss(
 
 def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
     """PPO's loss in dreams, each step counting by its weight."""
-
-    def mean(x):
-        return jnp.sum(batch.weight * x) / jnp.maximum(jnp.sum(batch.weight), 1e-8)
-
+    mean = partial(weighted_mean, weight=batch.weight)
     logits, value = agent.actor_critic.apply(params.actor_critic, batch.z)
     log_probs = jax.nn.log_softmax(logits)
     log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
@@ -325,7 +271,8 @@ def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> t
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
     entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
-    value_loss = mean(0.5 * (value - batch.value - batch.advantage) ** 2)
+    error = value - batch.value - batch.advantage
+    value_loss = mean(smooth_l1_loss(error) if args.use_huber else 0.5 * error**2)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
     return loss, {
         "dreams/policy_loss": policy_loss,
@@ -335,40 +282,44 @@ def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> t
     }
 
 
-def shares(iteration: Int[Scalar, ""], args: Args) -> tuple[Float[Scalar, ""], Float[Scalar, ""], Float[Scalar, ""]]:
-    """What is left of the run, and the shares of the heads' learning rate on real data and in dreams."""
-    progress = iteration / (args.total_timesteps // (args.num_envs * args.num_steps))
+def learning_rates(iteration: Int[Scalar, ""], args: Args) -> Optimizers:
+    """Of each optimizer in this iteration."""
+    prefill = replay.prefill_iterations(args)
+    progress = (iteration - prefill) / (args.total_timesteps // (args.num_envs * args.num_steps) - prefill)
     if args.progressive == "none":
-        real, dreams = jnp.asarray(1.0 if args.dyna_style else 0.0), jnp.asarray(1.0)
+        real, dreams = 1.0 if args.dyna_style else 0.0, 1.0
     else:
         dreams = progress if args.progressive == "linear" else (1.0 - 0.01**progress) / 0.99
         real = 1.0 - dreams
-    return 1.0 - progress, real, dreams
+    left, left_of_heads = (1.0 - progress if anneal else 1.0 for anneal in (args.anneal_lr, args.anneal_heads_lr))
+    heads = args.heads_learning_rate * left_of_heads
+    return Optimizers(args.learning_rate * left, heads * dreams, heads * real, args.discriminator_learning_rate * left)
 
 
 def descend(
-    group: str, grads: Params, rate: Any, params: Params, opt_state: Optimizers, optimizers: Optimizers
+    name: str, grads: Params, rates: Optimizers, params: Params, opt_state: Optimizers, optimizers: Optimizers
 ) -> tuple[Params, Optimizers]:
-    """One step of a group's optimizer."""
-    updates, moved = getattr(optimizers, group).update(grads, getattr(opt_state, group), params)
-    return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), opt_state._replace(**{group: moved})
+    """One step of the optimizer of that name."""
+    updates, moved = getattr(optimizers, name).update(grads, getattr(opt_state, name), params)
+    params = optax.apply_updates(params, jax.tree.map(lambda u: -getattr(rates, name) * u, updates))
+    return params, opt_state._replace(**{name: moved})
 
 
-def sharpen_critic(
-    params: Params, opt_state: Optimizers, batch: Minibatch, key: jax.Array, rate: Any, agent: Agent, optimizers: Optimizers,
-    args: Args,
+def update_discriminator(
+    params: Params, opt_state: Optimizers, batch: Minibatch, key: jax.Array, agent: Agent, optimizers: Optimizers,
+    rates: Optimizers, args: Args,
 ) -> tuple[Params, Optimizers]:  # fmt: skip
-    """The gradient steps of the critic on a minibatch, towards the largest distance that it can see."""
+    """The discriminator's gradient steps on a minibatch, towards the largest distance that it can see."""
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
     predicted = agent.transition.apply(params.transition, z[:n], batch.action)
 
     def loss(params, key):
-        distance = distance_by(params, z[:n], batch.action, agent, args)
+        distance = transition_distance(agent.discriminator, params.discriminator, z[:n], batch.action)
         return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid)
 
     def step(carry, key):
-        return descend("discriminator", jax.grad(loss)(carry[0], key), rate, *carry, optimizers), None
+        return descend("discriminator", jax.grad(loss)(carry[0], key), rates, *carry, optimizers), None
 
     return jax.lax.scan(step, (params, opt_state), jax.random.split(key, args.discriminator_steps))[0]
 
@@ -378,42 +329,37 @@ def update_model(
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
     """All minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic."""
-    left, real, _ = shares(state.iteration, args)
-    left_of_model = left if args.anneal_lr else 1.0
-    learning_rate = args.learning_rate * left_of_model
-    heads_rate = args.heads_learning_rate * (left if args.anneal_heads_lr else 1.0) * real
+    rates = learning_rates(state.iteration, args)
+    draw_key, loss_key = jax.random.split(key)
+    if args.use_replay_buffer:
+        count = replay.replay_updates(args)
+        draws = jax.random.split(draw_key, count)
+    else:
+        count = args.update_epochs * args.num_minibatches
+        draws = minibatch_indices(draw_key, args)
 
-    def fresh(which):
-        first, env = which
+    def take(draw):
+        if args.use_replay_buffer:
+            return replayed_minibatch(state.params, replay.sample(state.replay, draw, args), agent, args)
+        first, env = draw
         length = 1 if args.minibatch_by == "transition" else args.num_steps
         ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
         return gather(steps, advantages, first, env, args), ended, 1.0
 
-    def replayed(key):
-        return replayed_minibatch(state.params, replay.sample(state.replay, key, args), agent, args)
-
     def minibatch_step(carry, drawn):
-        which, key = drawn
-        batch, ended, centre = take(which)
+        draw, key = drawn
+        batch, ended, weight = take(draw)
         if args.wasserstein_discriminator:
-            rate = args.discriminator_learning_rate * left_of_model
-            carry = sharpen_critic(*carry, batch, jax.random.fold_in(key, 2), rate, agent, optimizers, args)
-        grads, metrics = jax.grad(model_loss, has_aux=True)(carry[0], batch, ended, centre, key, agent, args)
-        carry = descend("model", grads, learning_rate, *carry, optimizers)
+            carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)
+        grads, metrics = jax.grad(model_loss, has_aux=True)(carry[0], batch, ended, weight, key, agent, args)
+        carry = descend("model", grads, rates, *carry, optimizers)
         if args.dyna_style or args.progressive != "none":
-            carry = descend("heads", grads, heads_rate, *carry, optimizers)
+            carry = descend("real_heads", grads, rates, *carry, optimizers)
         return carry, metrics
 
-    draw_key, loss_key = jax.random.split(key)
-    if args.use_replay_buffer:
-        take, count = replayed, replay.replay_updates(args)
-        which = jax.random.split(draw_key, count)
-    else:
-        take, count = fresh, args.update_epochs * args.num_minibatches
-        which = minibatch_indices(draw_key, args)
-    drawn = which, jax.random.split(loss_key, count)
+    drawn = draws, jax.random.split(loss_key, count)
     (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
-    metrics = deep_spi.summarize(metrics, jnp.ones(count, bool), args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    metrics = deep_spi.summarize(metrics, jnp.ones(count, bool), args) | {"charts/learning_rate": jnp.asarray(rates.model)}
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
@@ -421,8 +367,7 @@ def update_heads(
     state: TrainState, steps: Rollout, key: jax.Array, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
     """All rounds of dreams from the latents of the rollout, and of minibatch gradient steps of actor and critic on them."""
-    left, _, dreams_share = shares(state.iteration, args)
-    learning_rate = args.heads_learning_rate * (left if args.anneal_heads_lr else 1.0) * dreams_share
+    rates = learning_rates(state.iteration, args)
     z = jax.lax.map(partial(agent.encoder.apply, state.params.encoder), steps.obs[:-1])
     z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
     size = args.imagination_horizon * z.shape[0]
@@ -430,7 +375,7 @@ def update_heads(
     def minibatch_step(carry, indices, batch):
         batch = jax.tree.map(lambda x: x[indices], batch)
         grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], batch, agent, args)
-        return descend("heads", grads, learning_rate, *carry, optimizers), metrics
+        return descend("heads", grads, rates, *carry, optimizers), metrics
 
     def dream_and_learn(carry, key):
         dream_key, shuffle_key = jax.random.split(key)
@@ -444,13 +389,13 @@ def update_heads(
         carry, metrics = jax.lax.scan(partial(minibatch_step, batch=batch), carry, shuffled)
         dreamt = {
             "dreams/length": jnp.sum(dreams.weight) / jnp.maximum(jnp.sum(awake), 1.0),
-            "dreams/reward": jnp.sum(dreams.weight * dreams.reward) / jnp.maximum(jnp.sum(dreams.weight), 1e-8),
+            "dreams/reward": weighted_mean(dreams.reward, dreams.weight),
         }
         return carry, jax.tree.map(jnp.mean, metrics) | dreamt
 
     keys = jax.random.split(key, args.n_imagination_rollouts)
     (params, opt_state), metrics = jax.lax.scan(dream_and_learn, (state.params, state.opt_state), keys)
-    metrics = jax.tree.map(jnp.mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(learning_rate)}
+    metrics = jax.tree.map(jnp.mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(rates.heads)}
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
@@ -477,15 +422,16 @@ def train_iteration(
     state: TrainState, env: Env, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
     """One rollout and the updates after it: the unit of work, jitted as a whole."""
-    key, rollout_key, model_key, heads_key = jax.random.split(state.key, 4)
+    key, rollout_key, model_key, heads_key, trace_key = jax.random.split(state.key, 5)
     old_params = state.params
     state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
     state, dream_metrics = update_heads(state, steps, heads_key, agent, optimizers, args)
     metrics = metrics | dream_metrics | deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
     if args.log_dreams:  # of the model that has not learned from this rollout yet
-        trace = partial(trace_dreams, old_params, steps, jax.random.fold_in(heads_key, 1), agent, args)
-        metrics = metrics | now_and_then(state.iteration, args.log_dreams_every, trace, dream_traces.PREFIX)
+        trace = partial(trace_dreams, old_params, steps, trace_key, agent, args)
+        learned = state.iteration - replay.prefill_iterations(args)
+        metrics = metrics | occasionally(learned, args.log_dreams_every, trace, dream_traces.PREFIX)
     return state._replace(iteration=state.iteration + 1), metrics
 
 

@@ -32,12 +32,13 @@ sys.path.insert(0, str(ROOT))
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
+import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.atari import make_pool  # noqa: E402
 from utils.run import describe_device  # noqa: E402
 
 MATRIX = 4096
-SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi}
+SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi, "dream_spi": dream_spi}
 WORLD_MODELS = (
     {},
     {"transition_density": "normal"},
@@ -88,7 +89,8 @@ def flops_per_step(args) -> float:
     """Floating-point operations that training needs for one environment step, 2 per multiplication and addition.
 
     A gradient costs twice the forward pass, save for the first convolution, whose input are pixels. Certification, pointwise
-    operations and sampling are left out: this is what no implementation can avoid. Counted for the default networks alone.
+    operations and sampling are left out: this is what no implementation can avoid. Counted for the default networks alone, and
+    not for dreams.
     """
     first = 20 * 20 * 32 * 8 * 8 * 4
     convolutions = first + 9 * 9 * 64 * 4 * 4 * 32 + 7 * 7 * 64 * 3 * 3 * 64
@@ -112,12 +114,13 @@ class Setting:
         self.env = make_pool(self.args.env_id, self.args.num_envs, self.args.seed)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
-        self.default_networks = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
-        agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
+        self.counted = name != "dream_spi" and not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
+        make_optimizer = module.make_optimizers if name == "dream_spi" else module.make_optimizer
+        agent, optimizer = module.make_agent(self.args, self.env.num_actions), make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
-        common = {"env": self.env, "agent": agent, "args": self.args}
-        iteration = jax.jit(partial(module.train_iteration, optimizer=optimizer, **common), donate_argnums=0)
-        rollout = jax.jit(partial(module.rollout, **common))
+        iterate = lambda state: module.train_iteration(state, self.env, agent, optimizer, self.args)  # noqa: E731
+        iteration = jax.jit(iterate, donate_argnums=0)
+        rollout = jax.jit(partial(module.rollout, env=self.env, agent=agent, args=self.args))
         start = time.perf_counter()
         self.iteration = iteration.lower(self.state).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -143,7 +146,7 @@ class Setting:
             "rollout_seconds": rolling,
             "update_seconds": total - rolling,
             "compile_seconds": self.compile_seconds,
-            "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate if self.default_networks else None,
+            "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate if self.counted else None,
             "share_of_env_rate": rate / env_rate,
         }
 
@@ -192,7 +195,7 @@ def main(args: Args) -> None:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
     else:
         by_transition = {"minibatch_by": "transition"}
-        kinds = [("ppo", {}), ("deep_mdp", {}), ("deep_spi", {}), ("ppo", by_transition), ("deep_spi", by_transition)]
+        kinds = [(name, {}) for name in SCRIPTS] + [("ppo", by_transition), ("deep_spi", by_transition)]
         wanted = [(name, {"env_id": env_id} | flags) for env_id in args.env_ids for name, flags in kinds]
     settings = []
     for name, flags in wanted:
@@ -219,7 +222,7 @@ def main(args: Args) -> None:
     for setting, row in zip(settings, rows, strict=True):
         base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
         row["relative_to_first"] = row["steps_per_second"] / base["steps_per_second"]
-        share = f"{row['share_of_matrix_rate']:.0%}" if setting.default_networks else "-"
+        share = f"{row['share_of_matrix_rate']:.0%}" if setting.counted else "-"
         print(
             f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f} "
             f"{share:>9s} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
@@ -227,7 +230,7 @@ def main(args: Args) -> None:
         )
     started = []
     if args.startup and not args.world_models:
-        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py"):
+        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py"):
             started.append(startup(name, args.env_ids[0]))
             row = started[-1]
             wait, memory = row["first_update_seconds"], row["peak_memory_gib"]

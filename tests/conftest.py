@@ -4,9 +4,9 @@ import os
 
 from jaxtyping import install_import_hook
 
-UTILS = (
-    "distributions", "dream_traces", "guarantees", "losses", "monitor", "neighbourhood", "replay", "tabular", "world_model"
-)  # fmt: skip
+UTILS = """
+    discriminator distributions dream_traces guarantees losses monitor neighbourhood occasionally replay tabular world_model
+""".split()
 install_import_hook(["envs", "networks", *(f"utils.{name}" for name in UTILS)], "beartype.beartype")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

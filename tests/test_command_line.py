@@ -86,15 +86,17 @@ DREAM_MISTAKES = [
     (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4224"),
     (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
     (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
-    (["--use-replay-buffer", "--replay-ratio=1"], "--replay-ratio", "at least 2"),
+    (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 2"),
+    (["--use-replay-buffer", "--replay-ratio=5.5"], "--replay-ratio", "the nearest is 6"),
     (
-        ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=99"],
+        ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=64"],
         "--replay-capacity",
         "GiB of memory",
     ),
     (["--wasserstein-discriminator", "--w-balancing=0.5"], "--w-balancing", "leave it out"),
     (["--wasserstein-discriminator", "--discriminator-steps=0"], "--discriminator-steps", "at least 1"),
     (["--discriminator-learning-rate=1e-3"], "--discriminator-learning-rate", "--wasserstein-discriminator"),
+    (["--latent=categorical", "--use-gumbel-softmax", "--wasserstein-discriminator"], "--use-gumbel-softmax", "leave it out"),
     (["--log-dreams-every=5"], "--log-dreams-every", "--log-dreams"),
     (["--log-dreams", "--log-dreams-every=0"], "--log-dreams-every", "at least 1"),
 ]
@@ -151,7 +153,7 @@ WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=
 
 
 REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=40", "--replay-length=4", "--replay-batch-size=4"]
-REPLAYED += ["--replay-ratio=1", "--wasserstein-discriminator", "--log-dreams", "--log-dreams-every=2"]
+REPLAYED += ["--replay-ratio=1.5", "--wasserstein-discriminator", "--log-dreams", "--log-dreams-every=2"]
 
 
 @pytest.mark.parametrize("script, flags", [*zip(SCRIPTS, ([], WATCHED, [], []), strict=True)])

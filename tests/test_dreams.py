@@ -1,4 +1,4 @@
-"""DreamSPI: dreams in a world model that is known, who learns from what, the critic that measures, pictures, and a probe."""
+"""DreamSPI: dreams in a world model that is known, who learns from what, the discriminator, pictures, and a probe."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from tests.probes import CueEnv
 from tests.test_algorithms import Identity
 from tests.test_lipschitz import TOLERANCE, parameter_cases
 from utils import dream_traces
+from utils.discriminator import transition_distance
 from utils.distributions import Categorical, Deterministic
 from utils.dream_traces import trace_dreams
 
@@ -180,27 +181,28 @@ def test_each_update_changes_its_own_parameters_alone(flags, real):
         state = after_heads
 
 
-def test_the_critic_learns_from_its_own_loss_alone():
+def test_the_discriminator_learns_from_its_own_loss_alone():
     """Its steps change nothing else, and the others' losses, whose gradients do reach it, leave it as it is."""
     args, env, agent, optimizers, state = dream_setup(wasserstein_discriminator=True, discriminator_steps=3)
     gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
     state, steps, advantages = gather(state, jax.random.key(0))
     first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
     batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
-    given = {"agent": agent, "optimizers": optimizers, "args": args}
-    sharpen = jax.jit(partial(dream_spi.sharpen_critic, rate=1e-3, **given))
+    rates = dream_spi.Optimizers(*[1e-3] * 4)
+    given = {"agent": agent, "optimizers": optimizers, "rates": rates, "args": args}
+    sharpen = jax.jit(partial(dream_spi.update_discriminator, **given))
     params, opt_state = sharpen(state.params, state.opt_state, batch, key)
     assert changed(state.params, params) == {"discriminator"}
     ended = jnp.zeros(len(batch.action), bool)
     loss = partial(dream_spi.model_loss, agent=agent, args=args)
     grads, _ = jax.jit(jax.grad(loss, has_aux=True))(params, batch, ended, 1.0, key)
     assert any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads.discriminator))
-    assert changed(params, dream_spi.descend("model", grads, 1e-3, params, opt_state, optimizers)[0]) == MODEL
-    assert changed(params, dream_spi.descend("heads", grads, 1e-3, params, opt_state, optimizers)[0]) == {"actor_critic"}
+    assert changed(params, dream_spi.descend("model", grads, rates, params, opt_state, optimizers)[0]) == MODEL
+    assert changed(params, dream_spi.descend("heads", grads, rates, params, opt_state, optimizers)[0]) == {"actor_critic"}
 
 
 def sharpened(args, agent, z, next_z, predicted, steps):
-    """The distance that a critic sees between `next_z` and samples of `predicted`, after so many gradient steps."""
+    """The distance that a discriminator sees between `next_z` and samples of `predicted`, after so many gradient steps."""
     agent = agent._replace(encoder=Given(jnp.concatenate([z, next_z])), transition=Given(predicted))
     critic = agent.discriminator.init(jax.random.key(0), z[:1], jnp.zeros(1, jnp.int32), z[:1])
     params = dream_spi.Params({}, {}, {}, {}, {}, critic)
@@ -209,8 +211,9 @@ def sharpened(args, agent, z, next_z, predicted, steps):
     n = len(z)
     batch = deep_spi.Minibatch(None, jnp.arange(n) % 2, None, None, None, None, None, jnp.ones(n, bool))
     given = {"agent": agent, "optimizers": optimizers, "args": replace(args, discriminator_steps=steps)}
-    params, _ = jax.jit(partial(dream_spi.sharpen_critic, **given))(params, opt_state, batch, jax.random.key(1), 1e-3)
-    distance = dream_spi.distance_by(params, z, batch.action, agent, args)
+    given["rates"] = dream_spi.Optimizers(*[1e-3] * 4)
+    params, _ = jax.jit(partial(dream_spi.update_discriminator, **given))(params, opt_state, batch, jax.random.key(1))
+    distance = transition_distance(agent.discriminator, params.discriminator, z, batch.action)
     return distance(predicted, next_z, jax.random.key(2), args)
 
 
@@ -223,7 +226,7 @@ class Given(nn.Module):
         return self.what
 
 
-def test_the_critic_sees_the_wasserstein_distance():
+def test_the_discriminator_sees_the_wasserstein_distance():
     """Points that lie 3 apart, in a direction that depends on the latent: no pair looks further apart than that."""
     args = dream_spi.Args(wasserstein_discriminator=True)
     z = jax.random.normal(jax.random.key(3), (64, 1, 1, 16))
@@ -234,7 +237,7 @@ def test_the_critic_sees_the_wasserstein_distance():
     assert np.mean(seen) >= 2.9
 
 
-def test_the_critic_sees_the_total_variation_distance():
+def test_the_discriminator_sees_the_total_variation_distance():
     """The real next code is always the first class, the predicted one that with probability 0.7: total variation 0.3."""
     args = dream_spi.Args(wasserstein_discriminator=True, latent="categorical")
     z = jax.nn.one_hot(jnp.arange(512) % 3, 3)[:, None]
@@ -246,7 +249,7 @@ def test_the_critic_sees_the_total_variation_distance():
     assert abs(np.mean(seen) - 0.3) <= 0.07  # the standard error of 512 samples is 0.02
 
 
-def test_the_wasserstein_critic_is_1_lipschitz_for_all_parameters():
+def test_the_wasserstein_discriminator_is_1_lipschitz_for_all_parameters():
     """In the next latent, for every latent and action: its gradient's norm at random points, and distant pairs."""
     critic, keys = WassersteinCritic(3, features=16), jax.random.split(jax.random.key(0), 4)
     z, near = (3.0 * jax.random.normal(k, (40, 3, 3, 2)) for k in keys[:2])
@@ -313,7 +316,11 @@ def test_traces_of_dreams_by_hand():
 
 
 def test_shares_of_real_data_and_dreams():
-    args = dream_spi.Args(num_envs=8, num_steps=8, total_timesteps=64 * 10)
+    """Of a rate of 1 that is not annealed, and what is left of the others."""
+    args = dream_spi.Args(
+        num_envs=8, num_steps=8, total_timesteps=64 * 10, anneal_heads_lr=False, learning_rate=1.0, heads_learning_rate=1.0,
+        discriminator_learning_rate=2.0,
+    )  # fmt: skip
     expected = {
         ("none", False): [(0, 1)] * 3,
         ("none", True): [(1, 1)] * 3,
@@ -322,18 +329,66 @@ def test_shares_of_real_data_and_dreams():
     }
     for (progressive, dyna), values in expected.items():
         for iteration, (real, dreams) in zip((0, 5, 10), values, strict=True):
-            found = dream_spi.shares(jnp.asarray(iteration), replace(args, progressive=progressive, dyna_style=dyna))
-            assert_allclose(found, [1 - iteration / 10, real, dreams], atol=1e-6)
+            flags = replace(args, progressive=progressive, dyna_style=dyna)
+            found = dream_spi.learning_rates(jnp.asarray(iteration), flags)
+            assert_allclose([found.model, found.discriminator], [1 - iteration / 10, 2 - iteration / 5], atol=1e-6)
+            assert_allclose([found.real_heads, found.heads], [real, dreams], atol=1e-6)
+            # what comes before the first update is no part of the schedule
+            filled = replace(flags, use_replay_buffer=True, replay_prefill=320, total_timesteps=64 * 15)
+            found = dream_spi.learning_rates(jnp.asarray(iteration + 5), filled)
+            assert_allclose([found.model, found.real_heads, found.heads], [1 - iteration / 10, real, dreams], atol=1e-6)
+    found = dream_spi.learning_rates(jnp.asarray(5), replace(args, anneal_heads_lr=True, progressive="linear", anneal_lr=False))
+    assert_allclose([found.model, found.real_heads, found.heads], [1.0, 0.25, 0.25], atol=1e-6)
+
+
+def test_dreams_that_count_for_nothing_leave_real_data_alone():
+    """At a rate of 0 dreams move neither the heads nor the moments that move them on real data."""
+    args, env, agent, optimizers, state = dream_setup(progressive="linear")
+    real, dreams = (jax.tree.map(lambda x, s=s: jnp.full_like(x, s), state.params) for s in (0.1, -0.1))
+    rates = dream_spi.learning_rates(jnp.asarray(0), args)
+    once = dream_spi.descend("real_heads", real, rates, state.params, state.opt_state, optimizers)
+    between = dream_spi.descend("heads", dreams, rates, *once, optimizers)
+    jax.tree.map(assert_array_equal, once[0], between[0])
+    found = dream_spi.descend("real_heads", real, rates, *between, optimizers)[0]
+    jax.tree.map(assert_array_equal, found, dream_spi.descend("real_heads", real, rates, *once, optimizers)[0])
+
+
+FAST = {"learning_rate": 2e-3, "heads_learning_rate": 2e-3, "transition_loss_coef": 0.1}
+
+
+def learn(state, env, agent, optimizers, args, iterations):
+    iteration = jax.jit(partial(dream_spi.train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
+    history = []
+    for _ in range(iterations):
+        state, metrics = iteration(state)
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def test_prefill_fills_the_buffer_and_learns_nothing():
+    args, env, agent, optimizers, state = dream_setup(**REPLAY)
+    after, metrics = jax.jit(partial(dream_spi.prefill_iteration, env=env, agent=agent, args=args))(state)
+    jax.tree.map(assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
+    assert after.iteration == 1 and after.replay.current_index == args.num_steps
+    assert metrics["episodes"] > 0 and not any(name.startswith(("losses/policy", "dreams/")) for name in metrics)
+
+
+@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
+def test_learns_a_probe_from_replayed_data_alone(off_policy, monkeypatch):
+    """At a rate of 0 in dreams; what is replayed is up to 8 rollouts old."""
+    rates = dream_spi.learning_rates
+    monkeypatch.setattr(dream_spi, "learning_rates", lambda *args: rates(*args)._replace(heads=0.0))
+    flags = {"dyna_style": True, "replay_capacity": 8 * 128, "replay_ratio": 4.0, "off_policy": off_policy}
+    args, env, agent, optimizers, state = dream_setup(**FAST, **REPLAY, **flags)
+    state, _ = jax.jit(partial(dream_spi.prefill_iteration, env=env, agent=agent, args=args))(state)
+    state, history = learn(state, env, agent, optimizers, args, 38)
+    assert history[0]["charts/episodic_return"] < 0.7
+    assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.95
 
 
 def test_learns_a_probe_in_dreams_alone():
-    rates = {"learning_rate": 2e-3, "heads_learning_rate": 2e-3, "transition_loss_coef": 0.1}
-    args, env, agent, optimizers, state = dream_setup(**rates, n_imagination_rollouts=2, imagination_epochs=2)
-    iteration = jax.jit(partial(dream_spi.train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
-    history = []
-    for _ in range(40):
-        state, metrics = iteration(state)
-        history.append(jax.device_get(metrics))
+    args, env, agent, optimizers, state = dream_setup(**FAST, n_imagination_rollouts=2, imagination_epochs=2)
+    state, history = learn(state, env, agent, optimizers, args, 40)
     assert history[0]["charts/episodic_return"] < 0.7
     assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.95
     assert_allclose(history[-1]["dreams/length"], 1.0, atol=0.05)  # the predictor knows that episodes are one step long

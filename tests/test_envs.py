@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import deep_spi
 from envs.atari import env_seeds, make_pool
-from envs.registry import env_ids
+from envs.registry import env_ids, make_env
 
 
 def play(env_id, steps, seed=1, num_envs=4, **options):
@@ -27,6 +28,13 @@ def test_ids_and_unknown_id():
     assert {"Breakout-v5", "Pong-v5", "CartPole-v1"} <= set(env_ids())
     with pytest.raises(ValueError, match="Nope-v5"):
         make_pool("Nope-v5", 2, 0)
+
+
+@pytest.mark.parametrize("env_id", ["Breakout-v5", "CartPole-v1", "Catch-v0", "ConfoundingGridworld-v0"])
+def test_observations_are_what_is_said_beforehand(env_id):
+    env = make_env(deep_spi.Args(env_id=env_id, num_envs=2))
+    _, obs = env.reset()
+    assert (env.obs_spec.shape, env.obs_spec.dtype) == (obs.shape[1:], obs.dtype)
 
 
 def test_different_seeds_share_no_environment_stream():

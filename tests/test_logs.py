@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import scores
+from utils import dream_traces, scores
 from utils.logs import Logger
-from utils.monitor import MEASURED
+from utils.occasionally import MEASURED
 from utils.run import RunArgs, UsageError, check_run
 
 ROOT = Path(__file__).parent.parent
+TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
 
 
 def scalars(folder):
@@ -28,6 +29,7 @@ def scalars(folder):
 def metrics(value, episodes=0.0):
     return {
         "losses/policy_loss": jnp.asarray(value),
+        "charts/learning_rate": jnp.asarray(1e-3),
         "episodes": jnp.asarray(episodes),
         "charts/episodic_return": jnp.asarray(value),
         "charts/episodic_length": jnp.asarray(value),
@@ -52,6 +54,31 @@ def test_scalars_are_written_once_each_at_their_step(tmp_path):
     assert len(written["charts/SPS"]) == 2
     assert "30/30 steps" in out.getvalue() and "\r" not in out.getvalue()
     assert f"logs: {logger.folder}" in out.getvalue() and "tensorboard --logdir" in out.getvalue()
+
+
+def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path, capsys):
+    """Two rollouts that only fill a buffer, then three updates, of which the second takes no trace."""
+    with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=50), "test", 10) as logger:
+        for k in range(5):
+            of = metrics(1.0)
+            if k < 2:
+                del of["charts/learning_rate"], of["losses/policy_loss"]
+            else:
+                value = jnp.full((3, 2), float("nan") if k == 3 else 1.0)
+                of |= {dream_traces.PREFIX + name: value for name in TRACES}
+                of[dream_traces.PREFIX + MEASURED] = jnp.asarray(float(k != 3))
+            logger.log(of)
+    written = scalars(logger.folder)
+    assert [step for step, _ in written["losses/policy_loss"]] == [30, 40, 50]
+    assert [step for step, _ in written["charts/SPS"]] == [40, 50]
+    out = capsys.readouterr().out
+    assert out.index("compiling") < out.index("first update after") and "not finite" not in out
+    events = EventAccumulator(str(logger.folder), size_guidance={"images": 0})
+    events.Reload()
+    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
+        "dreams/outcomes": [30, 50], "dreams/latent_error": [30, 50]
+    }  # fmt: skip
+    assert not any(name.startswith(dream_traces.PREFIX) for name in written)
 
 
 def test_interrupted_run_keeps_its_last_metrics_and_nan_is_said_once(tmp_path, capsys):

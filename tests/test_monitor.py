@@ -16,7 +16,8 @@ from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
 from tests.probes import CueEnv
 from utils.distributions import Categorical
 from utils.guarantees import local_error, stepwise_bound, value_span
-from utils.monitor import MEASURED, PREFIX, model_terms, monitor
+from utils.monitor import PREFIX, model_terms, monitor
+from utils.occasionally import MEASURED
 from utils.tabular import (
     difference_terms,
     episode_length,

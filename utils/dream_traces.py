@@ -23,7 +23,8 @@ class DreamTraceArgs:
     """Flags of the pictures of dreams."""
 
     log_dreams: bool = False
-    """log figures of dreams beside what really followed, given the same actions: rewards, ends, and the error of the latent"""
+    """log figures of dreams beside what really followed, given the same actions: rewards, ends, and the error of the latent,
+    over the horizon of a dream, or the rollout if that is shorter"""
     log_dreams_every: int = 100
     """updates from one such figure to the next"""
 

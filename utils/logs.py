@@ -14,6 +14,7 @@ import tensorboardX
 from tqdm import tqdm
 
 from utils import dream_traces, monitor, scores
+from utils.occasionally import MEASURED
 from utils.run import RunArgs, UsageError, describe_device
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
@@ -41,6 +42,7 @@ class Logger:
         self.pending = None
         self.step = 0
         self.warned = False
+        self.first = None  # when the first update had ended
         self.run = None
 
     def __enter__(self) -> "Logger":
@@ -58,7 +60,7 @@ class Logger:
         print(f"{self.name}: {self.total_steps:,} steps in {iterations:,} updates\n{describe_device()}")
         print("compiling ...", flush=True)
         self.interactive = sys.stdout.isatty()
-        self.started = self.first = self.last = self.printed = time.perf_counter()
+        self.started = self.last = self.printed = time.perf_counter()
         self.bar = tqdm(
             total=self.total_steps,
             unit="step",
@@ -106,7 +108,7 @@ class Logger:
         values = jax.device_get(self.pending)
         self.pending = None
         for prefix in (monitor.PREFIX, dream_traces.PREFIX):
-            if values.pop(prefix + monitor.MEASURED, 1.0) == 0:
+            if values.pop(prefix + MEASURED, 1.0) == 0:
                 values = {name: value for name, value in values.items() if not name.startswith(prefix)}
         traces = {name: values.pop(name) for name in list(values) if name.startswith(dream_traces.PREFIX)}
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
@@ -115,13 +117,13 @@ class Logger:
         metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isinf(v))}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
-        if self.step == self.steps_per_iteration:
-            # the rate leaves out what came before the first update: compilation
-            self.first = now
-            self._say(f"first update after {now - self.started:.1f} s")
-        else:
-            metrics["charts/SPS"] = (self.step - self.steps_per_iteration) / (now - self.first)
+        if self.first is not None:
+            metrics["charts/SPS"] = (self.step - self.first_step) / (now - self.first)
             metrics["charts/SPS_update"] = self.steps_per_iteration / (now - self.last)
+        elif "charts/learning_rate" in metrics:  # and was no rollout that only fills a buffer
+            # the rate leaves out what came before the first update: compilation
+            self.first, self.first_step = now, self.step
+            self._say(f"first update after {now - self.started:.1f} s")
         self.last = now
 
         episodes = metrics.pop("episodes")

@@ -35,3 +35,18 @@ def masked_normalize(x: Float[Array, "*shape"], valid: Bool[Array, "*shape"], ep
     """x less its mean, over its standard deviation, both taken where `valid`."""
     mean = masked_mean(x, valid)
     return (x - mean) / (jnp.sqrt(masked_mean((x - mean) ** 2, valid)) + eps)
+
+
+def weighted_mean(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> Float[Array, ""]:
+    """The mean of x, each counting by its weight of 0 or more; 0 where none has any."""
+    return jnp.sum(weight * x) / jnp.maximum(jnp.sum(weight), 1e-8)
+
+
+def decayed_sums(x: Float[Array, "T N"], decay: Float[Array, "T N"]) -> Float[Array, "T N"]:
+    """y[t] = x[t] + decay[t] y[t + 1], and y[T] = 0."""
+
+    def backwards(later, step):
+        total = step[0] + step[1] * later
+        return total, total
+
+    return jax.lax.scan(backwards, jnp.zeros_like(x[0]), (x, decay), reverse=True)[1]

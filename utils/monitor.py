@@ -1,6 +1,5 @@
 """Measures, while a script trains, the terms of zeta in docs/guarantees.md."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ from utils.neighbourhood import ratio_metrics
 from utils.run import refuse_unread, require
 
 PREFIX = "spi/bound/"  # of all names; inf stands for what is not bounded or not known, and is left out of the log
-MEASURED = "measured"  # after a prefix: 0 in updates in which nothing with that prefix was measured; not for the log
 
 
 @dataclass
@@ -126,13 +124,3 @@ def model_terms(
     going_on = steps.valid & ~(steps.terminated | steps.truncated)
     reward_error = jnp.where(steps.valid, jnp.abs(steps.reward - predicted_reward.reshape(shape)), 0.0)
     return reward_error, jnp.where(going_on, distance.reshape(shape), 0.0), constants
-
-
-def now_and_then(
-    iteration: Array, every: int, measure: Callable[[], dict[str, Array]], prefix: str = PREFIX
-) -> dict[str, Array]:
-    """What `measure` returns, under names with the prefix, in iterations 0, `every`, 2 `every`, ...; nothing, at no cost, in
-    the others (see `MEASURED`)."""
-    due = iteration % every == 0
-    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
-    return jax.lax.cond(due, measure, lambda: unmeasured) | {prefix + MEASURED: due.astype(jnp.float32)}

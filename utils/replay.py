@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from utils.losses import decayed_sums
 from utils.run import refuse_unread, require
 
 KEPT_FREE = 3 * 2**30  # bytes that training itself may need, besides the buffer
@@ -33,8 +34,9 @@ class ReplayArgs:
     replay_length: int = 32
     """steps of a sequence"""
     off_policy: Literal["vtrace", "clipped_ratio"] = "vtrace"
-    """what corrects for the older policies that chose the actions. vtrace: advantages weigh each error by min(1, pi/mu), and
-    ratios are to the present policy pi. clipped_ratio: ratios are to the policy mu that acted, and clipped to pi/mu +- eps"""
+    """how much a transition counts whose action an older policy mu chose: min(1, pi/mu), pi the policy before the update, or
+    with clipped_ratio all of pi/mu, which has no bias and no bound (for a --replay-capacity of a few rollouts). Ratios of the
+    policy that is learned are clipped to that +- eps. Advantages and targets are V-trace's in both"""
 
 
 class Replayed(NamedTuple):
@@ -77,11 +79,13 @@ def check_replay(args: Any) -> None:
         args.total_timesteps // (args.num_envs * args.num_steps) > prefill_iterations(args),
         f"--total-timesteps {args.total_timesteps}: over before --replay-prefill {args.replay_prefill} is; ask for more",
     )
-    smallest = args.replay_batch_size * args.replay_length / (args.num_envs * args.num_steps)
+    of_one = args.replay_batch_size * args.replay_length / (args.num_envs * args.num_steps)
+    count = max(1, round(args.replay_ratio / of_one))
     require(
-        args.replay_ratio >= smallest,
-        f"--replay-ratio {args.replay_ratio}: less than one minibatch of --replay-batch-size {args.replay_batch_size} x "
-        f"--replay-length {args.replay_length} for each rollout: ask for at least {smallest:g}",
+        abs(count * of_one - args.replay_ratio) < 1e-6 * of_one,
+        f"--replay-ratio {args.replay_ratio:g}: is no whole number of minibatches of --replay-batch-size "
+        f"{args.replay_batch_size} x --replay-length {args.replay_length} for each rollout of {args.num_envs * args.num_steps} "
+        f"steps: the nearest is {count * of_one:g}",
     )
 
 
@@ -123,10 +127,11 @@ def check_memory(obs_spec: jax.ShapeDtypeStruct, num_actions: int, args: Any) ->
     bytes_per_step = sum(x.nbytes for x in _empty_step(obs_spec, num_actions))
     needed, free = args.replay_capacity * bytes_per_step, max(0, free_memory() - KEPT_FREE)
     fits = free // bytes_per_step // args.num_envs * args.num_envs
+    remedy = f"ask for {fits} or less" if fits else "free some, or leave out --use-replay-buffer"
     require(
         needed <= free,
         f"--replay-capacity {args.replay_capacity}: takes {needed / 2**30:.1f} GiB of memory, and there are "
-        f"{free / 2**30:.1f} GiB for it; ask for {fits} or less",
+        f"{free / 2**30:.1f} GiB for it; {remedy}",
     )
 
 
@@ -146,17 +151,37 @@ def sample(replay: Any, key: jax.Array, args: Any) -> Replayed:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), _buffer(args).sample(replay, key).experience)
 
 
+def vtrace(
+    steps: Replayed, value: Float[Array, "T B"], weight: Float[Array, "T B"], gamma: float, gae_lambda: float
+) -> tuple[Float[Array, "T-1 B"], Float[Array, "T-1 B"]]:
+    """Advantages, and targets of the critic, by V-trace (Espeholt et al., 2018, equation 1); where a step is not valid, 0 and
+    its value.
+
+    A[t] = error[t] + gamma lambda weight[t + 1] A[t + 1], and the target is value[t] + weight[t] A[t]. `weight` is their rho
+    and c, min(1, pi/mu), lambda that of their remark 2. What A is multiplied by at t itself is left to the policy's loss.
+    Where the weights are 1, A is the generalised advantage estimate.
+    """
+    steps = jax.tree.map(lambda x: x[:-1], steps)
+    error = steps.reward + gamma * (1.0 - steps.terminated) * value[1:] - value[:-1]
+    going_on = steps.valid & ~(steps.terminated | steps.truncated)
+    advantage = decayed_sums(jnp.where(steps.valid, error, 0.0), gamma * gae_lambda * going_on * weight[1:])
+    return advantage, value[:-1] + weight[:-1] * advantage
+
+
 def free_memory() -> int:
-    """Bytes that JAX may still allocate on its device."""
-    statistics = jax.devices()[0].memory_stats()
-    if statistics is not None and "bytes_limit" in statistics:
-        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    """Bytes that JAX may still allocate on its device, as far as that says: the host's memory where it is the CPU."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        statistics = device.memory_stats() or {}
+        return statistics.get("bytes_limit", 2**62) - statistics.get("bytes_in_use", 0)
     if Path("/proc/meminfo").exists():
         free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # the limit of a container
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text()) - int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # none is set, or this is no Linux
+    try:  # the limit of a container; what it has read of files is given up when memory is short
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit += int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)[1])
+    except (OSError, ValueError, TypeError):  # none is set, or this is no Linux
         return free
     return min(free, limit)

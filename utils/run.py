@@ -105,7 +105,7 @@ def run_script(main: Callable, args_type: type) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(_fail("out of memory: lower --num-envs or --num-steps, or raise --num-minibatches", 1))
+        sys.exit(_fail("out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches", 1))
     except KeyboardInterrupt:
         sys.exit(130)
 
