@@ -1,9 +1,10 @@
-"""PPO, DeepMDP and Deep SPI on the confounding gridworld: the exact value of the policy over the steps, for many seeds.
+"""The algorithms on the confounding gridworld: the exact value of the policy over the steps, for many seeds.
 
     uv run benchmarks/confounding_gridworld.py --output docs/confounding_gridworld
 
-trains every algorithm from every seed, and writes a figure (.png) and its numbers (.json): the exact value of the start,
-and the distance of the latents of the two choices, mean and 95% confidence interval over the seeds.
+trains PPO, DeepMDP and Deep SPI (or what --algorithms names) from every seed, and writes a figure (.png) and its numbers
+(.json): the exact value of the start, and the distance of the latents of the two choices, mean and 95% confidence interval over
+the seeds.
 
 The runs are those of `python deep_spi.py --env-id=ConfoundingGridworld-v0 ...` with the flags printed first, but for one short
 cut: there are only S different observations, so the encoder is evaluated once for each and its latents are looked up. The
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
+import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.confounding_gridworld import (  # noqa: E402
     CELL_PIXELS,
@@ -41,12 +43,13 @@ from envs.confounding_gridworld import (  # noqa: E402
     optimal_value,
     policy_value,
 )
+from envs.registry import make_env  # noqa: E402
 from utils.run import UsageError, describe_device, refuse_unread, require  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi}
+SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi, "DreamSPI": dream_spi}
 VALUE, DISTANCE, DISTINCT = "charts/init_value", "charts/representation_distance", "charts/distinct_latents"
 
 
@@ -58,8 +61,8 @@ class Args:
     """where the figure (.png) and its numbers (.json) go"""
     seeds: tuple[int, ...] = tuple(range(101, 111))
     """seeds of each algorithm; the setting was searched on seeds 1, 2 and 3"""
-    algorithms: tuple[str, ...] = tuple(SCRIPTS)
-    """which of PPO, DeepMDP, Deep SPI"""
+    algorithms: tuple[str, ...] = ("PPO", "DeepMDP", "Deep SPI")
+    """which of PPO, DeepMDP, Deep SPI, DreamSPI"""
     latent: Literal["categorical", "continuous"] = "categorical"
     """of all algorithms"""
     num_categories: int = 2
@@ -70,6 +73,10 @@ class Args:
     """c_P"""
     reward_loss_coef: float = 0.1
     """c_R"""
+    dream_learning_rate: float = 1e-3
+    """DreamSPI's learning rate of encoder and world model"""
+    dream_heads_learning_rate: float = 1e-4
+    """DreamSPI's learning rate of actor and critic"""
     total_timesteps: int = 204_800
     """steps of each run"""
     gridworld_n_path: int = 5
@@ -96,7 +103,10 @@ class OncePerCell:
 
 def script_args(name: str, args: Args) -> Any:
     """The flags of the script `name`."""
-    flags = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "algorithms")}
+    ours = ("output", "seeds", "algorithms", "dream_learning_rate", "dream_heads_learning_rate")
+    flags = {key: value for key, value in vars(args).items() if key not in ours}
+    if name == "DreamSPI":
+        flags |= {"learning_rate": args.dream_learning_rate, "heads_learning_rate": args.dream_heads_learning_rate}
     if name == "PPO":
         del flags["transition_loss_coef"], flags["reward_loss_coef"]
     if args.latent == "continuous":
@@ -104,9 +114,9 @@ def script_args(name: str, args: Args) -> Any:
     return SCRIPTS[name].Args(env_id=ENV_ID, **flags)
 
 
-def make_cells(script: Any, args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84"]]:
-    """The script's environment, with the index of its cell for each observation, and the observations by index."""
-    env = script.make_env(args)
+def make_cells(args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84"]]:
+    """A script's environment, with the index of its cell for each observation, and the observations by index."""
+    env = make_env(args)
     frames = jnp.asarray(env.frames)
     env.frames = np.arange(len(frames))
     return env, frames
@@ -116,8 +126,9 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     """Trains from every seed. Returns metrics of every iteration, [seeds, iterations], and the steps after each."""
     script, flags = SCRIPTS[name], script_args(name, args)
     script.check(flags)
-    env, frames = make_cells(script, flags)
-    agent, optimizer = script.make_agent(flags, env.num_actions), script.make_optimizer(flags)
+    env, frames = make_cells(flags)
+    make_optimizer = script.make_optimizers if name == "DreamSPI" else script.make_optimizer
+    agent, optimizer = script.make_agent(flags, env.num_actions), make_optimizer(flags)
     agent = agent._replace(encoder=OncePerCell(agent.encoder, frames))
     steps_per_iteration = flags.num_envs * flags.num_steps
     row = np.cumsum(~env.model.terminal) - 1  # of each cell in the policy matrix
@@ -135,7 +146,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     runs = []
     for seed in args.seeds:
         seeded = replace(flags, seed=seed)
-        runs.append(jax.device_get(run(script.init_state(seeded, make_cells(script, seeded)[0], agent, optimizer))))
+        runs.append(jax.device_get(run(script.init_state(seeded, make_cells(seeded)[0], agent, optimizer))))
     curves = {key: np.stack([r[key] for r in runs]) for key in runs[0]}
     return curves | {"steps": steps_per_iteration * (1 + np.arange(curves[VALUE].shape[1]))}
 
@@ -173,6 +184,8 @@ def main(args: Args) -> None:
     require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name two or more, all different, of 0 or more")
     if args.latent == "continuous":
         refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    if "DreamSPI" not in args.algorithms:
+        refuse_unread(args, ("dream_learning_rate", "dream_heads_learning_rate"), "--algorithms DreamSPI")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     gamma = deep_spi.Args().gamma
     model = build_model(args.gridworld_n_path, args.gridworld_epsilon, gamma)

@@ -85,7 +85,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
     flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighbourhood=mode)
     deep_spi.check(flags)
-    env, frames = gridworld.make_cells(deep_spi, flags)
+    env, frames = gridworld.make_cells(flags)
     agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
     agent = agent._replace(encoder=gridworld.OncePerCell(agent.encoder, frames))
     tables_of = partial(as_tables, agent=agent, cells=len(frames), codes=words(flags), num_actions=env.num_actions)
@@ -103,9 +103,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     runs = []
     for seed in args.seeds:
         seeded = replace(flags, seed=seed)
-        runs.append(
-            jax.device_get(run(deep_spi.init_state(seeded, gridworld.make_cells(deep_spi, seeded)[0], agent, optimizer)))
-        )
+        runs.append(jax.device_get(run(deep_spi.init_state(seeded, gridworld.make_cells(seeded)[0], agent, optimizer))))
     metrics, tables = jax.tree.map(lambda *xs: np.stack(xs), *runs)
     return metrics, tables, flags, env
 

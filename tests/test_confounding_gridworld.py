@@ -265,7 +265,7 @@ def test_benchmark_trains_as_the_script_does():
     )
     args = script.Args(env_id=ENV_ID, latent="categorical", num_categories=4, num_classes=4, **small)
     env = script.make_env(args)
-    cells, pictures = benchmark.make_cells(script, args)
+    cells, pictures = benchmark.make_cells(args)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     short_cut = agent._replace(encoder=benchmark.OncePerCell(agent.encoder, pictures))
     results = []

@@ -12,7 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import deep_spi
 import dream_spi
-from envs.confounding_gridworld import RIGHT, build_model, policy_value
+from envs.confounding_gridworld import RIGHT, build_model, optimal_value, policy_value
+from networks.architectures import ActorCritic
 from networks.discriminator import TotalVariationCritic, WassersteinCritic
 from tests.probes import CueEnv
 from tests.test_algorithms import Identity
@@ -93,6 +94,36 @@ def test_exact_critics_see_no_advantage_on_average():
     for cell in np.unique(cells):
         of = advantages[cells == cell]
         assert abs(of.mean()) <= 4 * of.std() / len(of) ** 0.5 + 1e-3, cell
+
+
+def test_learns_the_optimum_in_dreams_of_the_true_model():
+    """Actor and critic from scratch, in dreams of 8 steps that start in all cells."""
+    model, _, agent, params = known_world(lambda value: 0.0 * value)
+    args = dream_spi.Args(num_envs=64, total_timesteps=512 * 120, latent="categorical", heads_learning_rate=5e-4)
+    actor_critic = ActorCritic(4, (64,))
+    agent = agent._replace(encoder=Identity(), actor_critic=actor_critic)
+    cells, alive = jnp.eye(16)[:, None], jnp.asarray(np.flatnonzero(~model.terminal))
+    params = params._replace(encoder={}, actor_critic=actor_critic.init(jax.random.key(0), cells))
+    optimizers = dream_spi.make_optimizers(args)
+    opt_state = dream_spi.Optimizers(*(optimizer.init(params) for optimizer in optimizers))
+    state = dream_spi.TrainState(params, opt_state, None, None, None, None, jnp.zeros((), jnp.int32))
+
+    @jax.jit
+    def iteration(state, key):
+        cell_key, key = jax.random.split(key)
+        obs = cells[jax.random.choice(cell_key, alive, (9, 64))]
+        steps = deep_spi.Rollout(obs, *[None] * 6, jnp.ones((8, 64), bool), None)
+        state, _ = dream_spi.update_heads(state, steps, key, agent, optimizers, args)
+        return state._replace(iteration=state.iteration + 1)
+
+    for k in range(120):
+        state = iteration(state, jax.random.key(k))
+    logits, value = actor_critic.apply(state.params.actor_critic, cells)
+    reached = policy_value(model, nn.softmax(logits), GAMMA)
+    best = optimal_value(model, GAMMA)
+    assert best[model.start] > 8.0
+    assert reached[model.start] > 0.98 * best[model.start]
+    assert_allclose(value[alive], reached[alive], atol=0.5)
 
 
 def test_dream_advantages_by_hand():
