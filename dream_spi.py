@@ -38,7 +38,7 @@ from utils.world_model import make_end_predictor
 @dataclass
 class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
     """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
-    `clip_vloss` and `drift_formulation` shape the loss on real data alone."""
+    `drift_formulation` shapes the loss on real data alone."""
 
     learning_rate: float = 2e-4
     """learning rate of AdamW for encoder and world model"""
@@ -271,8 +271,12 @@ def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> t
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
     entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
-    error = value - batch.value - batch.advantage
-    value_loss = mean(smooth_l1_loss(error) if args.use_huber else 0.5 * error**2)
+    value_error = smooth_l1_loss if args.use_huber else lambda error: 0.5 * error**2
+    value_losses = value_error(value - batch.value - batch.advantage)
+    if args.clip_vloss:
+        change = jnp.clip(value - batch.value, -args.clip_coef, args.clip_coef)
+        value_losses = jnp.maximum(value_losses, value_error(change - batch.advantage))
+    value_loss = mean(value_losses)
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
     return loss, {
         "dreams/policy_loss": policy_loss,

@@ -147,7 +147,7 @@ class Heads(nn.Module):
 
 
 def test_heads_loss_by_hand():
-    args = dream_spi.Args(norm_adv=False, clip_coef=0.2)
+    args = dream_spi.Args(norm_adv=False, clip_coef=0.2, clip_vloss=False)
     batch = dream_spi.HeadsBatch(
         z=jnp.array([[0.0, 0.5], [np.log(3.0), 0.0], [7.0, 7.0]]), action=jnp.array([0, 1, 0]),
         log_prob=jnp.log(jnp.array([0.4, 0.25, 0.5])), value=jnp.array([0.5, 0.0, 3.0]), advantage=jnp.array([2.0, -1.0, 9.0]),
@@ -164,6 +164,15 @@ def test_heads_loss_by_hand():
     assert_allclose(metrics["dreams/entropy"], entropy, rtol=1e-5)
     assert_allclose(metrics["dreams/value_loss"], value_loss, rtol=1e-5)
     assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * value_loss, rtol=1e-5)
+    # a value that has moved from 0.5 to 0.9, by more than 0.2, towards a target of 2.5: as if it were at 0.7
+    batch = batch._replace(z=batch.z.at[0, 1].set(0.9))
+    for flags, first, second in (
+        ({"clip_vloss": True}, 0.5 * 1.8**2, 0.5),
+        ({"use_huber": True}, 1.6 - 0.5, 0.5),
+        ({"clip_vloss": True, "use_huber": True}, 1.8 - 0.5, 0.5),
+    ):
+        _, metrics = dream_spi.heads_loss(params, batch, agent, replace(args, **flags))
+        assert_allclose(metrics["dreams/value_loss"], (first + 0.5 * second) / 1.5, rtol=1e-5)
 
 
 def dream_setup(**flags):
