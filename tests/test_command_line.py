@@ -211,6 +211,9 @@ def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
     watchdog.cancel()
     time.sleep(1)  # well within some iteration
     process.send_signal(signal.SIGINT)
+    said = iter(process.stdout.readline, "")
+    assert any(line.startswith("stopping") for line in said), process.stderr.read()
+    process.send_signal(signal.SIGINT)  # an impatient second one
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == "" and "stopped after" in out and "tensorboard --logdir" in out

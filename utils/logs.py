@@ -5,7 +5,9 @@ import dataclasses
 import errno
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +74,10 @@ class Logger:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        # a second Ctrl-C must not cut short what follows (whoever runs a script through uv may send two with one key)
+        heeding = (
+            signal.signal(signal.SIGINT, signal.SIG_IGN) if threading.current_thread() is threading.main_thread() else None
+        )
         try:
             if kind is KeyboardInterrupt:
                 self._say("stopping after this update ...")
@@ -82,6 +88,8 @@ class Logger:
                 jax.effects_barrier()
         finally:
             self._close(failed=kind is not None)
+            if heeding is not None:
+                signal.signal(signal.SIGINT, heeding)
 
     def _close(self, failed: bool) -> None:
         self.bar.close()

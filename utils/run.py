@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def run_script(main: Callable, args_type: type) -> None:
             raise
         sys.exit(_fail("out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches", 1))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough
         sys.exit(130)
 
 
