@@ -175,7 +175,7 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
     return Params(*params, end=end, discriminator=discriminator)
 
 
-def make_optimizers(args: Args) -> Optimizers:
+def make_optimizer(args: Args) -> Optimizers:
     """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
     in the updates, which know how far the run is."""
     adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
@@ -455,7 +455,7 @@ def main(args: Args) -> None:
     env = make_env(args)
     replay.check_memory(env.obs_spec, env.num_actions, args)
     agent = make_agent(args, env.num_actions)
-    optimizers = make_optimizers(args)
+    optimizers = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
     prefill = jit(partial(prefill_iteration, env=env, agent=agent, args=args))
     train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))

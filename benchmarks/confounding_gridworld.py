@@ -127,8 +127,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     script, flags = SCRIPTS[name], script_args(name, args)
     script.check(flags)
     env, frames = make_cells(flags)
-    make_optimizer = script.make_optimizers if name == "DreamSPI" else script.make_optimizer
-    agent, optimizer = script.make_agent(flags, env.num_actions), make_optimizer(flags)
+    agent, optimizer = script.make_agent(flags, env.num_actions), script.make_optimizer(flags)
     agent = agent._replace(encoder=OncePerCell(agent.encoder, frames))
     steps_per_iteration = flags.num_envs * flags.num_steps
     row = np.cumsum(~env.model.terminal) - 1  # of each cell in the policy matrix

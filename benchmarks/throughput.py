@@ -115,8 +115,7 @@ class Setting:
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
         self.counted = name != "dream_spi" and not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
-        make_optimizer = module.make_optimizers if name == "dream_spi" else module.make_optimizer
-        agent, optimizer = module.make_agent(self.args, self.env.num_actions), make_optimizer(self.args)
+        agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
         iterate = lambda state: module.train_iteration(state, self.env, agent, optimizer, self.args)  # noqa: E731
         iteration = jax.jit(iterate, donate_argnums=0)

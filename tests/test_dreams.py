@@ -104,7 +104,7 @@ def test_learns_the_optimum_in_dreams_of_the_true_model():
     agent = agent._replace(encoder=Identity(), actor_critic=actor_critic)
     cells, alive = jnp.eye(16)[:, None], jnp.asarray(np.flatnonzero(~model.terminal))
     params = params._replace(encoder={}, actor_critic=actor_critic.init(jax.random.key(0), cells))
-    optimizers = dream_spi.make_optimizers(args)
+    optimizers = dream_spi.make_optimizer(args)
     opt_state = dream_spi.Optimizers(*(optimizer.init(params) for optimizer in optimizers))
     state = dream_spi.TrainState(params, opt_state, None, None, None, None, jnp.zeros((), jnp.int32))
 
@@ -182,7 +182,7 @@ def dream_setup(**flags):
     )
     dream_spi.check(args)
     env = CueEnv(16)
-    agent, optimizers = dream_spi.make_agent(args, env.num_actions), dream_spi.make_optimizers(args)
+    agent, optimizers = dream_spi.make_agent(args, env.num_actions), dream_spi.make_optimizer(args)
     return args, env, agent, optimizers, dream_spi.init_state(args, env, agent, optimizers)
 
 
@@ -246,7 +246,7 @@ def sharpened(args, agent, z, next_z, predicted, steps):
     agent = agent._replace(encoder=Given(jnp.concatenate([z, next_z])), transition=Given(predicted))
     critic = agent.discriminator.init(jax.random.key(0), z[:1], jnp.zeros(1, jnp.int32), z[:1])
     params = dream_spi.Params({}, {}, {}, {}, {}, critic)
-    optimizers = dream_spi.make_optimizers(args)
+    optimizers = dream_spi.make_optimizer(args)
     opt_state = dream_spi.Optimizers(*(optimizer.init(params) for optimizer in optimizers))
     n = len(z)
     batch = deep_spi.Minibatch(None, jnp.arange(n) % 2, None, None, None, None, None, jnp.ones(n, bool))

@@ -200,7 +200,7 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     args = dream_spi.Args(**flags, **SMALL, transition_loss_coef=1.0, reward_loss_coef=1.0)
     env = CueEnv(8)
     agent = dream_spi.make_agent(args, env.num_actions)
-    state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizers(args))
+    state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
     _, steps = deep_spi.rollout(state, jax.random.key(0), env, agent, args)
     advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
     fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)

@@ -34,9 +34,9 @@ def check_discriminator(args: Any) -> None:
     """
     if not args.wasserstein_discriminator:
         return refuse_unread(args, ("discriminator_steps", "discriminator_learning_rate"), "--wasserstein-discriminator")
-    refuse_unread(args, ("categorical_cost", "w_balancing"), "the usual distances, without --wasserstein-discriminator")
     # relaxed samples are never one-hot, as real codes are: all would be told apart, whatever the model
-    refuse_unread(args, ("use_gumbel_softmax",), "the usual distances, without --wasserstein-discriminator")
+    unread = ("categorical_cost", "w_balancing", "use_gumbel_softmax")
+    refuse_unread(args, unread, "the usual distances, without --wasserstein-discriminator")
     require(args.discriminator_steps > 0, f"--discriminator-steps {args.discriminator_steps}: must be at least 1")
     require(
         args.discriminator_learning_rate > 0,
