@@ -1,10 +1,12 @@
 """Convolutions with one kernel for each action, of which only that of the action taken is computed.
 
-Each sample gathers its action's kernels, and a few batched products do the rest. Computing all A actions to select one would
+Each sample gathers its action's kernels, and a few sums of products do the rest. Computing all A actions to select one would
 cost A times as much, in time and in memory.
-"""
 
-from functools import partial
+The convolutions are grouped, and the groups are the last axis of a map: channel k * GROUPS + g is the k-th of group g. They
+fill a vector register of a CPU, so that tiny products of kernels and pixels need neither batched matrix products, which are
+several times slower there, nor any rearrangement.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,49 +15,57 @@ from jaxtyping import Array, Float, Int
 GROUPS = 16  # of the channels, in the last convolution of the transition
 
 
-def by_group(x: Float[Array, "N h w C"]) -> Float[Array, "N G c hw"]:
-    """Maps in groups, the pixels last: the layout in which products with a kernel of each sample's own are fast.
-
-    Channel k * G + g is the k-th of group g, so that both of a pair that `group_sort` sorted are in the same group.
-    """
-    n, height, width, channels = x.shape
-    return x.reshape(n, height * width, channels // GROUPS, GROUPS).transpose(0, 3, 2, 1)
+def by_group(x: Float[Array, "N h w C"]) -> Float[Array, "N h w c G"]:
+    """Maps in groups. Channels C / 2 apart, which `group_sort` pairs, are in the same group."""
+    return x.reshape(*x.shape[:3], -1, GROUPS)
 
 
-def as_latent(x: Float[Array, "N G o hw"], shape: tuple[int, ...]) -> Float[Array, "N h w C"]:
-    """The inverse of `by_group`, for G * o channels."""
-    # the barrier keeps XLA from computing what made x, or its gradient, anew for every mixture component
-    return jax.lax.optimization_barrier(x).transpose(0, 3, 2, 1).reshape(shape)
-
-
-def shift(x: Float[Array, "N G c hw"], width: int, rows: int, cols: int) -> Float[Array, "N G c hw"]:
+def shift(x: Float[Array, "N h w c G"], rows: int, cols: int) -> Float[Array, "N h w c G"]:
     """The maps moved up and to the left, zeros following."""
-    pixels = min(rows * width + cols, x.shape[-1])
-    moved = jnp.pad(x[..., pixels:], ((0, 0), (0, 0), (0, 0), (0, pixels)))
-    return jnp.where(jnp.arange(x.shape[-1]) % width < width - cols, moved, 0.0)
-
-
-def of_action(table: Float[Array, "A *shape"], action: Int[Array, " N"]) -> Float[Array, "N *shape"]:
-    """The entries of the actions. A product, whose gradient is the same on every run; that of indexing adds up in an order
-    which a GPU does not keep."""
-    taken = jax.nn.one_hot(action, table.shape[0], dtype=table.dtype)
-    return jnp.matmul(taken, table.reshape(table.shape[0], -1), precision="highest").reshape(-1, *table.shape[1:])
+    return jnp.pad(x[:, rows:, cols:], ((0, 0), (0, min(rows, x.shape[1])), (0, min(cols, x.shape[2])), (0, 0), (0, 0)))
 
 
 @jax.custom_vjp
-def product(
-    kernels: Float[Array, "A G o c"], x: Float[Array, "N G c hw"], action: Int[Array, " N"]
-) -> Float[Array, "N G o hw"]:
-    """Each sample's maps, group by group, times the kernel of its action."""
-    return kernels[action] @ x
+def of_action(table: Float[Array, "A *shape"], action: Int[Array, " N"]) -> Float[Array, "N *shape"]:
+    """The entries of the actions."""
+    return table[action]
 
 
-def _product_backward(residuals, g):
-    kernels, x, action = residuals
-    # with the kernels transposed first, the product has the layout [m, k] @ [k, n], in which XLA's CPU backend is fast
-    dx = product(kernels.swapaxes(-1, -2), g, action)
-    (dkernels,) = jax.linear_transpose(partial(of_action, action=action), kernels)(jnp.einsum("ngop,ngcp->ngoc", g, x))
-    return dkernels, dx, None
+def _of_action_backward(residuals, g):
+    table, action = residuals
+    # a product is the same on every run; the gradient of indexing adds up in an order which a GPU does not keep
+    taken = jax.nn.one_hot(action, table.shape[0], dtype=g.dtype)
+    return jnp.matmul(taken.T, g.reshape(g.shape[0], -1), precision="highest").reshape(table.shape), None
 
 
-product.defvjp(lambda kernels, x, action: (product(kernels, x, action), (kernels, x, action)), _product_backward)
+of_action.defvjp(lambda table, action: (of_action(table, action), (table, action)), _of_action_backward)
+
+
+@jax.custom_vjp
+def product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N h w o G"]:
+    """The channels of each pixel, group by group, times the kernels of the sample."""
+    kernels, x = kernels[:, None, None], jax.lax.optimization_barrier(x)
+    # the barriers, here and below, keep XLA from computing x, or the result, anew for each of the terms that it enters
+    return jax.lax.optimization_barrier(sum(kernels[..., i, :] * x[:, :, :, None, i] for i in range(x.shape[3])))
+
+
+@jax.custom_vjp
+def outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
+    """The outer products of y's and x's channels, group by group, summed over the pixels."""
+    y, x = jax.lax.optimization_barrier((y, x))
+    total = jnp.zeros((), x.dtype)
+    for i in range(x.shape[1]):  # row by row: XLA is slower on a sum over all pixels at once
+        row = sum(y[:, i, j, :, None] * x[:, i, j, None] for j in range(x.shape[2]))
+        total = jax.lax.optimization_barrier(total + row)
+    return total
+
+
+# each is the gradient of the other, so that gradients of any order are as fast
+product.defvjp(
+    lambda kernels, x: (product(kernels, x), (kernels, x)),
+    lambda residuals, g: (outer_product(g, residuals[1]), product(residuals[0].swapaxes(1, 2), g)),
+)
+outer_product.defvjp(
+    lambda y, x: (outer_product(y, x), (y, x)),
+    lambda residuals, g: (product(g, residuals[1]), product(g.swapaxes(1, 2), residuals[0])),
+)

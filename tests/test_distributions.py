@@ -11,17 +11,18 @@ from scipy import special, stats
 
 from networks.convolution import conv2d
 from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
-from networks.per_action import GROUPS
+from networks.per_action import GROUPS, outer_product, product, shift
 from networks.world_models import lipschitz as certified
 from networks.world_models import unconstrained
 from utils.distributions import (
+    MIN_SCALE,
     Categorical,
     Deterministic,
     Normal,
     average_scale,
     clipped_normal,
+    positive_scale,
     soft_mixture,
-    softplus,
     straight_through,
 )
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
@@ -127,9 +128,9 @@ def test_masked_reductions_by_hand():
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-60, 60))
-def test_softplus(x):
-    assert_allclose(softplus(jnp.float32(x)), np.logaddexp(0, x), atol=2e-7, rtol=1e-6)
-    assert_allclose(jax.grad(softplus)(jnp.float32(x)), 1 / (1 + np.exp(-x)), atol=1e-6)
+def test_positive_scale(x):
+    assert_allclose(positive_scale(jnp.float32(x)), MIN_SCALE + np.logaddexp(0, x), atol=2e-7, rtol=1e-6)
+    assert_allclose(jax.grad(positive_scale)(jnp.float32(x)), 1 / (1 + np.exp(-x)), atol=1e-6)
 
 
 def test_average_scale_and_its_gradient():
@@ -180,14 +181,39 @@ def all_actions_then_select(p, z, action, lipschitz, components):
         hidden = jax.nn.relu(conv2d(z, p["hidden_kernel"], padding="SAME") + p["hidden_bias"])
         logits = hidden.reshape(len(z), -1) @ p["mixture"]["kernel"] + p["mixture"]["bias"]
         weights = jax.nn.softmax(logits.reshape(len(z), num_actions, components))
-        per_map = p["kernels"].reshape(*p["kernels"].shape[:4], 2 * components, -1, p["kernels"].shape[-1])
-        kernels = [per_map[:, :, :, :, m].swapaxes(-1, -2) for m in range(components)]
+        per_map = p["kernels"].reshape(num_actions, 2 * components, -1, 2, 2, 2 * channels // GROUPS, GROUPS)
+        kernels = [per_map[:, m].transpose(0, 2, 3, 5, 4, 1) for m in range(components)]
         share = 1.0
     outputs = []
     for a in range(num_actions):
-        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, :, m].T.reshape(-1) for m, k in enumerate(kernels)]
+        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, m].reshape(-1) for m, k in enumerate(kernels)]
         outputs.append(share * sum(weights[:, a, m, None, None, None] * loc for m, loc in enumerate(locs)))
     return jnp.stack(outputs)[action, jnp.arange(len(z))]
+
+
+def test_products_by_group_and_their_gradients_of_any_order():
+    keys = jax.random.split(KEY, 4)
+    kernels, x, y = (
+        jax.random.normal(k, shape) for k, shape in zip(keys[:3], [(3, 2, 4, 5), (3, 6, 7, 4, 5), (3, 6, 7, 2, 5)], strict=True)
+    )
+    slow = lambda kernels, x: jnp.einsum("nocg,nhwcg->nhwog", kernels, x, precision="highest")  # noqa: E731
+    outer = jnp.einsum("nhwog,nhwcg->nocg", y, x, precision="highest")
+    assert_allclose(product(kernels, x), slow(kernels, x), atol=1e-5)
+    assert_allclose(outer_product(y, x), outer, atol=1e-5)
+
+    def second(f):  # gradients of the norm of gradients
+        gradients = jax.grad(lambda k, x: jnp.sum(jnp.sin(f(k, x))), (0, 1))
+        return jax.grad(lambda k, x: sum(jnp.sum(g**2) for g in gradients(k, x)), (0, 1))(kernels, x)
+
+    for actual, expected in zip(second(product), second(slow), strict=True):
+        assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+def test_shift_by_hand_and_off_the_map():
+    x = jnp.arange(1.0, 5.0).reshape(1, 2, 2, 1, 1)
+    assert_array_equal(shift(x, 0, 1).ravel(), [2, 0, 4, 0])
+    assert_array_equal(shift(x, 1, 0).ravel(), [3, 4, 0, 0])
+    assert_array_equal(shift(x[:, :1, :1], 1, 1).ravel(), [0])
 
 
 @pytest.mark.parametrize("num_actions, lipschitz", [(4, True), pytest.param(18, True, marks=pytest.mark.slow), (4, False)])

@@ -1,7 +1,7 @@
 """The distributions of latents: continuous ones (a point, a normal, a soft mixture of normals) and categorical ones."""
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import flax.struct
 import jax
@@ -87,14 +87,25 @@ class Normal:
         return self.scale * (math.sqrt(2 / math.pi) * jnp.exp(-0.5 * error**2) + error * jax.lax.erf(error / math.sqrt(2)))
 
 
+# log(1 + u) / u for u in [0, 1], lowest degree first: the interpolation at Chebyshev's points, off by 2e-7 at most
+LOG_COEFFICIENTS = (
+    0.99999978, -0.49997175, 0.33271928, -0.24474774, 0.17687477, -0.10685003, 0.04349390, -0.00837115
+)  # fmt: skip
+
+
 @jax.custom_jvp
-def softplus(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """log(1 + e^x), 1-Lipschitz. A third of the time of `jax.nn.softplus`, for an absolute error up to 1e-7."""
+def positive_scale(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """softplus(x) + `MIN_SCALE`, softplus(x) = log(1 + e^x): 1-Lipschitz.
+
+    A polynomial stands for the logarithm, which is most of the work of `jax.nn.softplus`.
+    """
+    u = jnp.exp(-jnp.abs(x))
+    log_over_u = reduce(lambda value, coefficient: value * u + coefficient, reversed(LOG_COEFFICIENTS))
     # the barrier keeps XLA from computing it anew in the gradient, which needs only the result
-    return jax.lax.optimization_barrier(jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(-jnp.abs(x))))
+    return jax.lax.optimization_barrier(jnp.maximum(x, 0.0) + u * log_over_u + MIN_SCALE)
 
 
-softplus.defjvps(lambda tangent, softplus_x, _: tangent * (1.0 - jnp.exp(-softplus_x)))  # the sigmoid of x
+positive_scale.defjvps(lambda tangent, scale, _: tangent * (1.0 - jnp.exp(MIN_SCALE - scale)))  # the sigmoid of x
 
 
 def soft_mixture(
@@ -152,13 +163,19 @@ def _average_scale_backward(axis, residuals, g):
     weights, scale, average = residuals
     # where the average is 0, so is each (w s)^2; one division, not one for each component
     g = jax.lax.optimization_barrier(g / jnp.where(average > 0, average, 1.0))
-    each = [w * _summed_like(g * s**2, w) for w, s in _components(weights, scale, axis)]
-    return jnp.stack(each, axis), jnp.expand_dims(g, axis) * weights**2 * scale
+    g = jnp.expand_dims(g, axis)
+    return weights * _summed_like(g * scale**2, weights), g * weights**2 * scale
 
 
 def _summed_like(x, like):
     """The gradient of broadcasting `like` to the shape of x."""
-    return jnp.sum(x, [i for i in range(x.ndim) if like.shape[i] < x.shape[i]], keepdims=True)
+    axes = [i for i in range(x.ndim) if like.shape[i] < x.shape[i]]
+    if axes:
+        # the shortest axis term by term: XLA's CPU backend reduces slowly, and should find little left to reduce
+        shortest = min(axes, key=lambda i: x.shape[i])
+        terms = (jax.lax.index_in_dim(x, k, shortest) for k in range(x.shape[shortest]))
+        x = jax.lax.optimization_barrier(sum(terms))
+    return jnp.sum(x, axes, keepdims=True)
 
 
 average_scale.defvjp(_average_scale_forward, _average_scale_backward)

@@ -21,8 +21,8 @@ from networks.lipschitz import (
     projection,
     still_init,
 )
-from networks.per_action import GROUPS, as_latent, by_group, of_action, product, shift
-from utils.distributions import MIN_SCALE, Deterministic, Normal, average_scale, softplus
+from networks.per_action import GROUPS, by_group, of_action, product, shift
+from utils.distributions import Deterministic, Normal, average_scale, positive_scale
 
 SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
 
@@ -72,30 +72,30 @@ class Transition(nn.Module):
         h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, GROUPS))
         p = self.param("vertical", still_init, (c, c // 2, num_actions, GROUPS))
         q = self.param("horizontal", still_init, (c, c // 2, num_actions, GROUPS))
-        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
         h, p, q = orthogonal(h), projection(p), projection(q)
-        h = h.transpose(2, 4, 3, 1, 0)  # [A, G, maps, o, c]
-        p, q = p.transpose(2, 3, 0, 1), q.transpose(2, 3, 0, 1)  # [A, G, c, c], symmetric
+        h = h.transpose(2, 3, 1, 0, 4)  # [A, maps, o, c, G]
+        p, q = p.transpose(2, 0, 1, 3), q.transpose(2, 0, 1, 3)  # [A, c, c, G], symmetric
+        taken = partial(of_action, action=action)
         # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
         x = by_group(hidden)
-        x = x + product(q, shift(x, z.shape[2], 0, 1) - x, action)
-        x = x + product(p, shift(x, z.shape[2], 1, 0) - x, action)
+        x = x + product(taken(q), shift(x, 0, 1) - x)
+        x = x + product(taken(p), shift(x, 1, 0) - x)
 
         # the locations enter through their average alone, so their kernels are averaged before the product
         average = partial(jnp.einsum, precision="highest")
-        loc = product(average("agmoc,am->agoc", h[:, :, :components], weights), x, action)
-        loc = loc + of_action(average("agmo,am->ago", bias[:, :, :components], weights), action)[..., None]
+        loc = product(taken(average("amocg,am->aocg", h[:, :components], weights)), x)
+        loc = loc.reshape(z.shape) + taken(average("amc,am->ac", bias[:, :components], weights))[:, None, None]
         if self.density == "deterministic":
-            return Deterministic(self.constant * as_latent(loc, z.shape))
-        scales = product(h[:, :, components:].reshape(num_actions, GROUPS, -1, c), x, action)
-        scales = scales.reshape(*scales.shape[:2], components, o, -1) + of_action(bias[:, :, components:], action)[..., None]
-        scale = average_scale(of_action(weights, action)[:, None, :, None, None], softplus(scales) + MIN_SCALE, axis=2)
-        scale = as_latent(scale, z.shape)
-        return Normal((1 - SCALE_SHARE) * self.constant * as_latent(loc, z.shape), SCALE_SHARE * self.constant * scale, 1.0)
+            return Deterministic(self.constant * loc)
+        scales = product(taken(h[:, components:].reshape(num_actions, -1, c, GROUPS)), x)
+        scales = scales.reshape(*z.shape[:3], components, channels) + taken(bias[:, components:])[:, None, None]
+        scale = average_scale(taken(weights)[:, None, None, :, None], positive_scale(scales), axis=3)
+        return Normal((1 - SCALE_SHARE) * self.constant * loc, SCALE_SHARE * self.constant * scale, 1.0)
 
 
 class Reward(nn.Module):

@@ -4,14 +4,13 @@ Nothing bounds their Lipschitz constants but, where asked for, a penalty on thei
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from networks.architectures import ACTIVATIONS, dense
 from networks.convolution import conv2d
-from networks.per_action import GROUPS, as_latent, by_group, of_action, product, shift
-from utils.distributions import MIN_SCALE, Deterministic, Normal, soft_mixture, softplus
+from networks.per_action import GROUPS, by_group, of_action, product, shift
+from utils.distributions import Deterministic, Normal, positive_scale, soft_mixture
 
 
 class Transition(nn.Module):
@@ -33,23 +32,22 @@ class Transition(nn.Module):
         hidden = ACTIVATIONS[self.activation](conv2d(z, kernel, padding="SAME") + bias)
 
         c, o = 2 * channels // GROUPS, channels // GROUPS
-        per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(1, 2, 5), out_axis=4, batch_axis=(0, 3))
-        kernels = self.param("kernels", per_action, (num_actions, 2, 2, GROUPS, maps * o, c))
-        bias = self.param("bias", nn.initializers.zeros, (num_actions, GROUPS, maps, o))
+        per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=2, out_axis=1, batch_axis=(0, 3))
+        kernels = self.param("kernels", per_action, (num_actions, maps * o, 4 * c, GROUPS))
+        bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
         x = by_group(hidden)
-        taps = [(i, j) for i in (0, 1) for j in (0, 1)]
-        raw = sum(product(kernels[:, i, j], shift(x, z.shape[2], i, j), action) for i, j in taps)
-        raw = raw.reshape(*raw.shape[:2], maps, o, raw.shape[-1]) + of_action(bias, action)[..., None]
+        x = jnp.concatenate([shift(x, i, j) for i in (0, 1) for j in (0, 1)], axis=3)
+        raw = product(of_action(kernels, action), x)
+        raw = raw.reshape(*z.shape[:3], maps, channels) + of_action(bias, action)[:, None, None]
         if self.density == "deterministic":
-            return Deterministic(as_latent(raw[:, :, 0], z.shape))
-        loc, scale = raw[:, :, :components], softplus(raw[:, :, components:]) + MIN_SCALE
+            return Deterministic(raw.reshape(z.shape))
+        loc, scale = raw[:, :, :, :components], positive_scale(raw[:, :, :, components:])
         weights = jnp.ones((1, 1, 1, 1, 1))
         if components > 1:
             logits = dense(num_actions * components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
             logits = jnp.take_along_axis(logits.reshape(-1, num_actions, components), action[:, None, None], 1)
-            weights = nn.softmax(logits).reshape(-1, 1, components, 1, 1)
-        average = soft_mixture(weights, loc, scale, axis=2)
-        return jax.tree.map(lambda x: as_latent(x, z.shape), average)
+            weights = nn.softmax(logits).reshape(-1, 1, 1, components, 1)
+        return soft_mixture(weights, loc, scale, axis=3)
 
 
 class Reward(nn.Module):
