@@ -15,7 +15,8 @@ at most 1. The bound is that of the convolution on the infinite grid; zero paddi
 with projections, so it holds for the padded map too.
 
 The certificates are those of the exact map. What they rest on, the orthogonalisation, is computed in full float32 everywhere;
-the layers are then applied in the platform's default precision, which on recent GPUs rounds each product to about 1e-3.
+their matrix products and convolutions are then computed in the platform's default precision, which on recent GPUs rounds each
+product to about 1e-3.
 
 Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, *batch]`, as `[N, m] @ [m, n]` wants it: rows
 are inputs, columns outputs.

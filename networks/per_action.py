@@ -51,7 +51,7 @@ def product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> F
 
 @jax.custom_vjp
 def outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
-    """The outer products of y's and x's channels, group by group, summed over the pixels."""
+    """The outer products of y's and x's channels, group by group, summed over the pixels (all h * w terms are unrolled)."""
     y, x = jax.lax.optimization_barrier((y, x))
     total = jnp.zeros((), x.dtype)
     for i in range(x.shape[1]):  # row by row: XLA is slower on a sum over all pixels at once
@@ -60,7 +60,7 @@ def outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) ->
     return total
 
 
-# each is the gradient of the other, so that gradients of any order are as fast
+# gradients of each are products of both, so that those of any order are as fast
 product.defvjp(
     lambda kernels, x: (product(kernels, x), (kernels, x)),
     lambda residuals, g: (outer_product(g, residuals[1]), product(residuals[0].swapaxes(1, 2), g)),

@@ -11,7 +11,7 @@ from scipy import special, stats
 
 from networks.convolution import conv2d
 from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
-from networks.per_action import GROUPS, outer_product, product, shift
+from networks.per_action import GROUPS, of_action, outer_product, product, shift
 from networks.world_models import lipschitz as certified
 from networks.world_models import unconstrained
 from utils.distributions import (
@@ -168,33 +168,37 @@ def grouped_conv(hidden, kernel):
 
 
 def all_actions_then_select(p, z, action, lipschitz, components):
-    """The mean of the transition, every action's convolution computed in full, with its kernels written out."""
+    """Location and scale of the transition, every action's convolution computed in full, with its kernels written out."""
     num_actions, channels = p["bias"].shape[0], z.shape[-1]
     if lipschitz:
         hidden = group_sort(LipschitzConv(2 * channels).apply({"params": p["hidden"]}, z))
         h, vertical, horizontal = orthogonal(p["dense"]), projection(p["vertical"]), projection(p["horizontal"])
         weights = jnp.broadcast_to(jax.nn.softmax(p["mixture"])[None], (len(z), num_actions, components))
-        maps = [shifting_kernel(h[..., m, :], vertical, horizontal) for m in range(components)]
+        maps = [shifting_kernel(h[..., m, :], vertical, horizontal) for m in range(2 * components)]
         kernels = [k.transpose(4, 0, 1, 5, 2, 3) for k in maps]  # each [A, 2, 2, G, c, o]
-        share = 0.9  # of K, that of the locations
+        shares = 0.9, 0.1  # of K, those of locations and scales
     else:
         hidden = jax.nn.relu(conv2d(z, p["hidden_kernel"], padding="SAME") + p["hidden_bias"])
         logits = hidden.reshape(len(z), -1) @ p["mixture"]["kernel"] + p["mixture"]["bias"]
         weights = jax.nn.softmax(logits.reshape(len(z), num_actions, components))
         per_map = p["kernels"].reshape(num_actions, 2 * components, -1, 2, 2, 2 * channels // GROUPS, GROUPS)
-        kernels = [per_map[:, m].transpose(0, 2, 3, 5, 4, 1) for m in range(components)]
-        share = 1.0
+        kernels = [per_map[:, m].transpose(0, 2, 3, 5, 4, 1) for m in range(2 * components)]
+        shares = 1.0, 1.0
     outputs = []
     for a in range(num_actions):
-        locs = [grouped_conv(hidden, k[a]) + p["bias"][a, m].reshape(-1) for m, k in enumerate(kernels)]
-        outputs.append(share * sum(weights[:, a, m, None, None, None] * loc for m, loc in enumerate(locs)))
-    return jnp.stack(outputs)[action, jnp.arange(len(z))]
+        maps = jnp.stack([grouped_conv(hidden, k[a]) + p["bias"][a, m] for m, k in enumerate(kernels)])
+        w = weights[:, a].T[:, :, None, None, None]
+        scales = jax.nn.softplus(maps[components:]) + MIN_SCALE
+        outputs.append(
+            jnp.stack([shares[0] * (w * maps[:components]).sum(0), shares[1] * jnp.sqrt(((w * scales) ** 2).sum(0))])
+        )
+    return jnp.stack(outputs)[action, :, jnp.arange(len(z))]
 
 
 def test_products_by_group_and_their_gradients_of_any_order():
-    keys = jax.random.split(KEY, 4)
+    keys = jax.random.split(KEY, 3)
     kernels, x, y = (
-        jax.random.normal(k, shape) for k, shape in zip(keys[:3], [(3, 2, 4, 5), (3, 6, 7, 4, 5), (3, 6, 7, 2, 5)], strict=True)
+        jax.random.normal(k, shape) for k, shape in zip(keys, [(3, 2, 4, 5), (3, 6, 7, 4, 5), (3, 6, 7, 2, 5)], strict=True)
     )
     slow = lambda kernels, x: jnp.einsum("nocg,nhwcg->nhwog", kernels, x, precision="highest")  # noqa: E731
     outer = jnp.einsum("nhwog,nhwcg->nocg", y, x, precision="highest")
@@ -207,6 +211,13 @@ def test_products_by_group_and_their_gradients_of_any_order():
 
     for actual, expected in zip(second(product), second(slow), strict=True):
         assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+def test_entries_of_actions_and_their_gradients_are_those_of_indexing():
+    table, action = jax.random.normal(KEY, (4, 2, 3)), jnp.array([2, 0, 2, 2])  # one repeated, two absent
+    assert_array_equal(of_action(table, action), table[action])
+    f = lambda entries: lambda t: jnp.sum(jnp.sin(entries(t)) * jnp.arange(24.0).reshape(4, 2, 3))  # noqa: E731
+    assert_allclose(jax.grad(f(lambda t: of_action(t, action)))(table), jax.grad(f(lambda t: t[action]))(table), rtol=1e-6)
 
 
 def test_shift_by_hand_and_off_the_map():
@@ -228,9 +239,14 @@ def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actio
     params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
 
     slow = jax.jit(lambda p, z: all_actions_then_select(p, z, action, lipschitz, module.components))
-    fast = jax.jit(lambda p, z: module.apply({"params": p}, z, action).mean())
+
+    @jax.jit
+    def fast(p, z):
+        predicted = module.apply({"params": p}, z, action)
+        return jnp.stack([predicted.loc, predicted.scale], axis=1)
+
     assert_allclose(fast(params, z), slow(params, z), atol=1e-5)
-    g = jax.random.normal(keys[4], z.shape)
+    g = jax.random.normal(keys[4], (len(z), 2, *z.shape[1:]))
     gradient = lambda f: jax.tree.leaves(jax.jit(jax.grad(lambda p, z: jnp.sum(g * f(p, z)), argnums=(0, 1)))(params, z))  # noqa: E731
     for actual, expected in zip(gradient(fast), gradient(slow), strict=True):
         assert_allclose(actual, expected, atol=2e-5 * max(1.0, float(jnp.abs(expected).max())))

@@ -87,7 +87,7 @@ class Normal:
         return self.scale * (math.sqrt(2 / math.pi) * jnp.exp(-0.5 * error**2) + error * jax.lax.erf(error / math.sqrt(2)))
 
 
-# log(1 + u) / u for u in [0, 1], lowest degree first: the interpolation at Chebyshev's points, off by 2e-7 at most
+# log(1 + u) / u for u in [0, 1], lowest degree first: the interpolation at Chebyshev's points, off by 2e-7
 LOG_COEFFICIENTS = (
     0.99999978, -0.49997175, 0.33271928, -0.24474774, 0.17687477, -0.10685003, 0.04349390, -0.00837115
 )  # fmt: skip
@@ -171,7 +171,7 @@ def _summed_like(x, like):
     """The gradient of broadcasting `like` to the shape of x."""
     axes = [i for i in range(x.ndim) if like.shape[i] < x.shape[i]]
     if axes:
-        # the shortest axis term by term: XLA's CPU backend reduces slowly, and should find little left to reduce
+        # the shortest axis term by term, in one loop that vectorises: XLA's CPU backend is slow to reduce, and has less left
         shortest = min(axes, key=lambda i: x.shape[i])
         terms = (jax.lax.index_in_dim(x, k, shortest) for k in range(x.shape[shortest]))
         x = jax.lax.optimization_barrier(sum(terms))
