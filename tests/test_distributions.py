@@ -195,7 +195,7 @@ def all_actions_then_select(p, z, action, lipschitz, components):
     return jnp.stack(outputs)[action, :, jnp.arange(len(z))]
 
 
-def test_products_by_group_and_their_gradients_of_any_order():
+def test_products_by_group_and_their_gradients_up_to_second_order():
     keys = jax.random.split(KEY, 3)
     kernels, x, y = (
         jax.random.normal(k, shape) for k, shape in zip(keys, [(3, 2, 4, 5), (3, 2, 3, 4, 5), (3, 2, 3, 2, 5)], strict=True)
