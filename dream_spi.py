@@ -10,6 +10,9 @@ Read from top to bottom: flags, records, dreaming, advantages, losses, updates, 
 Shapes: T steps x B environments, H steps x M dreams, and N = flattened.
 """
 
+if __name__ == "__main__":
+    pass  # Ctrl-C while the rest is imported leaves no traceback
+
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,15 +27,18 @@ import deep_spi
 from deep_spi import Minibatch, Rollout, compute_gae, gather, minibatch_indices, rollout
 from envs.protocol import Env
 from envs.registry import make_env
-from utils import dream_traces, replay
-from utils.discriminator import DiscriminatorArgs, check_discriminator, make_discriminator, transition_distance
-from utils.dream_traces import DreamTraceArgs, check_dream_traces, trace_dreams
-from utils.logs import Logger
+from networks.discriminator import make_discriminator
+from networks.world_models import make_end_predictor
+from utils.dreams import replay, traces
+from utils.dreams.discriminator import DiscriminatorArgs, transition_distance
+from utils.dreams.replay import ReplayArgs, Replayed, vtrace
+from utils.dreams.traces import DreamTraceArgs, trace_dreams
 from utils.losses import decayed_sums, masked_mean, smooth_l1_loss, weighted_mean
+from utils.metrics import rollout_metrics, summarize
 from utils.occasionally import occasionally
-from utils.replay import ReplayArgs, Replayed, check_replay, vtrace
-from utils.run import refuse_unread, require, run_script
-from utils.world_model import make_end_predictor
+from utils.runs.flags import Count, NotNegative, Positive, refuse_unread, require
+from utils.runs.launch import check_run, run_script
+from utils.runs.logs import Logger
 
 
 @dataclass
@@ -40,22 +46,22 @@ class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
     """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
     `drift_formulation` shapes the loss on real data alone."""
 
-    learning_rate: float = 2e-4
+    learning_rate: Positive = 2e-4
     """learning rate of AdamW for encoder and world model"""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """weight decay of AdamW for encoder and world model"""
-    end_loss_coef: float = 1.0
+    end_loss_coef: NotNegative = 1.0
     """weight of the loss of the predictor of ends"""
     # dreams
-    heads_learning_rate: float = 2.75e-5
+    heads_learning_rate: Positive = 2.75e-5
     """learning rate of Adam for actor and critic"""
     anneal_heads_lr: bool = True
     """lower that learning rate linearly to 0 over the run"""
-    imagination_horizon: int = 8
+    imagination_horizon: Count = 8
     """steps of a dream (H)"""
-    n_imagination_rollouts: int = 1
+    n_imagination_rollouts: Count = 1
     """dreams from each latent of the rollout, one after the other, the policy learning in between"""
-    imagination_epochs: int = 4
+    imagination_epochs: Count = 4
     """passes over the dreams of one such round"""
     soft_done: bool = False
     """dreams never end, but go on with the predicted probability as a weight; otherwise their ends are drawn"""
@@ -66,23 +72,15 @@ class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
     """actor and critic start on real data and move to dreams: the share of their learning rate in dreams rises from 0 to 1 over
     the run, linearly or as 1 - 0.01^progress (besides what --anneal-heads-lr takes off both)"""
 
-
-def check(args: Args) -> None:
-    """Raises UsageError where a flag, or a combination of flags, cannot work."""
-    deep_spi.check(args)
-    for check_helper in (check_replay, check_discriminator, check_dream_traces):
-        check_helper(args)
-    for flag in ("imagination_horizon", "n_imagination_rollouts", "imagination_epochs"):
-        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    require(args.heads_learning_rate > 0, f"--heads-learning-rate {args.heads_learning_rate}: must be positive")
-    for flag in ("weight_decay", "end_loss_coef"):
-        require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
-    require(
-        not (args.dyna_style and args.progressive != "none"),
-        f"--dyna-style: with --progressive {args.progressive} actor and critic learn on real data already; drop one of the two",
-    )
-    needed = "deep_spi.py, whose policy learns on real data alone"
-    refuse_unread(args, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), needed)
+    def check(self) -> None:
+        """Raises UsageError where flags do not go together, or are of no use here."""
+        require(
+            not (self.dyna_style and self.progressive != "none"),
+            f"--dyna-style: with --progressive {self.progressive} actor and critic learn on real data already; drop one of the "
+            "two",
+        )
+        needed = "deep_spi.py, whose policy learns on real data alone"
+        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl", "decoupled_repr"), needed)
 
 
 class Agent(NamedTuple):
@@ -363,7 +361,9 @@ def update_model(
 
     drawn = draws, jax.random.split(loss_key, count)
     (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
-    metrics = deep_spi.summarize(metrics, jnp.ones(count, bool), args) | {"charts/learning_rate": jnp.asarray(rates.model)}
+    metrics = summarize(metrics, jnp.ones(count, bool), args.num_minibatches) | {
+        "charts/learning_rate": jnp.asarray(rates.model)
+    }
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
@@ -418,7 +418,7 @@ def prefill_iteration(state: TrainState, env: Env, agent: Agent, args: Args) -> 
     """A rollout to fill the buffer, and no update."""
     key, rollout_key = jax.random.split(state.key)
     state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
-    metrics = deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+    metrics = rollout_metrics(state.params, steps, advantages, env, agent)
     return state._replace(iteration=state.iteration + 1), metrics
 
 
@@ -431,11 +431,11 @@ def train_iteration(
     state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
     state, dream_metrics = update_heads(state, steps, heads_key, agent, optimizers, args)
-    metrics = metrics | dream_metrics | deep_spi.rollout_metrics(state.params, steps, advantages, env, agent)
+    metrics = metrics | dream_metrics | rollout_metrics(state.params, steps, advantages, env, agent)
     if args.log_dreams:  # of the model that has not learned from this rollout yet
         trace = partial(trace_dreams, old_params, steps, trace_key, agent, args)
         learned = state.iteration - replay.prefill_iterations(args)
-        metrics = metrics | occasionally(learned, args.log_dreams_every, trace, dream_traces.PREFIX)
+        metrics = metrics | occasionally(learned, args.log_dreams_every, trace, traces.PREFIX)
     return state._replace(iteration=state.iteration + 1), metrics
 
 
@@ -451,7 +451,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
 
 def main(args: Args) -> None:
     """Trains, and logs as it goes."""
-    check(args)
+    check_run(args)
     env = make_env(args)
     replay.check_memory(env.obs_spec, env.num_actions, args)
     agent = make_agent(args, env.num_actions)

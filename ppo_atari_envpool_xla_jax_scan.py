@@ -6,9 +6,12 @@ Read from top to bottom: flags, records, rollout, advantages, loss, update, main
 Shapes: T steps x B environments, and N = flattened.
 """
 
+if __name__ == "__main__":
+    pass  # Ctrl-C while the rest is imported leaves no traceback
+
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,11 +21,24 @@ from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
 from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
-from networks.architectures import ActorCritic, Encoder
-from utils.logs import Logger
+from networks.architectures import make_actor_critic, make_encoder
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
-from utils.neighbourhood import backtrack, ratio_metrics
-from utils.run import RunArgs, check_run, refuse_unread, require, run_script
+from utils.metrics import rollout_metrics, summarize
+from utils.neighbourhood import backtrack, gradient_steps, ratio_metrics
+from utils.runs.flags import (
+    Count,
+    InsideUnit,
+    Needs,
+    NotNegative,
+    Positive,
+    RunArgs,
+    Share,
+    Sizes,
+    at_least,
+    check_minibatches,
+)
+from utils.runs.launch import check_run, run_script
+from utils.runs.logs import Logger
 
 
 @dataclass
@@ -30,96 +46,67 @@ class Args(RunArgs):
     """Flags of the algorithm."""
 
     # rollout
-    num_envs: int = 128
+    num_envs: Count = 128
     """environments that step together (B)"""
-    num_steps: int = 8
+    num_steps: Count = 8
     """steps of each environment between two updates (T)"""
     # networks
     latent: Literal["continuous", "categorical"] = "continuous"
     """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
-    num_categories: int = 32
+    num_categories: Annotated[Count, Needs(latent="categorical")] = 32
     """variables of that code"""
-    num_classes: int = 32
+    num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
     """classes of each of them"""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     """activation of encoder, actor and critic"""
-    fc_layers: tuple[int, ...] = (512,)
+    fc_layers: Sizes = (512,)
     """sizes of the dense layers between latent and heads"""
     use_layer_norm: bool = False
     """layer normalisation in those dense layers, before the activation"""
+    decoupled_layers: Annotated[bool, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
+    """actor and critic each have their own dense layers; the encoder is shared"""
     decoupled_repr: bool = False
-    """actor and critic each have their own dense layers (the encoder is always shared)"""
+    """the critic has an encoder of its own, and dense layers of its own after it; nothing is shared"""
     # optimisation
-    learning_rate: float = 2.5e-4
+    learning_rate: Positive = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
-    update_epochs: int = 4
+    update_epochs: Count = 4
     """passes over the rollout in one update"""
-    num_minibatches: int = 4
+    num_minibatches: Count = 4
     """minibatches in each pass"""
     minibatch_by: Literal["env", "transition"] = "env"
     """what is shuffled into minibatches: whole environments (T steps stay together, so that a world model's frames are encoded
     once and not twice), or single transitions (the better choice for few environments and many steps)"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: Positive = 0.5
     """clip the norm of the whole gradient to this"""
     # loss
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """discount"""
-    gae_lambda: float = 0.95
+    gae_lambda: Share = 0.95
     """lambda of generalised advantage estimation"""
     norm_adv: bool = True
     """normalise advantages in each minibatch"""
-    clip_coef: float = 0.1
+    clip_coef: InsideUnit = 0.1
     """eps: the policy may move its ratios to [1 - eps, 1 + eps]"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """clip the change of the value, too, to eps"""
     use_huber: bool = False
     """Huber's loss instead of the square for the value"""
-    ent_coef: float = 0.01
+    ent_coef: NotNegative = 0.01
     """weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: NotNegative = 0.5
     """weight of the value loss"""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
     enforce_neighbourhood: Literal["none", "early_stop", "backtrack"] = "none"
     """hold the ratios of *all* actions within [1 - eps, 1 + eps], which clipping does not: early_stop ends an update once a
     minibatch finds one outside, backtrack moves the parameters back until all in the rollout are inside"""
 
-
-def check(args: Args) -> None:
-    """Raises UsageError where a flag, or a combination of flags, cannot work."""
-    check_run(args)
-    for flag in ("num_envs", "num_steps", "update_epochs", "num_minibatches"):
-        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    require(
-        args.minibatch_by == "env" or args.num_envs * args.num_steps % args.num_minibatches == 0,
-        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {args.num_envs * args.num_steps} transitions do not "
-        f"divide into --num-minibatches {args.num_minibatches}: change one of the three",
-    )
-    require(
-        args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
-        f"--minibatch-by env: --num-envs {args.num_envs} does not divide into --num-minibatches {args.num_minibatches}: "
-        "change one of the two",
-    )
-    require(
-        args.total_timesteps >= args.num_envs * args.num_steps,
-        f"--total-timesteps {args.total_timesteps}: less than one rollout of --num-envs {args.num_envs} x --num-steps "
-        f"{args.num_steps}: ask for at least {args.num_envs * args.num_steps}",
-    )
-    for flag in ("ent_coef", "vf_coef"):
-        require(getattr(args, flag) >= 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 0 or more")
-    for flag in ("learning_rate", "max_grad_norm", "target_kl"):
-        value = getattr(args, flag)
-        require(value is None or value > 0, f"--{flag.replace('_', '-')} {value}: must be positive")
-    if args.latent == "continuous":
-        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
-    require(args.num_categories > 0, f"--num-categories {args.num_categories}: must be at least 1")
-    require(args.num_classes > 1, f"--num-classes {args.num_classes}: must be at least 2")
-    for flag in ("gamma", "gae_lambda"):
-        require(0 <= getattr(args, flag) <= 1, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must lie in [0, 1]")
-    require(0 < args.clip_coef < 1, f"--clip-coef {args.clip_coef}: must lie between 0 and 1")
-    require(all(n > 0 for n in args.fc_layers), f"--fc-layers {args.fc_layers}: sizes must be positive")
+    def check(self) -> None:
+        """Raises UsageError where flags do not go together; what stands at each flag is checked already."""
+        check_minibatches(self)
 
 
 class Agent(NamedTuple):
@@ -182,8 +169,8 @@ class TrainState(NamedTuple):
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
     return Agent(
-        encoder=Encoder(args.activation, args.latent, args.num_categories, args.num_classes),
-        actor_critic=ActorCritic(num_actions, args.fc_layers, args.activation, args.use_layer_norm, args.decoupled_repr),
+        encoder=make_encoder(args),
+        actor_critic=make_actor_critic(args, num_actions),
     )
 
 
@@ -193,7 +180,7 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
     z, encoder = agent.encoder.init_with_output(key_of(0), obs[:1])
     return Params(
         encoder=encoder,
-        actor_critic=agent.actor_critic.init(key_of(1), z),
+        actor_critic=agent.actor_critic.init(key_of(1), z, obs[:1]),
     )
 
 
@@ -206,7 +193,7 @@ def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Arg
     """Takes T steps in each environment with the current policy."""
 
     def policy(obs):
-        return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs))
+        return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs), obs)
 
     def step(carry, key):
         env_state, obs = carry
@@ -250,7 +237,7 @@ def loss_fn(
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
     z = agent.encoder.apply(params.encoder, batch.obs[:n])
-    logits, value = agent.actor_critic.apply(params.actor_critic, z)
+    logits, value = agent.actor_critic.apply(params.actor_critic, z, batch.obs[:n])
 
     log_probs = jax.nn.log_softmax(logits)
     # of all actions; a huge masked ratio would turn its masked gradient into NaN
@@ -325,41 +312,21 @@ def update(
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
-    early_stop = args.enforce_neighbourhood == "early_stop"
-
-    def learn(params, opt_state, first, env, key):
-        batch = gather(steps, advantages, first, env, args)
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
-        updates, new_opt_state = optimizer.update(grads, opt_state, params)
-        learned = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates)), new_opt_state
-        if early_stop:  # the steps before may have gone too far: then not one more
-            left = metrics["spi/outside_fraction"] > 0
-            learned = jax.tree.map(partial(jnp.where, left), (params, opt_state), learned)
-        return *learned, metrics
 
     def minibatch_step(carry, minibatch):
-        stopped = carry[2]
-        if args.target_kl is None and not early_stop:
-            params, opt_state, metrics = learn(*carry[:2], *minibatch)
-            return (params, opt_state, stopped), (metrics, ~stopped)
-        shapes = jax.eval_shape(learn, *carry[:2], *minibatch)
-        skip = lambda params, opt_state, *_: (  # noqa: E731
-            params, opt_state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[2])
-        )  # fmt: skip
-        params, opt_state, metrics = jax.lax.cond(stopped, skip, learn, *carry[:2], *minibatch)
-        stop = stopped
-        if args.target_kl is not None:
-            stop = stop | (metrics["losses/approx_kl"] > args.target_kl)
-        if early_stop:
-            stop = stop | (metrics["spi/outside_fraction"] > 0)
-        return (params, opt_state, stop), (metrics, ~stopped)
+        params, opt_state = carry
+        first, env, key = minibatch
+        batch = gather(steps, advantages, first, env, args)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates))
+        return (params, opt_state), metrics
 
     shuffle_key, loss_key = jax.random.split(key)
     first, env = minibatch_indices(shuffle_key, args)
-    keys = jax.random.split(loss_key, first.shape[0])
-    carry = (state.params, state.opt_state, jnp.zeros((), bool))
-    (params, opt_state, _), (metrics, ran) = jax.lax.scan(minibatch_step, carry, (first, env, keys))
-    metrics = summarize(metrics, ran, args) | {"charts/learning_rate": jnp.asarray(learning_rate)}
+    minibatches = first, env, jax.random.split(loss_key, first.shape[0])
+    (params, opt_state), metrics, ran = gradient_steps(minibatch_step, (state.params, state.opt_state), minibatches, args)
+    metrics = summarize(metrics, ran, args.num_minibatches) | {"charts/learning_rate": jnp.asarray(learning_rate)}
     if args.enforce_neighbourhood == "backtrack":
         moved = partial(policy_change, steps=steps, agent=agent)
         # a step of the encoder may flip a code however small it is: then let the others move without it
@@ -373,43 +340,11 @@ def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, 
     """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
 
     def log_probs(obs):  # a step at a time, as in the rollout: so that what has not changed is not rounded differently
-        logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
+        logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
 
     log_probs = jax.lax.map(log_probs, steps.obs[:-1])
     return jnp.where(steps.valid[..., None], log_probs - steps.log_probs, 0.0)
-
-
-def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], args: Args) -> dict[str, Scalar]:
-    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios to
-    what they were in the last `num_minibatches`, each measured before its own gradient step."""
-    last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - args.num_minibatches)
-    reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
-    return reduced | {
-        "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
-        "spi/ratio_min": jnp.min(jnp.where(last, metrics["spi/ratio_min"], jnp.inf)),
-        "spi/outside_fraction": masked_mean(metrics["spi/outside_fraction"], last),
-    }
-
-
-def rollout_metrics(
-    params: Params, steps: Rollout, advantages: Float[Array, "T B"], env: Env, agent: Agent
-) -> dict[str, Scalar]:
-    """What to log of a rollout, and of the policy that has learned from it where it is known exactly."""
-
-    def policy(obs):
-        z = agent.encoder.apply(params.encoder, obs)
-        return z, nn.softmax(agent.actor_critic.apply(params.actor_critic, z)[0])
-
-    mean = partial(masked_mean, valid=steps.valid)
-    target = advantages + steps.value[:-1]
-    episode = steps.episode
-    return env.exact_metrics(policy) | {
-        "losses/explained_variance": 1 - mean((advantages - mean(advantages)) ** 2) / mean((target - mean(target)) ** 2),
-        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
-        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
-        "episodes": jnp.sum(episode.finished),
-    }
 
 
 def train_iteration(
@@ -433,7 +368,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
 
 def main(args: Args) -> None:
     """Trains, and logs as it goes."""
-    check(args)
+    check_run(args)
     env = make_env(args)
     agent = make_agent(args, env.num_actions)
     optimizer = make_optimizer(args)

@@ -44,7 +44,8 @@ from envs.confounding_gridworld import (  # noqa: E402
     policy_value,
 )
 from envs.registry import make_env  # noqa: E402
-from utils.run import UsageError, describe_device, refuse_unread, require  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, refuse_unread, require  # noqa: E402
+from utils.runs.launch import describe_device  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -125,7 +126,7 @@ def make_cells(args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84
 def train(name: str, args: Args) -> dict[str, np.ndarray]:
     """Trains from every seed. Returns metrics of every iteration, [seeds, iterations], and the steps after each."""
     script, flags = SCRIPTS[name], script_args(name, args)
-    script.check(flags)
+    check_flags(flags)
     env, frames = make_cells(flags)
     agent, optimizer = script.make_agent(flags, env.num_actions), script.make_optimizer(flags)
     agent = agent._replace(encoder=OncePerCell(agent.encoder, frames))

@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import deep_spi  # noqa: E402
 from benchmarks import confounding_gridworld as gridworld  # noqa: E402
-from utils.guarantees import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
-from utils.run import UsageError, describe_device, require  # noqa: E402
-from utils.tabular import (  # noqa: E402
+from utils.guarantees.bounds import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
+from utils.guarantees.tabular import (  # noqa: E402
     Tables,
     difference_terms,
     episode_length,
@@ -38,6 +37,8 @@ from utils.tabular import (  # noqa: E402
     total_variation,
     visits,
 )
+from utils.runs.flags import UsageError, check_flags, require  # noqa: E402
+from utils.runs.launch import describe_device  # noqa: E402
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -84,7 +85,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     """Trains from every seed. Returns metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
     setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
     flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighbourhood=mode)
-    deep_spi.check(flags)
+    check_flags(flags)
     env, frames = gridworld.make_cells(flags)
     agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
     agent = agent._replace(encoder=gridworld.OncePerCell(agent.encoder, frames))

@@ -35,7 +35,8 @@ import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.atari import make_pool  # noqa: E402
-from utils.run import describe_device  # noqa: E402
+from utils.runs.flags import check_flags  # noqa: E402
+from utils.runs.launch import describe_device  # noqa: E402
 
 MATRIX = 4096
 SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi, "dream_spi": dream_spi}
@@ -110,7 +111,7 @@ class Setting:
     def __init__(self, name: str, **flags):
         module = SCRIPTS[name]
         self.args = module.Args(**flags)
-        module.check(self.args)
+        check_flags(self.args)
         self.env = make_pool(self.args.env_id, self.args.num_envs, self.args.seed)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))

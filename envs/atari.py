@@ -1,12 +1,13 @@
 """envpool's environments (Atari, and the small classic ones that tests use) as pure, jittable steps."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import envpool
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Int, UInt8
 
 from envs.protocol import EpisodeStats, Timestep
@@ -30,7 +31,8 @@ def env_seeds(seed: int, num_envs: int) -> list[int]:
 
 
 class PoolState(NamedTuple):
-    """`handle` orders the calls to the pool: whoever drops or reuses an old one gets wrong results, not an error."""
+    """`handle` orders the calls to the pool: whoever drops or reuses an old one gets wrong results, not an error. (Calls
+    through Python order themselves; there it stands for nothing.)"""
 
     handle: UInt8[Array, " 8"]
     over: Bool[Array, " B"]  # the last observation ended an episode (for the agent: a lost life counts)
@@ -42,21 +44,61 @@ class Pool:
 
     One pool serves one program: its address is compiled into whatever jits `step`. The emulators' state lives in the pool,
     so it can be neither copied nor saved.
+
+    Args:
+        env_id, num_envs, seed: as for `make_pool`.
+        reward_range: of the rewards that it returns.
+        stepping: `xla` steps the pool within the compiled program, by envpool's own operation, which it offers on Linux alone;
+            `callback` leaves the program for Python at every step, in order; `auto` takes the first where there is it. Both
+            return the same.
+        options: of envpool's.
+
+    Raises:
+        RuntimeError: `xla` is asked for, and envpool has none on this system.
     """
 
-    def __init__(self, env_id: str, num_envs: int, seed: int, reward_range: tuple[float, float], **options):
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        seed: int,
+        reward_range: tuple[float, float],
+        stepping: Literal["auto", "xla", "callback"] = "auto",
+        **options,
+    ):
         self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
         self.num_envs, self.reward_range = num_envs, reward_range
         self.num_actions = int(self.pool.action_space.n)
         obs = self.pool.spec.state_array_spec["obs"]  # a Gymnasium space would warn of its bounds
         self.obs_spec = jax.ShapeDtypeStruct(tuple(obs.shape), obs.dtype)
-        self.handle, _, _, self._step = self.pool.xla()
+        # what `step` reads of what only Atari tells
+        told = {"reward": np.float32, "terminated": np.int32} if "info:terminated" in self.pool.spec.state_array_spec else {}
+        self._info = {name: jax.ShapeDtypeStruct((), dtype) for name, dtype in told.items()}
+        self.handle, self._step = np.zeros(8, np.uint8), self._callback_step
+        if stepping != "callback":
+            try:
+                self.handle, _, _, self._step = self.pool.xla()
+            except RuntimeError:  # macOS, Windows
+                if stepping == "xla":
+                    raise
 
     def reset(self) -> tuple[PoolState, Array]:
         """Starts every environment anew and returns the state to thread through `step` and the first observations."""
         obs, _ = self.pool.reset()
         state = PoolState(jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), EpisodeStats.zeros(self.num_envs))
         return state, jnp.asarray(obs)
+
+    def _callback_step(self, handle: UInt8[Array, " 8"], action: Int[Array, " B"]) -> tuple[Array, tuple]:
+        """What envpool's own operation returns: the handle, and the observation, reward, flags and info of Gymnasium."""
+
+        def step(action):
+            *returned, info = self.pool.step(np.asarray(action))
+            return (*returned, {name: info[name] for name in self._info})
+
+        batch = lambda spec: jax.ShapeDtypeStruct((self.num_envs, *spec.shape), spec.dtype)  # noqa: E731
+        number, flag = jax.ShapeDtypeStruct((), np.float32), jax.ShapeDtypeStruct((), bool)
+        returned = jax.tree.map(batch, (self.obs_spec, number, flag, flag, self._info))
+        return handle, io_callback(step, returned, action, ordered=True)
 
     def step(self, state: PoolState, action: Int[Array, " B"]) -> tuple[PoolState, Timestep]:
         """One step of every environment; see `envs.protocol.Timestep`."""
@@ -75,7 +117,14 @@ class Pool:
         return {}
 
 
-def make_pool(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, stochastic: bool = False) -> Pool:
+def make_pool(
+    env_id: str,
+    num_envs: int,
+    seed: int,
+    reward_clip: bool = True,
+    stochastic: bool = False,
+    stepping: Literal["auto", "xla", "callback"] = "auto",
+) -> Pool:
     """A pool of environments.
 
     Args:
@@ -85,14 +134,16 @@ def make_pool(env_id: str, num_envs: int, seed: int, reward_clip: bool = True, s
         reward_clip: train on the sign of Atari's rewards.
         stochastic: Atari's stochastic protocol: the last action is repeated with probability 0.3, and up to 60 no-ops
             start a game (instead of 0 and 30).
+        stepping: see `Pool`.
 
     Raises:
         ValueError: the id is not known.
+        RuntimeError: as `Pool`.
     """
     if env_id in CLASSIC:
-        return Pool(env_id, num_envs, seed, CLASSIC[env_id])
+        return Pool(env_id, num_envs, seed, CLASSIC[env_id], stepping)
     if env_id not in atari_ids():
         raise ValueError(f"unknown environment {env_id!r}")
     protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
     reward_range = (-1.0, 1.0) if reward_clip else (-np.inf, np.inf)
-    return Pool(env_id, num_envs, seed, reward_range, episodic_life=True, reward_clip=reward_clip, **protocol)
+    return Pool(env_id, num_envs, seed, reward_range, stepping, episodic_life=True, reward_clip=reward_clip, **protocol)

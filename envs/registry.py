@@ -27,4 +27,4 @@ def make_env(args: Any) -> Env:
     """The environments that a script's flags ask for."""
     if args.env_id == GRIDWORLD:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
-    return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env)
+    return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env, args.env_step)

@@ -96,44 +96,60 @@ class Hidden(nn.Module):
 class ActorCritic(nn.Module):
     """The latent policy pi(a|z), as logits, and the value V(z).
 
-    The two share their dense layers; with `decoupled` each has its own, so that only the latent is shared.
+    The two share their dense layers. With `own_layers` each has its own, so that only the latent is shared; with `own_encoder`
+    the critic has an encoder too, of that kind, and looks at the observation itself.
     """
 
     num_actions: int
     layers: Sequence[int] = (512,)
     activation: str = "relu"
     layer_norm: bool = False
-    decoupled: bool = False
+    own_layers: bool = False
+    own_encoder: Encoder | None = None
 
     @nn.compact
-    def __call__(self, z: Float[Array, "N *z"]) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
-        x = z.reshape(z.shape[0], -1)
-        hidden = Hidden(self.layers, self.activation, self.layer_norm, name="hidden")(x)
-        if self.decoupled:
-            critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="critic_hidden")(x)
-        else:
-            critic_hidden = hidden
+    def __call__(
+        self, z: Float[Array, "N *z"], obs: Num[Array, "N *obs"] | None = None
+    ) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
+        """Logits and values; the observations are for the critic's own encoder alone."""
+        flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
+        hidden = critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="hidden")(flat(z))
+        if self.own_layers or self.own_encoder is not None:
+            critic_z = z if self.own_encoder is None else self.own_encoder(obs)
+            critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="critic_hidden")(flat(critic_z))
         logits = dense(self.num_actions, 0.01, name="actor")(hidden)
         value = dense(1, 1.0, name="critic")(critic_hidden)
         return logits, jnp.squeeze(value, -1)
 
+    def policy_lipschitz(self, params: Any) -> Float[Array, ""]:
+        """A Lipschitz constant of z -> pi(.|z), from the Euclidean norm to total variation (half the sum of absolute
+        differences).
 
-def policy_lipschitz(actor_critic: ActorCritic, params: Any) -> Float[Array, ""]:
-    """A Lipschitz constant of z -> pi(.|z), from the Euclidean norm to total variation (half the sum of absolute differences).
+        The product of the layers' spectral norms and steepest slopes, for logits; the softmax moves by at most a quarter of how
+        far the difference of two logits does, since for probabilities p and changes v the sum of p_i |v_i - p.v| is at most
+        half of v's range. Layer normalisation has no finite constant: inf.
+        """
+        if self.layer_norm and self.layers:
+            return jnp.asarray(jnp.inf)
+        layers = params["params"]
+        steepness = STEEPEST[self.activation] ** len(self.layers)
+        for i in range(len(self.layers)):
+            kernel = layers["hidden"][f"Dense_{i}"]["kernel"]
+            kernel = kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T
+            gram = jnp.matmul(kernel.T, kernel, precision="highest")
+            steepness = steepness * jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
+        actor = layers["actor"]["kernel"]
+        between = jnp.linalg.norm(actor[:, :, None] - actor[:, None], axis=0)
+        return 0.25 * jnp.max(between) * steepness
 
-    The product of the layers' spectral norms and steepest slopes, for logits; the softmax moves by at most a quarter of how far
-    the difference of two logits does, since for probabilities p and changes v the sum of p_i |v_i - p.v| is at most half of
-    v's range. Layer normalisation has no finite constant: inf.
-    """
-    if actor_critic.layer_norm and actor_critic.layers:
-        return jnp.asarray(jnp.inf)
-    layers = params["params"]
-    steepness = STEEPEST[actor_critic.activation] ** len(actor_critic.layers)
-    for i in range(len(actor_critic.layers)):
-        kernel = layers["hidden"][f"Dense_{i}"]["kernel"]
-        kernel = kernel if kernel.shape[0] >= kernel.shape[1] else kernel.T
-        gram = jnp.matmul(kernel.T, kernel, precision="highest")
-        steepness = steepness * jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
-    actor = layers["actor"]["kernel"]
-    between = jnp.linalg.norm(actor[:, :, None] - actor[:, None], axis=0)
-    return 0.25 * jnp.max(between) * steepness
+
+def make_encoder(args: Any) -> Encoder:
+    """The encoder that the flags ask for."""
+    return Encoder(args.activation, args.latent, args.num_categories, args.num_classes)
+
+
+def make_actor_critic(args: Any, num_actions: int) -> ActorCritic:
+    """The heads that the flags ask for, and the critic's own encoder if they do."""
+    own_encoder = make_encoder(args) if args.decoupled_repr else None
+    layers = args.fc_layers, args.activation, args.use_layer_norm
+    return ActorCritic(num_actions, *layers, own_layers=args.decoupled_layers, own_encoder=own_encoder)

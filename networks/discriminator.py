@@ -1,5 +1,7 @@
 """Critics f(z, a, z') that tell real next latents from predicted ones: their largest mean difference is a distance."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -47,3 +49,10 @@ class TotalVariationCritic(nn.Module):
             x = ACTIVATIONS[self.activation](dense(self.features)(x))
         logits = dense(self.num_actions, 1.0, name="logits")(x)
         return nn.sigmoid(jnp.take_along_axis(logits, action[:, None], axis=1)[:, 0])
+
+
+def make_discriminator(args: Any, num_actions: int) -> nn.Module | None:
+    """The discriminator that the flags ask for, if any."""
+    if not args.wasserstein_discriminator:
+        return None
+    return WassersteinCritic(num_actions) if args.latent == "continuous" else TotalVariationCritic(num_actions, args.activation)

@@ -22,7 +22,7 @@ from tests.probes import CueEnv, PixelCueEnv, random_steps, state_without_env
 from utils.distributions import Deterministic
 
 SCRIPTS = [ppo, deep_spi]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(deep_spi.__file__).parent
 
 
 def column(*values, dtype=jnp.float32):

@@ -16,10 +16,10 @@ import deep_mdp_ppo as deep_mdp
 import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from tests.test_logs import scalars
-from utils.run import run_script
+from tests.event_files import scalars
+from utils.runs.launch import run_script
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(deep_spi.__file__).parent
 SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_mdp_ppo.py", "deep_spi.py", "dream_spi.py"]
 SMALL = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32"]
 

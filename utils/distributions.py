@@ -188,11 +188,11 @@ def straight_through(hard: Float[Array, "*shape"], soft: Float[Array, "*shape"])
 
 @flax.struct.dataclass
 class Categorical:
-    """V independent categorical variables with C classes each; what is drawn is one-hot.
+    """V independent categorical variables with C classes each; what is drawn is one-hot, as codes are.
 
-    Without a `temperature` samples are straight-through: one-hot, with the gradient of the probabilities. With one they are
-    Gumbel-softmax: softmax((log p + Gumbel noise) / temperature), which is not one-hot and has a gradient of its own (Jang
-    et al., 2017; Maddison et al., 2017).
+    Samples are straight-through. Without a `temperature` they have the gradient of the probabilities; with one that of the
+    Gumbel-softmax, softmax((log p + Gumbel noise) / temperature), of the same noise (Jang et al., 2017, section 2.2; Maddison
+    et al., 2017).
     """
 
     logits: Float[Array, "*batch V C"]
@@ -201,10 +201,9 @@ class Categorical:
     def sample(self, key: jax.Array) -> Float[Array, "*batch V C"]:
         """One reparameterised sample."""
         gumbel = jax.random.gumbel(key, self.logits.shape, self.logits.dtype)
-        if self.temperature is not None:
-            return jax.nn.softmax((self.logits + gumbel) / self.temperature)
         drawn = jax.nn.one_hot(jnp.argmax(self.logits + gumbel, axis=-1), self.logits.shape[-1])
-        return straight_through(drawn, self.mean())
+        soft = self.mean() if self.temperature is None else jax.nn.softmax((self.logits + gumbel) / self.temperature)
+        return straight_through(drawn, soft)
 
     def mean(self) -> Float[Array, "*batch V C"]:
         """The probabilities."""

@@ -85,3 +85,40 @@ def backtrack(
         "spi/step_target": way.astype(jnp.float32),
     }
     return params, ratio_metrics(found, valid, eps) | metrics
+
+
+def gradient_steps(
+    step: Callable[[Any, Any], tuple[Any, dict[str, Array]]], carry: Any, minibatches: Any, args: Any
+) -> tuple[Any, dict[str, Float[Array, " K"]], Bool[Array, " K"]]:
+    """Scans a gradient step over an update's K minibatches, and skips the rest of them where the flags ask for that.
+
+    `--target-kl` skips what comes after the minibatch whose approximate KL divergence exceeds it. `early_stop` skips what comes
+    after the minibatch that finds a ratio outside the neighbourhood, and that one's own step: those before have gone too far.
+
+    Args:
+        step: takes the carry (what learns) and a minibatch, and returns the carry and metrics, measured before the step.
+        carry, minibatches: as for `jax.lax.scan`.
+        args: a script's flags.
+
+    Returns:
+        The last carry, the metrics of each minibatch, and which minibatches were not skipped.
+    """
+    early_stop = args.enforce_neighbourhood == "early_stop"
+    if args.target_kl is None and not early_stop:
+        carry, metrics = jax.lax.scan(step, carry, minibatches)
+        return carry, metrics, jnp.ones(jax.tree.leaves(minibatches)[0].shape[0], bool)
+
+    def step_unless_stopped(carry, minibatch):
+        carry, stopped = carry
+        unmeasured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, carry, minibatch)[1])
+        stepped, metrics = jax.lax.cond(stopped, lambda carry, _: (carry, unmeasured), step, carry, minibatch)
+        stop = stopped
+        if args.target_kl is not None:
+            stop = stop | (metrics["losses/approx_kl"] > args.target_kl)
+        if early_stop:
+            left = metrics["spi/outside_fraction"] > 0
+            stepped, stop = jax.tree.map(lambda old, new: jnp.where(left, old, new), carry, stepped), stop | left
+        return (stepped, stop), (metrics, ~stopped)
+
+    (carry, _), (metrics, ran) = jax.lax.scan(step_unless_stopped, (carry, jnp.zeros((), bool)), minibatches)
+    return carry, metrics, ran

@@ -1,4 +1,4 @@
-"""Measurements that are too dear for every update."""
+"""Measurements that not every update makes, because they are too dear, or because there is nothing to measure."""
 
 from collections.abc import Callable
 
@@ -6,12 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-MEASURED = "measured"  # after a prefix: 0 in updates in which nothing with that prefix was measured; not for the log
+MEASURED = ":measured"  # after a name, or the beginning of names: 0 in updates in which they were not measured; not for the log
 
 
 def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, Array]], prefix: str) -> dict[str, Array]:
     """What `measure` returns, under names with the prefix, in iterations 0, `every`, 2 `every`, ...; nothing, at no cost, in
-    the others (see `MEASURED`)."""
+    the others (see `only_measured`)."""
     due = iteration % every == 0
-    unmeasured = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
+    unmeasured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
     return jax.lax.cond(due, measure, lambda: unmeasured) | {prefix + MEASURED: due.astype(jnp.float32)}
+
+
+def only_measured(values: dict[str, Array]) -> dict[str, Array]:
+    """The values, without those that were not measured and without the marks that say so."""
+    missing = tuple(name.removesuffix(MEASURED) for name, value in values.items() if name.endswith(MEASURED) and value == 0)
+    return {name: x for name, x in values.items() if not name.endswith(MEASURED) and not name.startswith(missing)}

@@ -1,20 +1,25 @@
-"""The world model that the flags ask for, and its losses."""
+"""Flags of the world model, and its losses."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from envs.registry import GRIDWORLD
-from networks.world_models import CATEGORICAL, lipschitz, unconstrained
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
-from utils.run import refuse_unread, require
+from utils.runs.flags import Count, Needs, NotNegative, Positive, Share, require
+
+SAMPLED = ("l2", "hamming")  # costs of a sample
+
+CONTINUOUS = Needs("continuous latents", latent="continuous")
+CODES = Needs(latent="categorical")
+PENALISED = Needs(lipschitz_nets=False)
+SAMPLES = Needs("a cost that samples: --categorical-cost l2 or hamming", categorical_cost=SAMPLED)
 
 
 @dataclass
@@ -22,116 +27,49 @@ class WorldModelArgs:
     """Flags of the world model."""
 
     # of continuous latents
-    transition_density: Literal["deterministic", "normal", "mixture_normal"] = "mixture_normal"
+    transition_density: Annotated[Literal["deterministic", "normal", "mixture_normal"], CONTINUOUS] = "mixture_normal"
     """continuous latents: distribution of the next; mixture_normal is the soft mixture, a weighted average of normals"""
-    mixture_components: int = 5
+    mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
     """components of mixture_normal"""
-    lipschitz_nets: bool = True
+    lipschitz_nets: Annotated[bool, CONTINUOUS] = True
     """continuous latents: transition and reward networks that are K-Lipschitz for every value of their parameters; otherwise
     unconstrained ones, with a penalty on their gradients"""
-    lipschitz_constant: float = 1.0
+    lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
     """K of the Lipschitz networks"""
-    lambda_gp: float = 0.01
+    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.01
     """weight of the gradient penalty of unconstrained networks; 0 for none"""
-    use_wgan_gp: bool = False
+    use_wgan_gp: Annotated[bool, CONTINUOUS, PENALISED] = False
     """penalise (gradient norm - 1)^2, not its square: the networks are to have slopes near 1, and not to be flat"""
     # of categorical latents
-    world_model: Literal[*CATEGORICAL] = "fc"
+    world_model: Annotated[Literal["fc", "transformer", "softmoe"], CODES] = "fc"
     """categorical latents: transition network"""
-    categorical_cost: Literal["l2", "cross_entropy", "hamming", "jensen_shannon"] = "l2"
+    categorical_cost: Annotated[Literal["l2", "cross_entropy", "hamming", "jensen_shannon"], CODES] = "l2"
     """categorical latents: distance of the next code from a sampled one (l2, hamming) or from its distribution (the others)"""
-    use_gumbel_softmax: bool = False
-    """categorical latents: relaxed samples (Gumbel-softmax) instead of straight-through ones"""
-    gumbel_temperature: float = 1.0
-    """temperature of those samples"""
+    use_gumbel_softmax: Annotated[bool, CODES, SAMPLES] = False
+    """categorical latents: samples are one-hot with the gradient of the Gumbel-softmax instead of that of the probabilities"""
+    gumbel_temperature: Annotated[Positive, CODES, SAMPLES, Needs(use_gumbel_softmax=True)] = 1.0
+    """temperature of the Gumbel-softmax"""
     # of both
-    w_balancing: float | None = None
+    w_balancing: Share | None = None
     """share of the transition loss's gradient that reaches the prediction, the rest going to the next latent (DreamerV2's
     balancing, with the distance at hand in the place of its KL divergence); by default each gets all of its own"""
     clip_reward_net_output: bool = False
     """squash the output of the reward network to [-1, 1]"""
 
-
-def check_world_model(args: Any) -> None:
-    """Checks the flags of `WorldModelArgs`, given those of the script around them.
-
-    Raises:
-        UsageError: the first mistake found.
-    """
-    unread = partial(refuse_unread, args)
-    categorical = ("world_model", "categorical_cost", "use_gumbel_softmax", "gumbel_temperature")
-    penalty = ("lambda_gp", "use_wgan_gp")
-    if args.latent == "categorical":
-        unread(
-            ("transition_density", "mixture_components", "lipschitz_nets", "lipschitz_constant", *penalty), "continuous latents"
-        )
-        if args.categorical_cost not in SAMPLED:
-            unread(
-                ("use_gumbel_softmax", "gumbel_temperature"), f"a cost that samples: --categorical-cost {' or '.join(SAMPLED)}"
-            )
-        if not args.use_gumbel_softmax:
-            unread(("gumbel_temperature",), "--use-gumbel-softmax")
-    else:
-        unread(categorical, "--latent categorical")
-        if args.transition_density != "mixture_normal":
-            unread(("mixture_components",), "--transition-density mixture_normal")
-        if args.lipschitz_nets:
-            unread(penalty, "--no-lipschitz-nets")
-        else:
-            unread(("lipschitz_constant",), "--lipschitz-nets")
+    def check(self) -> None:
+        """Raises UsageError where these flags do not go together, or not with those of the script around them."""
         require(
-            args.lambda_gp > 0 or not args.use_wgan_gp,
-            f"--lambda-gp {args.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
+            self.lambda_gp > 0 or not self.use_wgan_gp,
+            f"--lambda-gp {self.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
         )
-    require(
-        not args.clip_reward_net_output or args.reward_clip,
-        "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
-    )
-    require(
-        not args.clip_reward_net_output or args.env_id != GRIDWORLD,
-        f"--clip-reward-net-output: cannot predict the rewards of {GRIDWORLD}; leave it out",
-    )
-    require(args.mixture_components > 0, f"--mixture-components {args.mixture_components}: must be at least 1")
-    require(args.lambda_gp >= 0, f"--lambda-gp {args.lambda_gp}: must be 0 or more")
-    for flag in ("lipschitz_constant", "gumbel_temperature"):
-        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
-    require(args.w_balancing is None or 0 <= args.w_balancing <= 1, f"--w-balancing {args.w_balancing}: must lie in [0, 1]")
-
-
-class Squashed(nn.Module):
-    """A reward network with its output squashed to [-1, 1] by tanh, which is 1-Lipschitz."""
-
-    reward: nn.Module
-
-    @nn.compact
-    def __call__(self, z, action):
-        return jnp.tanh(self.reward(z, action))
-
-
-def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]:
-    """Transition network (z, action) -> distribution of z', and reward network (z, action) -> [N]."""
-    if args.latent == "categorical":
-        networks = CATEGORICAL[args.world_model]
-        temperature = args.gumbel_temperature if args.use_gumbel_softmax else None
-        transition = networks.Transition(num_actions, args.activation, temperature)
-        reward = networks.Reward(num_actions, args.activation)
-    elif args.lipschitz_nets:
-        constant = args.lipschitz_constant
-        transition = lipschitz.Transition(num_actions, args.transition_density, args.mixture_components, constant)
-        reward = lipschitz.Reward(num_actions, constant)
-    else:
-        density, components = args.transition_density, args.mixture_components
-        transition = unconstrained.Transition(num_actions, density, components, args.activation)
-        reward = unconstrained.Reward(num_actions, args.activation)
-    return transition, Squashed(reward) if args.clip_reward_net_output else reward
-
-
-def make_end_predictor(args: Any, num_actions: int) -> nn.Module:
-    """Network (z, action) -> [N], the logit of the probability that the step ends the episode. Never certified: an end is a
-    jump."""
-    if args.latent == "categorical":
-        return CATEGORICAL[args.world_model].Reward(num_actions, args.activation)
-    return unconstrained.Reward(num_actions, args.activation)
+        require(
+            not self.clip_reward_net_output or self.reward_clip,
+            "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
+        )
+        require(
+            not self.clip_reward_net_output or self.env_id != GRIDWORLD,
+            f"--clip-reward-net-output: cannot predict the rewards of {GRIDWORLD}; leave it out",
+        )
 
 
 def transition_loss(
@@ -180,8 +118,9 @@ def jensen_shannon(predicted: Categorical, next_z: Float[Array, "N V C"], key: j
     return jensen_shannon_distance(predicted.mean(), next_z)
 
 
-SAMPLED: dict[str, Callable] = {"l2": l2, "hamming": hamming}
-CATEGORICAL_COSTS: dict[str, Callable] = SAMPLED | {"cross_entropy": cross_entropy, "jensen_shannon": jensen_shannon}
+CATEGORICAL_COSTS: dict[str, Callable] = {
+    "l2": l2, "hamming": hamming, "cross_entropy": cross_entropy, "jensen_shannon": jensen_shannon
+}  # fmt: skip
 
 
 def jensen_shannon_distance(

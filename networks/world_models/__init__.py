@@ -1,9 +1,50 @@
 """World models, each in the file of its name: transition (z, action) -> distribution of z', reward (z, action) -> [N].
 
 Another one of categorical latents is a file with `Transition(num_actions, activation, temperature)` and `Reward(num_actions,
-activation)`, and a line here.
+activation)`, a line here, and its name at the flag `--world-model`.
 """
 
-from networks.world_models import fc, softmoe, transformer
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from networks.world_models import fc, lipschitz, softmoe, transformer, unconstrained
 
 CATEGORICAL = {"fc": fc, "transformer": transformer, "softmoe": softmoe}
+
+
+class Squashed(nn.Module):
+    """A reward network with its output squashed to [-1, 1] by tanh, which is 1-Lipschitz."""
+
+    reward: nn.Module
+
+    @nn.compact
+    def __call__(self, z, action):
+        return jnp.tanh(self.reward(z, action))
+
+
+def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]:
+    """The networks that the flags ask for: transition (z, action) -> distribution of z', and reward (z, action) -> [N]."""
+    if args.latent == "categorical":
+        networks = CATEGORICAL[args.world_model]
+        temperature = args.gumbel_temperature if args.use_gumbel_softmax else None
+        transition = networks.Transition(num_actions, args.activation, temperature)
+        reward = networks.Reward(num_actions, args.activation)
+    elif args.lipschitz_nets:
+        constant = args.lipschitz_constant
+        transition = lipschitz.Transition(num_actions, args.transition_density, args.mixture_components, constant)
+        reward = lipschitz.Reward(num_actions, constant)
+    else:
+        density, components = args.transition_density, args.mixture_components
+        transition = unconstrained.Transition(num_actions, density, components, args.activation)
+        reward = unconstrained.Reward(num_actions, args.activation)
+    return transition, Squashed(reward) if args.clip_reward_net_output else reward
+
+
+def make_end_predictor(args: Any, num_actions: int) -> nn.Module:
+    """Network (z, action) -> [N], the logit of the probability that the step ends the episode. Never certified: an end is a
+    jump."""
+    if args.latent == "categorical":
+        return CATEGORICAL[args.world_model].Reward(num_actions, args.activation)
+    return unconstrained.Reward(num_actions, args.activation)

@@ -1,10 +1,7 @@
 """A replay buffer on the device: flashbax's trajectory buffer, the flags that size it, and whether it fits."""
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flashbax
 import jax
@@ -12,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from utils.losses import decayed_sums
-from utils.run import refuse_unread, require
+from utils.runs.flags import Count, Needs, refuse_unread, require
+from utils.runs.memory import free_memory
 
+WANTED = Needs(use_replay_buffer=True)
 KEPT_FREE = 3 * 2**30  # bytes that training itself may need, besides the buffer
 
 
@@ -23,20 +22,50 @@ class ReplayArgs:
 
     use_replay_buffer: bool = False
     """learn on sequences replayed from the device's memory instead of the fresh rollout (dreams still start from that)"""
-    replay_capacity: int = 500_000
+    replay_capacity: Annotated[Count, WANTED] = 500_000
     """environment steps that it holds, the oldest making room (28 KB each on Atari)"""
-    replay_prefill: int = 20_000
+    replay_prefill: Annotated[Count, WANTED] = 20_000
     """environment steps before the first update"""
-    replay_ratio: float = 4.0
+    replay_ratio: Annotated[float, WANTED] = 4.0
     """steps replayed for each new one"""
-    replay_batch_size: int = 64
+    replay_batch_size: Annotated[Count, WANTED] = 64
     """sequences in a minibatch"""
-    replay_length: int = 32
+    replay_length: Annotated[Count, WANTED] = 32
     """steps of a sequence"""
-    off_policy: Literal["vtrace", "clipped_ratio"] = "vtrace"
+    off_policy: Annotated[Literal["vtrace", "clipped_ratio"], WANTED] = "vtrace"
     """how much a transition counts whose action an older policy mu chose: min(1, pi/mu), pi the policy before the update, or
-    with clipped_ratio all of pi/mu, which has no bias and no bound (for a --replay-capacity of a few rollouts). Ratios of the
-    policy that is learned are clipped to that +- eps. Advantages and targets are V-trace's in both"""
+    with clipped_ratio all of pi/mu, which has no bias and no bound (for a --replay-capacity of a few rollouts). Advantages and
+    targets are V-trace's in both"""
+
+    def check(self) -> None:
+        """Raises UsageError where the flags of the buffer do not go together, or not with those of the script around them."""
+        if not self.use_replay_buffer:
+            return
+        refuse_unread(self, ("update_epochs", "minibatch_by"), "the fresh rollout, without --use-replay-buffer")
+        shortest = (self.replay_length + 1) * self.num_envs
+        require(
+            self.replay_prefill >= shortest,
+            f"--replay-prefill {self.replay_prefill}: less than a sequence of --replay-length {self.replay_length} from each "
+            f"of --num-envs {self.num_envs}: ask for at least {shortest}",
+        )
+        least = max(self.replay_prefill, self.num_envs * self.num_steps)
+        require(
+            self.replay_capacity // self.num_envs * self.num_envs >= least,
+            f"--replay-capacity {self.replay_capacity}: must hold --replay-prefill and a rollout, in whole steps of --num-envs "
+            f"{self.num_envs}: ask for at least {-(-least // self.num_envs) * self.num_envs}",
+        )
+        require(
+            self.total_timesteps // (self.num_envs * self.num_steps) > prefill_iterations(self),
+            f"--total-timesteps {self.total_timesteps}: over before --replay-prefill {self.replay_prefill} is; ask for more",
+        )
+        of_one = self.replay_batch_size * self.replay_length / (self.num_envs * self.num_steps)
+        count = max(1, round(self.replay_ratio / of_one))
+        require(
+            abs(count * of_one - self.replay_ratio) < 1e-6 * of_one,
+            f"--replay-ratio {self.replay_ratio:g}: is no whole number of minibatches of --replay-batch-size "
+            f"{self.replay_batch_size} x --replay-length {self.replay_length} for each rollout of "
+            f"{self.num_envs * self.num_steps} steps: the nearest is {count * of_one:g}",
+        )
 
 
 class Replayed(NamedTuple):
@@ -49,44 +78,6 @@ class Replayed(NamedTuple):
     terminated: Bool[Array, "T B"]
     truncated: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
-
-
-def check_replay(args: Any) -> None:
-    """Checks the flags of `ReplayArgs`, given those of the script around them.
-
-    Raises:
-        UsageError: the first mistake found.
-    """
-    if not args.use_replay_buffer:
-        flags = tuple(name for name in ReplayArgs.__dataclass_fields__ if name != "use_replay_buffer")
-        return refuse_unread(args, flags, "--use-replay-buffer")
-    refuse_unread(args, ("update_epochs", "minibatch_by"), "the fresh rollout, without --use-replay-buffer")
-    for flag in ("replay_batch_size", "replay_length"):
-        require(getattr(args, flag) > 0, f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least 1")
-    shortest = (args.replay_length + 1) * args.num_envs
-    require(
-        args.replay_prefill >= shortest,
-        f"--replay-prefill {args.replay_prefill}: less than a sequence of --replay-length {args.replay_length} from each of "
-        f"--num-envs {args.num_envs}: ask for at least {shortest}",
-    )
-    least = max(args.replay_prefill, args.num_envs * args.num_steps)
-    require(
-        args.replay_capacity // args.num_envs * args.num_envs >= least,
-        f"--replay-capacity {args.replay_capacity}: must hold --replay-prefill and a rollout, in whole steps of --num-envs "
-        f"{args.num_envs}: ask for at least {-(-least // args.num_envs) * args.num_envs}",
-    )
-    require(
-        args.total_timesteps // (args.num_envs * args.num_steps) > prefill_iterations(args),
-        f"--total-timesteps {args.total_timesteps}: over before --replay-prefill {args.replay_prefill} is; ask for more",
-    )
-    of_one = args.replay_batch_size * args.replay_length / (args.num_envs * args.num_steps)
-    count = max(1, round(args.replay_ratio / of_one))
-    require(
-        abs(count * of_one - args.replay_ratio) < 1e-6 * of_one,
-        f"--replay-ratio {args.replay_ratio:g}: is no whole number of minibatches of --replay-batch-size "
-        f"{args.replay_batch_size} x --replay-length {args.replay_length} for each rollout of {args.num_envs * args.num_steps} "
-        f"steps: the nearest is {count * of_one:g}",
-    )
 
 
 def prefill_iterations(args: Any) -> int:
@@ -166,22 +157,3 @@ def vtrace(
     going_on = steps.valid & ~(steps.terminated | steps.truncated)
     advantage = decayed_sums(jnp.where(steps.valid, error, 0.0), gamma * gae_lambda * going_on * weight[1:])
     return advantage, value[:-1] + weight[:-1] * advantage
-
-
-def free_memory() -> int:
-    """Bytes that JAX may still allocate on its device, as far as that says: the host's memory where it is the CPU."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        statistics = device.memory_stats() or {}
-        return statistics.get("bytes_limit", 2**62) - statistics.get("bytes_in_use", 0)
-    if Path("/proc/meminfo").exists():
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # the limit of a container; what it has read of files is given up when memory is short
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        limit += int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)[1])
-    except (OSError, ValueError, TypeError):  # none is set, or this is no Linux
-        return free
-    return min(free, limit)

@@ -1,7 +1,7 @@
 """Pictures of dreams: how far the world model, given the actions that were taken, stays with what really happened."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from utils.run import refuse_unread, require
+from utils.runs.flags import Count, Needs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,19 +25,8 @@ class DreamTraceArgs:
     log_dreams: bool = False
     """log figures of dreams beside what really followed, given the same actions: rewards, ends, and the error of the latent,
     over the horizon of a dream, or the rollout if that is shorter"""
-    log_dreams_every: int = 100
+    log_dreams_every: Annotated[Count, Needs(log_dreams=True)] = 100
     """updates from one such figure to the next"""
-
-
-def check_dream_traces(args: Any) -> None:
-    """Checks the flags of `DreamTraceArgs`, given those of the script around them.
-
-    Raises:
-        UsageError: the first mistake found.
-    """
-    if not args.log_dreams:
-        refuse_unread(args, ("log_dreams_every",), "--log-dreams")
-    require(args.log_dreams_every > 0, f"--log-dreams-every {args.log_dreams_every}: must be at least 1")
 
 
 def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any) -> dict[str, Float[Array, "H B"]]:

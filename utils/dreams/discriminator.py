@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from networks.discriminator import TotalVariationCritic, WassersteinCritic
-from utils.run import refuse_unread, require
+from utils.runs.flags import Count, Needs, Positive, refuse_unread
 from utils.world_model import transition_loss
+
+WANTED = Needs(wasserstein_discriminator=True)
 
 
 @dataclass
@@ -20,35 +21,15 @@ class DiscriminatorArgs:
     """measure the transition loss by a discriminator trained to tell real next latents from predicted ones: 1-Wasserstein
     distance for continuous latents, total variation for categorical ones. Both are far smaller than the usual sum over the
     latent, so that --transition-loss-coef wants to be larger"""
-    discriminator_steps: int = 5
+    discriminator_steps: Annotated[Count, WANTED] = 5
     """its gradient steps before each one of the world model"""
-    discriminator_learning_rate: float = 2e-4
+    discriminator_learning_rate: Annotated[Positive, WANTED] = 2e-4
     """its learning rate (Adam), lowered as --anneal-lr says"""
 
-
-def check_discriminator(args: Any) -> None:
-    """Checks the flags of `DiscriminatorArgs`, given those of the script around them.
-
-    Raises:
-        UsageError: the first mistake found.
-    """
-    if not args.wasserstein_discriminator:
-        return refuse_unread(args, ("discriminator_steps", "discriminator_learning_rate"), "--wasserstein-discriminator")
-    # relaxed samples are never one-hot, as real codes are: all would be told apart, whatever the model
-    unread = ("categorical_cost", "w_balancing", "use_gumbel_softmax")
-    refuse_unread(args, unread, "the usual distances, without --wasserstein-discriminator")
-    require(args.discriminator_steps > 0, f"--discriminator-steps {args.discriminator_steps}: must be at least 1")
-    require(
-        args.discriminator_learning_rate > 0,
-        f"--discriminator-learning-rate {args.discriminator_learning_rate}: must be positive",
-    )
-
-
-def make_discriminator(args: Any, num_actions: int) -> nn.Module | None:
-    """The discriminator that the flags ask for, if any."""
-    if not args.wasserstein_discriminator:
-        return None
-    return WassersteinCritic(num_actions) if args.latent == "continuous" else TotalVariationCritic(num_actions, args.activation)
+    def check(self) -> None:
+        """Raises UsageError for flags of distances that it replaces."""
+        if self.wasserstein_discriminator:
+            refuse_unread(self, ("categorical_cost", "w_balancing"), "the usual distances, without --wasserstein-discriminator")
 
 
 def transition_distance(

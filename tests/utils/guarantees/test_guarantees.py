@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from networks.architectures import STEEPEST, ActorCritic, policy_lipschitz
-from tests.random_tables import random_case
-from utils.guarantees import (
+from tests.utils.guarantees.random_tables import random_case
+from utils.guarantees.bounds import (
     aged_bound,
     episodic_bound,
     is_vacuous,
@@ -19,7 +19,7 @@ from utils.guarantees import (
     value_lipschitz,
     value_span,
 )
-from utils.tabular import (
+from utils.guarantees.tabular import (
     Tables,
     difference_terms,
     episode_length,

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import dream_traces, scores
-from utils.logs import Logger
+from utils.dreams import traces
+from utils.runs import scores
+from utils.runs.logs import Logger
 from utils.occasionally import MEASURED
-from utils.run import RunArgs, UsageError, check_run
+from utils.runs.flags import RunArgs, UsageError, check_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(deep_spi.__file__).parent
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
 
 
@@ -65,8 +66,8 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
                 del of["charts/learning_rate"], of["losses/policy_loss"]
             else:
                 value = jnp.full((3, 2), float("nan") if k == 3 else 1.0)
-                of |= {dream_traces.PREFIX + name: value for name in TRACES}
-                of[dream_traces.PREFIX + MEASURED] = jnp.asarray(float(k != 3))
+                of |= {traces.PREFIX + name: value for name in TRACES}
+                of[traces.PREFIX + MEASURED] = jnp.asarray(float(k != 3))
             logger.log(of)
     written = scalars(logger.folder)
     assert [step for step, _ in written["losses/policy_loss"]] == [30, 40, 50]
@@ -78,7 +79,7 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
     assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
         "dreams/outcomes": [30, 50], "dreams/latent_error": [30, 50]
     }  # fmt: skip
-    assert not any(name.startswith(dream_traces.PREFIX) for name in written)
+    assert not any(name.startswith(traces.PREFIX) for name in written)
 
 
 def test_interrupted_run_keeps_its_last_metrics_and_nan_is_said_once(tmp_path, capsys):

@@ -15,13 +15,13 @@ import dream_spi
 from envs.confounding_gridworld import RIGHT, build_model, optimal_value, policy_value
 from networks.architectures import ActorCritic
 from networks.discriminator import TotalVariationCritic, WassersteinCritic
+from tests.networks.test_lipschitz import TOLERANCE, parameter_cases
 from tests.probes import CueEnv
 from tests.test_algorithms import Identity
-from tests.test_lipschitz import TOLERANCE, parameter_cases
-from utils import dream_traces
-from utils.discriminator import transition_distance
 from utils.distributions import Categorical, Deterministic
-from utils.dream_traces import trace_dreams
+from utils.dreams.discriminator import transition_distance
+from utils.dreams.traces import trace_dreams
+from utils.runs.flags import check_flags
 
 GAMMA = 0.99
 
@@ -180,7 +180,7 @@ def dream_setup(**flags):
     args = dream_spi.Args(
         num_envs=16, num_steps=8, total_timesteps=128 * 40, fc_layers=(32,), imagination_horizon=3, **code | flags
     )
-    dream_spi.check(args)
+    check_flags(args)
     env = CueEnv(16)
     agent, optimizers = dream_spi.make_agent(args, env.num_actions), dream_spi.make_optimizer(args)
     return args, env, agent, optimizers, dream_spi.init_state(args, env, agent, optimizers)
@@ -337,7 +337,7 @@ def test_traces_of_dreams_by_hand():
     agent = dream_spi.Agent(Identity(), None, Plus(), FirstOf(), FirstOf(), None)
     params = dream_spi.Params({}, None, {}, {}, {}, None)
     traces = trace_dreams(params, steps, jax.random.key(0), agent, args)
-    of = {name.removeprefix(dream_traces.PREFIX): np.asarray(x) for name, x in traces.items()}
+    of = {name.removeprefix(traces.PREFIX): np.asarray(x) for name, x in traces.items()}
     assert_array_equal(of["alive"], np.array([[1, 1, 1], [1, 0, 0]]).T)
     assert_allclose(of["error"][:, 0], [1, 2, 3])
     assert_allclose(of["no_change"][:, 0], [2, 4, 6])
@@ -347,7 +347,7 @@ def test_traces_of_dreams_by_hand():
     assert_allclose(of["dreamt_end"][:, 0], jax.nn.sigmoid(jnp.array([0.0, 2.0, 2.0])), rtol=1e-6)
     assert_array_equal(of["end"], np.array([[0, 0, 0], [1, 0, 0]]).T)
 
-    figures = dream_traces.draw({name: np.asarray(x) for name, x in traces.items()})
+    figures = traces.draw({name: np.asarray(x) for name, x in traces.items()})
     real, dreamt = figures["dreams/outcomes"].axes[0].lines  # the mean reward of those that live
     assert_allclose(real.get_ydata(), [4, 2, 3])
     assert_allclose(dreamt.get_ydata(), [(0 + 5) / 2, 2, 2])

@@ -1,18 +1,19 @@
 """Measures, while a script trains, the terms of zeta in docs/guarantees.md."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from networks.architectures import policy_lipschitz
-from utils.guarantees import aged_bound, episodic_bound, is_vacuous, local_error, value_lipschitz, value_span
+from utils.guarantees.bounds import aged_bound, episodic_bound, is_vacuous, local_error, value_lipschitz, value_span
 from utils.losses import masked_mean
 from utils.neighbourhood import ratio_metrics
-from utils.run import refuse_unread, require
+from utils.occasionally import occasionally
+from utils.runs.flags import Count, Needs, require
 
 PREFIX = "spi/bound/"  # of all names; inf stands for what is not bounded or not known, and is left out of the log
 
@@ -23,23 +24,34 @@ class MonitorArgs:
 
     monitor_guarantee: bool = False
     """measure the terms of the safe-policy-improvement bound on the fresh rollout, see docs/guarantees.md"""
-    monitor_every: int = 20
+    monitor_every: Annotated[Count, Needs(monitor_guarantee=True)] = 20
     """updates from one such measurement to the next"""
 
+    def check(self) -> None:
+        """Raises UsageError where nothing is bounded."""
+        require(
+            not self.monitor_guarantee or self.gamma < 1,
+            f"--monitor-guarantee: returns are bounded for a --gamma below 1 only, not {self.gamma}",
+        )
 
-def check_monitor(args: Any) -> None:
-    """Checks the flags of `MonitorArgs`, given those of the script around them.
 
-    Raises:
-        UsageError: the first mistake found.
-    """
-    if not args.monitor_guarantee:
-        refuse_unread(args, ("monitor_every",), "--monitor-guarantee")
-    require(args.monitor_every > 0, f"--monitor-every {args.monitor_every}: must be at least 1")
-    require(
-        not args.monitor_guarantee or args.gamma < 1,
-        f"--monitor-guarantee: returns are bounded for a --gamma below 1 only, not {args.gamma}",
-    )
+def monitor_occasionally(
+    state: Any,
+    agent: Any,
+    old: Any,
+    steps: Any,
+    log_ratios: Callable[[], Float[Array, "T B A"]],
+    key: jax.Array,
+    args: Any,
+    reward_range: tuple[float, float],
+) -> dict[str, Array]:
+    """`monitor` after the first update and every `--monitor-every` updates from there. `state` is the script's after the
+    update, `log_ratios` is called where it measures."""
+
+    def measure():
+        return monitor(agent, old, state.params, steps, log_ratios(), key, args, reward_range)
+
+    return occasionally(state.iteration - 1, args.monitor_every, measure, PREFIX)
 
 
 def monitor(
@@ -118,7 +130,7 @@ def model_terms(
     else:
         distance = jnp.linalg.norm((predicted.sample(key) - next_z).reshape(n, -1), axis=-1)
         certified = jnp.asarray(args.lipschitz_constant if args.lipschitz_nets else jnp.inf)
-        policy = policy_lipschitz(agent.actor_critic, params.actor_critic)
+        policy = agent.actor_critic.policy_lipschitz(params.actor_critic)
         k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # as if ends did not depend on z
         constants = {"k_reward": certified, "k_transition": certified, "k_policy": policy, "k_value": k_value}
     going_on = steps.valid & ~(steps.terminated | steps.truncated)

@@ -20,6 +20,7 @@ from networks.architectures import Encoder
 from networks.world_models import softmoe, transformer, unconstrained
 from utils.distributions import Categorical, Normal
 from utils.losses import smooth_l1_loss
+from utils.runs.flags import check_flags
 from utils.world_model import (
     CATEGORICAL_COSTS,
     gradient_penalty,
@@ -228,7 +229,7 @@ def stored_batch(pong):
 @pytest.mark.parametrize("flags", ALL, ids=name)
 def test_losses_fall_on_a_fixed_batch_when_only_the_world_model_learns(flags, stored_batch):
     args = deep_spi.Args(**flags)
-    deep_spi.check(args)
+    check_flags(args)
     z, action, reward, next_z = stored_batch[args.latent]
     transition, reward_network = make_world_model(args, 6)
     params = jax.jit(lambda key: (transition.init(key, z, action), reward_network.init(key, z, action)))(KEY)
@@ -265,7 +266,7 @@ def train_on_pong(script, flags):
     args = script.Args(
         env_id="Pong-v5", num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=48, fc_layers=(32,), **flags
     )
-    script.check(args)
+    check_flags(args)
     env = make_pool(args.env_id, 4, 1)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)

@@ -31,6 +31,7 @@ from envs.confounding_gridworld import (
     optimal_value,
     policy_value,
 )
+from utils.runs.flags import check_flags
 
 GAMMA = 0.99
 
@@ -233,7 +234,7 @@ def test_flags_reach_the_environment():
 def test_scripts_log_the_exact_value_of_their_policy(script):
     code = {"latent": "categorical", "num_categories": 8, "num_classes": 8, "fc_layers": (32,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
-    script.check(args)
+    check_flags(args)
     env = script.make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)

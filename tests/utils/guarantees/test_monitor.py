@@ -15,10 +15,9 @@ import deep_spi
 from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
 from tests.probes import CueEnv
 from utils.distributions import Categorical
-from utils.guarantees import local_error, stepwise_bound, value_span
-from utils.monitor import PREFIX, model_terms, monitor
-from utils.occasionally import MEASURED
-from utils.tabular import (
+from utils.guarantees.bounds import local_error, stepwise_bound, value_span
+from utils.guarantees.monitor import PREFIX, model_terms, monitor
+from utils.guarantees.tabular import (
     difference_terms,
     episode_length,
     errors_over_time,
@@ -27,6 +26,8 @@ from utils.tabular import (
     of_environment,
     total_variation,
 )
+from utils.occasionally import MEASURED
+from utils.runs.flags import check_flags
 
 GAMMA = 0.9
 
@@ -206,7 +207,7 @@ def test_training_is_the_same_with_it_and_only_every_so_often_measured():
 )
 def test_constants_that_are_not_certified_are_infinite(flags, infinite):
     args = deep_spi.Args(num_envs=4, num_steps=3, fc_layers=(16,), **flags)
-    deep_spi.check(replace(args, num_envs=8))
+    check_flags(replace(args, num_envs=8))
     env = CueEnv(4)
     agent = deep_spi.make_agent(args, 3)
     env_state, obs = env.reset()

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.tabular import Tables, fitted_model, total_variation, wasserstein_on_line
+from utils.guarantees.tabular import Tables, fitted_model, total_variation, wasserstein_on_line
 
 
 class Case(NamedTuple):

@@ -17,9 +17,9 @@ import dream_spi
 from envs.atari import make_pool
 from tests.probes import CueEnv, random_steps
 from tests.test_algorithms import column, tiny, tiny_batch
-from utils import replay
-from utils.replay import Replayed, vtrace
-from utils.run import UsageError
+from utils.dreams import replay
+from utils.dreams.replay import Replayed, vtrace
+from utils.runs.flags import UsageError
 
 SMALL = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
 

@@ -1,0 +1,49 @@
+"""What to log of an update and of its rollout."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Scalar
+
+from utils.losses import masked_mean
+from utils.occasionally import MEASURED
+
+
+def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:
+    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios to
+    what they were in the last `num_minibatches`, each measured before its own gradient step."""
+    last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - num_minibatches)
+    reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
+    return reduced | {
+        "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
+        "spi/ratio_min": jnp.min(jnp.where(last, metrics["spi/ratio_min"], jnp.inf)),
+        "spi/outside_fraction": masked_mean(metrics["spi/outside_fraction"], last),
+    }
+
+
+def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], env: Any, agent: Any) -> dict[str, Array]:
+    """What to log of a script's rollout, and of the policy that has learned from it where it is known exactly."""
+
+    def policy(obs):
+        z = agent.encoder.apply(params.encoder, obs)
+        return z, jax.nn.softmax(agent.actor_critic.apply(params.actor_critic, z, obs)[0])
+
+    episode = steps.episode
+    return env.exact_metrics(policy) | explained_variance(advantages, advantages + steps.value[:-1], steps.valid) | {
+        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
+        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
+        "episodes": jnp.sum(episode.finished),
+    }  # fmt: skip
+
+
+def explained_variance(
+    error: Float[Array, "*shape"], target: Float[Array, "*shape"], valid: Bool[Array, "*shape"]
+) -> dict[str, Scalar]:
+    """The share of the targets' variance that the critic explains, 1 - var(error) / var(target); marked as not measured where
+    the targets are all the same, up to rounding."""
+    variance = lambda x: masked_mean((x - masked_mean(x, valid)) ** 2, valid)  # noqa: E731
+    varies = ~(variance(target) <= 1e-12 * masked_mean(target**2, valid))  # NaN is no rounding: it shall be seen
+    explained = 1.0 - variance(error) / jnp.where(varies, variance(target), 1.0)
+    name = "losses/explained_variance"
+    return {name: explained, name + MEASURED: varies.astype(jnp.float32)}

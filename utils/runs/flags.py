@@ -1,0 +1,240 @@
+"""Flags: those that every run has, how a flag says what it takes, and the one pass that checks all of them.
+
+A flag's range and what it needs stand at the flag:
+
+    gae_lambda: Share = 0.95
+    num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
+
+`check_flags` reads them there. What concerns several flags stands in a method `check` of the class that declares them.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import tyro
+
+from envs.registry import GRIDWORLD, check_gridworld, env_ids, is_atari
+
+LARGEST = 2**31 - 1  # JAX counts in 32 bits
+
+
+class UsageError(Exception):
+    """A mistake of whoever started the run. Its text is one line that names the flag and the remedy."""
+
+
+class Range(NamedTuple):
+    """What values a flag takes (each value, where it takes several)."""
+
+    holds: Callable[[Any], bool]
+    remedy: str
+    limit: int = LARGEST  # of whole numbers
+
+
+class Needs:
+    """Without what a flag is not read, so that a value of its own is refused: other flags of the given values.
+
+    Args:
+        text: names the need; made from the flags if not given.
+        when: says of all flags whether the need is met, where values of flags cannot say it.
+        flags: the values, or tuples of them.
+    """
+
+    def __init__(self, text: str | None = None, when: Callable[[Any], bool] | None = None, **flags: Any):
+        self.flags = {name: value if isinstance(value, tuple) else (value,) for name, value in flags.items()}
+        self.when = when or (lambda args: all(getattr(args, name) in values for name, values in self.flags.items()))
+        self.text = text or " ".join(_typed(name, *values) for name, values in self.flags.items())
+
+
+def _typed(name: str, *values: Any) -> str:
+    """A flag as it is typed, with any of the values."""
+    name = name.replace("_", "-")
+    if isinstance(values[0], bool):
+        return f"--{'' if values[0] else 'no-'}{name}"
+    return f"--{name} {' or '.join(map(str, values))}"
+
+
+def at_least(n: int) -> Range:
+    """Whole numbers from n on."""
+    return Range(lambda x: x >= n, f"must be at least {n}")
+
+
+ANY = Range(lambda x: True, "")
+Count = Annotated[int, at_least(1)]
+Positive = Annotated[float, Range(lambda x: x > 0, "must be positive")]
+NotNegative = Annotated[float, Range(lambda x: x >= 0, "must be 0 or more")]
+Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
+InsideUnit = Annotated[float, Range(lambda x: 0 < x < 1, "must lie between 0 and 1")]
+Sizes = Annotated[tuple[int, ...], Range(lambda x: x > 0, "sizes must be positive")]
+Seed = Annotated[int, Range(lambda x: x >= 0, "choose a seed of 0 or more", 2**32 - 1)]  # a larger one would be cut to 32 bits
+Steps = Annotated[int, Range(lambda x: x >= 1, "must be at least 1", 2**53)]
+
+ATARI = Needs("an Atari game", lambda args: is_atari(args.env_id))
+POOL = Needs("an environment of envpool's", lambda args: args.env_id != GRIDWORLD)
+ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
+TRACKED = Needs(track=True)
+
+
+@dataclass
+class RunArgs:
+    """Flags of a run, whatever its algorithm."""
+
+    env_id: str = "Breakout-v5"
+    """the environment: an Atari game as envpool names it; ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
+    reward_clip: Annotated[bool, ATARI] = True
+    """Atari: train on the sign of the rewards (logged returns are never clipped)"""
+    stochastic_env: Annotated[bool, ATARI] = False
+    """Atari: the stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
+    env_step: Annotated[Literal["auto", "xla", "callback"], POOL] = "auto"
+    """how the compiled program steps envpool: xla, within it; callback, through Python, the same transitions a little slower;
+    auto takes xla where envpool offers it (Linux)"""
+    gridworld_n_path: Annotated[int, ON_GRIDWORLD] = 5
+    """ConfoundingGridworld-v0: the column of the two choices"""
+    gridworld_epsilon: Annotated[float, ON_GRIDWORLD] = 0.2
+    """ConfoundingGridworld-v0: probability of the lower path"""
+    seed: Seed = 1
+    """seed of everything random: parameters, environments, actions, minibatches"""
+    total_timesteps: Steps = 10_000_000
+    """environment steps of the whole run (agent steps; an Atari step is 4 frames)"""
+    logdir: str = "runs"
+    """where TensorBoard files are written, in a folder of the run's own"""
+    track: bool = False
+    """log to Weights & Biases as well (WANDB_MODE=offline keeps it on this machine)"""
+    wandb_project_name: Annotated[str | None, TRACKED] = None
+    """W&B project; if not given what WANDB_PROJECT says, or deep-spi"""
+    wandb_entity: Annotated[str | None, TRACKED] = None
+    """W&B team; if not given what WANDB_ENTITY says, or your own account"""
+    wandb_group: Annotated[str | None, TRACKED] = None
+    """W&B group, for runs to be averaged together; if not given what WANDB_RUN_GROUP says"""
+    wandb_tags: Annotated[tuple[str, ...], TRACKED] = ()
+    """W&B tags; if not given what WANDB_TAGS says"""
+
+    def check(self) -> None:
+        """Raises UsageError for an environment that there is not, or that cannot have the size asked for; `gamma`, which the
+        gridworld's rewards depend on, is the script's."""
+        known = env_ids()
+        if self.env_id not in known:
+            close = difflib.get_close_matches(self.env_id, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
+            raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
+        require(
+            self.env_step != "xla" or sys.platform.startswith("linux"),
+            f"--env-step xla: envpool has no such step on {sys.platform}; leave it out",
+        )
+        if self.env_id == GRIDWORLD:
+            try:
+                check_gridworld(self)
+            except ValueError as error:
+                flag = str(error).replace("_", "-")
+                raise UsageError(f"--{'' if flag.startswith('gamma') else 'gridworld-'}{flag}") from None
+
+
+def check_minibatches(args: Any) -> None:
+    """Checks that rollouts fit into the run, and divide into minibatches.
+
+    Raises:
+        UsageError: they do not; the message names the flags to change.
+    """
+    steps = args.num_envs * args.num_steps
+    require(
+        args.minibatch_by == "env" or steps % args.num_minibatches == 0,
+        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {steps} transitions do not "
+        f"divide into --num-minibatches {args.num_minibatches}: change one of the three",
+    )
+    require(
+        args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
+        f"--minibatch-by env: --num-envs {args.num_envs} does not divide into --num-minibatches {args.num_minibatches}: "
+        "change one of the two",
+    )
+    require(
+        args.total_timesteps >= steps,
+        f"--total-timesteps {args.total_timesteps}: less than one rollout of --num-envs {args.num_envs} x --num-steps "
+        f"{args.num_steps}: ask for at least {steps}",
+    )
+    require(
+        args.total_timesteps // steps <= LARGEST,
+        f"--total-timesteps {args.total_timesteps}: more than {LARGEST} updates; ask for fewer steps, or larger rollouts",
+    )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UsageError with the message unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
+    """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own.
+
+    `needed` says with what they would be.
+    """
+    for flag in flags:
+        value, default = getattr(args, flag), type(args).__dataclass_fields__[flag].default
+        require(value == default, f"{_typed(flag, value)}: is read only with {needed}; leave it out")
+
+
+def check_flags(args: Any) -> None:
+    """Checks each flag against what stands where it is declared, then what the classes of flags check themselves (a method
+    `check` of their own), helpers before the script.
+
+    Raises:
+        UsageError: the first mistake found.
+    """
+    classes = [cls for cls in reversed(type(args).__mro__) if "check" in vars(cls)]
+    if RunArgs in classes:  # whether there is such an environment decides what its flags need
+        classes.remove(RunArgs)
+        RunArgs.check(args)
+    hints = get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        value, said = getattr(args, field.name), list(_metadata(hints[field.name]))
+        for need in (x for x in said if isinstance(x, Needs)):
+            if not need.when(args):
+                refuse_unread(args, (field.name,), need.text)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is None or isinstance(one, (str, bool)):
+                continue
+            typed = _typed(field.name, value)
+            for allowed in [x for x in said if isinstance(x, Range)] or [ANY]:
+                require(allowed.holds(one), f"{typed}: {allowed.remedy}")
+                require(isinstance(one, float) or one <= allowed.limit, f"{typed}: must be at most {allowed.limit}")
+            require(math.isfinite(one), f"{typed}: must be a finite number")
+    for cls in classes:
+        vars(cls)["check"](args)
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    """What is annotated to a type, or within it."""
+    if get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+    if get_origin(hint) is not Literal:
+        for inner in get_args(hint):
+            yield from _metadata(inner)
+
+
+WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
+def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
+    """The flags on the command line. Switches are typed `--track` and `--no-anneal-lr`, or as sweeps pass them,
+    `--track=True`, `--anneal_lr False`."""
+    switches = {field.name for field in dataclasses.fields(args_type) if isinstance(field.default, bool)}
+    typed, tokens = [], list(sys.argv[1:] if argv is None else argv)
+    while tokens:
+        token = tokens.pop(0)
+        name, equals, value = token.partition("=")
+        flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        on = flag in switches
+        if not on and flag.removeprefix("no_") not in switches:
+            typed.append(token)
+            continue
+        if not equals and tokens and not tokens[0].startswith("-"):
+            value, equals = tokens.pop(0), "="
+        if equals:
+            require(value.lower() in WORDS, f"{name} {value}: say True or False")
+            on = on == WORDS[value.lower()]
+        typed.append(f"--{'' if on else 'no-'}{flag if flag in switches else flag.removeprefix('no_')}".replace("_", "-"))
+    return tyro.cli(args_type, args=typed)
