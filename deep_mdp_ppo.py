@@ -11,7 +11,9 @@ Shapes: T steps x B environments, and N = flattened.
 """
 
 if __name__ == "__main__":
-    pass  # Ctrl-C while the rest is imported leaves no traceback
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()  # Ctrl-C while the rest is imported leaves no traceback
 
 from dataclasses import dataclass
 from functools import partial

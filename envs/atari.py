@@ -1,5 +1,6 @@
 """envpool's environments (Atari, and the small classic ones that tests use) as pure, jittable steps."""
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -66,10 +67,13 @@ class Pool:
         stepping: Literal["auto", "xla", "callback"] = "auto",
         **options,
     ):
-        self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # on the precision of bounds
+            self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
+            _ = self.pool.observation_space  # made on first use, and kept
         self.num_envs, self.reward_range = num_envs, reward_range
-        self.num_actions = int(self.pool.action_space.n)
-        obs = self.pool.spec.state_array_spec["obs"]  # a Gymnasium space would warn of its bounds
+        # of the arrays, for a Gymnasium space would warn of its bounds
+        self.num_actions = int(self.pool.spec.action_array_spec["action"].maximum) + 1
+        obs = self.pool.spec.state_array_spec["obs"]
         self.obs_spec = jax.ShapeDtypeStruct(tuple(obs.shape), obs.dtype)
         # what `step` reads of what only Atari tells
         told = {"reward": np.float32, "terminated": np.int32} if "info:terminated" in self.pool.spec.state_array_spec else {}

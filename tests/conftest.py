@@ -4,10 +4,9 @@ import os
 
 from jaxtyping import install_import_hook
 
-UTILS = """
-    discriminator distributions dream_traces guarantees losses monitor neighbourhood occasionally replay tabular world_model
-""".split()
-install_import_hook(["envs", "networks", *(f"utils.{name}" for name in UTILS)], "beartype.beartype")
+CHECKED = ["envs", "networks", "utils.dreams", "utils.guarantees"]
+CHECKED += [f"utils.{name}" for name in ("distributions", "losses", "metrics", "neighbourhood", "occasionally", "world_model")]
+install_import_hook(CHECKED, "beartype.beartype")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share a GPU's memory

@@ -1,130 +1,17 @@
 """The scripts as a user types them."""
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import deep_mdp_ppo as deep_mdp
-import deep_spi
-import dream_spi
-import ppo_atari_envpool_xla_jax_scan as ppo
+from tests.commands import PPO, ROOT, SMALL, run
 from tests.event_files import scalars
-from utils.runs.launch import run_script
-
-ROOT = Path(deep_spi.__file__).parent
-SCRIPTS = ["ppo_atari_envpool_xla_jax_scan.py", "deep_mdp_ppo.py", "deep_spi.py", "dream_spi.py"]
-SMALL = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32"]
-
-
-def run(script, *flags, **env):
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True, env=os.environ | env, timeout=300
-    )
-
-
-MISTAKES = [
-    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
-    (["--minibatch-by=transition", "--num-envs=3", "--num-steps=3"], "--num-minibatches", "change one"),
-    (["--num-envs=6"], "--num-minibatches", "change one"),
-    (["--total-timesteps=100"], "--total-timesteps", "at least 1024"),
-    (["--ent-coef=-0.1"], "--ent-coef", "0 or more"),
-    (["--clip-coef=1.5"], "--clip-coef", "between 0 and 1"),
-    (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "an Atari game"),
-    (["--env-id=CartPole-v1", "--no-reward-clip"], "--no-reward-clip", "an Atari game"),
-    (["--gridworld-n-path=3"], "--gridworld-n-path", "ConfoundingGridworld-v0"),
-    (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
-    (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
-    (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "between 0 and 1"),
-    (["--seed=-1"], "--seed", "0 or more"),
-    (["--num-envs=0"], "--num-envs", "at least 1"),
-    (["--wandb-group=a"], "--wandb-group", "--track"),
-    (["--num-classes=8"], "--num-classes", "--latent categorical"),
-    (["--latent=categorical", "--num-classes=1"], "--num-classes", "at least 2"),
-]
-WORLD_MODEL_MISTAKES = [
-    (["--world-model=transformer"], "--world-model", "--latent categorical"),
-    (["--categorical-cost=hamming"], "--categorical-cost", "--latent categorical"),
-    (["--latent=categorical", "--transition-density=normal"], "--transition-density", "continuous latents"),
-    (["--latent=categorical", "--no-lipschitz-nets"], "--no-lipschitz-nets", "continuous latents"),
-    (["--latent=categorical", "--lambda-gp=1"], "--lambda-gp", "continuous latents"),
-    (["--latent=categorical", "--categorical-cost=cross_entropy", "--use-gumbel-softmax"], "--use-gumbel-softmax", "l2"),
-    (["--latent=categorical", "--gumbel-temperature=0.5"], "--gumbel-temperature", "--use-gumbel-softmax"),
-    (["--transition-density=normal", "--mixture-components=3"], "--mixture-components", "mixture_normal"),
-    (["--lambda-gp=1"], "--lambda-gp", "--no-lipschitz-nets"),
-    (["--use-wgan-gp"], "--use-wgan-gp", "--no-lipschitz-nets"),
-    (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "leave it out"),
-    (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
-    (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
-    (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "leave it out"),
-    (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
-    (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
-    (["--monitor-every=5"], "--monitor-every", "--monitor-guarantee"),
-    (["--monitor-guarantee", "--monitor-every=0"], "--monitor-every", "at least 1"),
-    (["--monitor-guarantee", "--gamma=1"], "--gamma", "below 1"),
-]
-DREAM_MISTAKES = [
-    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
-    (["--imagination-horizon=0"], "--imagination-horizon", "at least 1"),
-    (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
-    (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
-    (["--weight-decay=-1"], "--weight-decay", "0 or more"),
-    (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
-    (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
-    (["--target-kl=0.1"], "--target-kl", "leave it out"),
-    (["--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
-    (["--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
-    (["--use-replay-buffer", "--update-epochs=2"], "--update-epochs", "leave it out"),
-    (["--use-replay-buffer", "--replay-length=0"], "--replay-length", "at least 1"),
-    (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4224"),
-    (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
-    (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
-    (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 2"),
-    (["--use-replay-buffer", "--replay-ratio=5.5"], "--replay-ratio", "the nearest is 6"),
-    (
-        ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=64"],
-        "--replay-capacity",
-        "GiB of memory",
-    ),
-    (["--wasserstein-discriminator", "--w-balancing=0.5"], "--w-balancing", "leave it out"),
-    (["--wasserstein-discriminator", "--discriminator-steps=0"], "--discriminator-steps", "at least 1"),
-    (["--discriminator-learning-rate=1e-3"], "--discriminator-learning-rate", "--wasserstein-discriminator"),
-    (["--latent=categorical", "--use-gumbel-softmax", "--wasserstein-discriminator"], "--use-gumbel-softmax", "leave it out"),
-    (["--log-dreams-every=5"], "--log-dreams-every", "--log-dreams"),
-    (["--log-dreams", "--log-dreams-every=0"], "--log-dreams-every", "at least 1"),
-]
-
-
-def assert_refused(code, out, err, name, remedy):
-    assert code == 2
-    assert out == ""  # nothing was started
-    assert len(err.strip().splitlines()) == 1 and name in err and remedy in err, err
-
-
-@pytest.mark.parametrize(
-    "script, flags, name, remedy",
-    [(script, *mistake) for script in (ppo, deep_mdp, deep_spi) for mistake in MISTAKES]
-    + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES]
-    + [(dream_spi, *mistake) for mistake in DREAM_MISTAKES],
-)
-def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", *flags])
-    with pytest.raises(SystemExit) as end:
-        run_script(script.main, script.Args)
-    assert_refused(end.value.code, *capsys.readouterr(), name, remedy)
-
-
-def test_mistakes_in_a_process_of_their_own():
-    for flag, remedy in (("--transition-loss-coef=-1", "0 or more"), ("--drift-coef=0.5", "--drift-formulation")):
-        done = run("deep_spi.py", flag)
-        assert_refused(done.returncode, done.stdout, done.stderr, flag.split("=")[0], remedy)
 
 
 def test_full_disk_ends_the_run_with_one_line(tmp_path):
@@ -135,7 +22,7 @@ def test_full_disk_ends_the_run_with_one_line(tmp_path):
         "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", "--total-timesteps=64000", "--fc-layers=8"]
-    command = [sys.executable, "-c", limited, str(ROOT / SCRIPTS[0]), *flags, f"--logdir={tmp_path}"]
+    command = [sys.executable, "-c", limited, str(ROOT / PPO), *flags, f"--logdir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "disk full" in done.stderr.strip().splitlines()[-1], done.stderr
@@ -144,7 +31,7 @@ def test_full_disk_ends_the_run_with_one_line(tmp_path):
 
 def test_unwritable_folder_gets_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run(SCRIPTS[0], *SMALL, "--env-id=CartPole-v1", f"--logdir={tmp_path / 'file' / 'runs'}")
+    done = run(PPO, *SMALL, "--env-id=CartPole-v1", f"--logdir={tmp_path / 'file' / 'runs'}")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1 and "file" in done.stderr, done.stderr
 
@@ -164,7 +51,7 @@ def test_trains_on_atari_and_says_where_the_logs_are(script, flags, tmp_path):
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)
     expected = {"losses/policy_loss", "losses/explained_variance", "charts/SPS", "spi/ratio_max", "spi/outside_fraction"}
-    if script != SCRIPTS[0]:
+    if script != PPO:
         expected |= {"losses/transition_loss", "losses/reward_loss"}
     assert expected <= set(written)
     assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
@@ -188,7 +75,7 @@ def test_dreams_on_atari_with_replay_a_critic_and_pictures(tmp_path):
 
 
 def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):
-    done = run(SCRIPTS[0], "--env-id=ConfoundingGridworld-v0", *SMALL, f"--logdir={tmp_path}")
+    done = run(PPO, "--env-id=ConfoundingGridworld-v0", *SMALL, f"--logdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)
@@ -202,7 +89,7 @@ def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):
 
 def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
     flags = ["--env-id=Pong-v5", "--num-envs=8", "--num-steps=16", "--fc-layers=32", f"--logdir={tmp_path}"]
-    command = [sys.executable, str(ROOT / SCRIPTS[0]), *flags]
+    command = [sys.executable, str(ROOT / PPO), *flags]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what starts the tests may ignore it, and so would the run
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     watchdog = threading.Timer(200, process.kill)

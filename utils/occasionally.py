@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 MEASURED = ":measured"  # after a name, or the beginning of names: 0 in updates in which they were not measured; not for the log
@@ -17,7 +18,7 @@ def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, A
     return jax.lax.cond(due, measure, lambda: unmeasured) | {prefix + MEASURED: due.astype(jnp.float32)}
 
 
-def only_measured(values: dict[str, Array]) -> dict[str, Array]:
+def only_measured(values: dict[str, Array | np.ndarray]) -> dict[str, Array | np.ndarray]:
     """The values, without those that were not measured and without the marks that say so."""
     missing = tuple(name.removesuffix(MEASURED) for name, value in values.items() if name.endswith(MEASURED) and value == 0)
     return {name: x for name, x in values.items() if not name.endswith(MEASURED) and not name.startswith(missing)}

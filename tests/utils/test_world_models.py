@@ -17,7 +17,7 @@ import deep_mdp_ppo as deep_mdp
 import deep_spi
 from envs.atari import make_pool
 from networks.architectures import Encoder
-from networks.world_models import softmoe, transformer, unconstrained
+from networks.world_models import make_world_model, softmoe, transformer, unconstrained
 from utils.distributions import Categorical, Normal
 from utils.losses import smooth_l1_loss
 from utils.runs.flags import check_flags
@@ -25,7 +25,6 @@ from utils.world_model import (
     CATEGORICAL_COSTS,
     gradient_penalty,
     jensen_shannon_distance,
-    make_world_model,
     penalises_gradients,
     scale_gradient,
     transition_loss,

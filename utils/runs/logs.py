@@ -1,6 +1,7 @@
 """Logging: TensorBoard always, Weights & Biases on demand, and a progress line on the terminal."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -12,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path):
-        self.records = RecordWriter(str(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"))
+        path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self.records = RecordWriter(str(path))
         self.flushed = 0.0
         self._write(Event(file_version="brain.Event:2"))
 
@@ -55,17 +58,27 @@ class EventFile:
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        self.records.write(event.SerializeToString())
-        if event.wall_time - self.flushed > FLUSH_SECONDS:
-            self.flushed = event.wall_time
-            self.records.flush()
+        with self._explained():
+            self.records.write(event.SerializeToString())
+            if event.wall_time - self.flushed > FLUSH_SECONDS:
+                self.flushed = event.wall_time
+                self.records.flush()
 
     def close(self) -> None:
         """All is on the disk, or it is an error."""
+        with self._explained():
+            try:
+                self.records.flush()
+            finally:
+                self.records.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            self.records.flush()
-        finally:
-            self.records.close()
+            yield
+        except OSError as error:
+            said = f"the log could not be written ({error.strerror}; is the disk full?), and the run has stopped"
+            raise OSError(error.errno, said, self.records.path) from None
 
 
 class Logger:

@@ -93,32 +93,6 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
         replay.check_memory(obs, 4, args)
 
 
-def test_free_memory_heeds_the_limit_of_a_container_and_of_a_device(monkeypatch):
-    files = {
-        "/proc/meminfo": "MemTotal: 900 kB\nMemAvailable:   800 kB\n",
-        "/sys/fs/cgroup/memory.max": "700000\n",
-        "/sys/fs/cgroup/memory.current": "300000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 1\nactive_file 5\ninactive_file 50000\n",
-    }
-    monkeypatch.setattr(replay.Path, "exists", lambda path: str(path) in files)
-    monkeypatch.setattr(replay.Path, "read_text", lambda path: files[str(path)])
-    assert replay.free_memory() == 700_000 - 300_000 + 50_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert replay.free_memory() == 800 * 1024
-
-    class Gpu:
-        platform = "gpu"
-        statistics = {"bytes_limit": 1000, "bytes_in_use": 10}
-
-        def memory_stats(self):
-            return self.statistics
-
-    monkeypatch.setattr(replay.jax, "devices", lambda: [Gpu()])
-    assert replay.free_memory() == 990
-    Gpu.statistics = None  # other allocators keep none
-    assert replay.free_memory() >= 2**60
-
-
 def replayed(steps):
     """A rollout as it comes back from the buffer."""
     fields = {name: getattr(steps, name) for name in Replayed._fields if name != "obs"}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from networks.architectures import STEEPEST, ActorCritic, policy_lipschitz
+from networks.architectures import STEEPEST, ActorCritic
 from tests.utils.guarantees.random_tables import random_case
 from utils.guarantees.bounds import (
     aged_bound,
@@ -236,7 +236,7 @@ def test_policy_is_as_lipschitz_as_it_says(activation, layers):
     params = actor_critic.init(jax.random.key(1), z)
     params = jax.tree.map(lambda x: 3.0 * x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
     policy = lambda z: jax.nn.softmax(actor_critic.apply(params, z)[0])  # noqa: E731
-    constant = float(policy_lipschitz(actor_critic, params))
+    constant = float(actor_critic.policy_lipschitz(params))
     # the largest of |J v| / |v| over 64 points, |.| of the output being total variation
     jacobian = jax.vmap(jax.jacobian(lambda z: policy(z[None])[0]))(z).reshape(64, 5, 16)
     signs = jnp.array(np.stack(np.meshgrid(*[[-1.0, 1.0]] * 5)).reshape(5, -1))
@@ -244,7 +244,7 @@ def test_policy_is_as_lipschitz_as_it_says(activation, layers):
     assert 0.01 * constant < steepest <= constant * (1 + 1e-5)
     far = 0.5 * jnp.sum(jnp.abs(policy(z) - policy(z[::-1])), axis=1)
     assert jnp.all(far <= constant * jnp.linalg.norm((z - z[::-1]).reshape(64, -1), axis=1) + 1e-6)
-    assert policy_lipschitz(ActorCritic(5, (8,), activation, layer_norm=True), params) == jnp.inf
+    assert ActorCritic(5, (8,), activation, layer_norm=True).policy_lipschitz(params) == jnp.inf
 
 
 def test_slopes_of_activations():

@@ -11,20 +11,15 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.commands import PPO, run
+from tests.event_files import scalars
 from utils.dreams import traces
 from utils.runs import scores
 from utils.runs.logs import Logger
 from utils.occasionally import MEASURED
-from utils.runs.flags import RunArgs, UsageError, check_run
+from utils.runs.flags import RunArgs, UsageError, check_flags
 
-ROOT = Path(deep_spi.__file__).parent
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
-
-
-def scalars(folder):
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def metrics(value, episodes=0.0):
@@ -102,7 +97,7 @@ def test_scores_by_hand():
 
 def test_unknown_environment_gets_a_hint():
     with pytest.raises(UsageError, match="did you mean Breakout-v5"):
-        check_run(RunArgs(env_id="Brakout-v5"))
+        check_flags(RunArgs(env_id="Brakout-v5"))
 
 
 def test_wandb_offline(tmp_path):
