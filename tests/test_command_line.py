@@ -1,40 +1,10 @@
 """The scripts as a user types them."""
 
-import signal
-import subprocess
-import sys
-import threading
-import time
-from functools import partial
-
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.commands import PPO, ROOT, SMALL, run
+from tests.commands import PPO, SMALL, run
 from tests.event_files import scalars
-
-
-def test_full_disk_ends_the_run_with_one_line(tmp_path):
-    """A limit on the size of files stands in for the disk."""
-    limited = (
-        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = sys.argv[1:]; "
-        "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", "--total-timesteps=64000", "--fc-layers=8"]
-    command = [sys.executable, "-c", limited, str(ROOT / PPO), *flags, f"--logdir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 1
-    assert "disk full" in done.stderr.strip().splitlines()[-1], done.stderr
-    assert "stopped after" in done.stdout
-
-
-def test_unwritable_folder_gets_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = run(PPO, *SMALL, "--env-id=CartPole-v1", f"--logdir={tmp_path / 'file' / 'runs'}")
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1 and "file" in done.stderr, done.stderr
-
 
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
 
@@ -85,25 +55,6 @@ def test_trains_on_the_gridworld_and_logs_what_is_known_exactly(tmp_path):
     events.Reload()
     pictures = events.Images("charts/policy_matrix")
     assert [(p.step, p.height, p.width) for p in pictures] == [(32, 192, 64), (64, 192, 64), (96, 192, 64)]
-
-
-def test_interrupt_ends_the_run_without_a_traceback(tmp_path):
-    flags = ["--env-id=Pong-v5", "--num-envs=8", "--num-steps=16", "--fc-layers=32", f"--logdir={tmp_path}"]
-    command = [sys.executable, str(ROOT / PPO), *flags]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what starts the tests may ignore it, and so would the run
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    watchdog = threading.Timer(200, process.kill)
-    watchdog.start()
-    assert any(line.startswith("first update") for line in process.stdout), process.stderr.read()
-    watchdog.cancel()
-    time.sleep(1)  # well within some iteration
-    process.send_signal(signal.SIGINT)
-    said = iter(process.stdout.readline, "")
-    assert any(line.startswith("stopping") for line in said), process.stderr.read()
-    process.send_signal(signal.SIGINT)  # an impatient second one
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert err == "" and "stopped after" in out and "tensorboard --logdir" in out
 
 
 OPTIONS = [

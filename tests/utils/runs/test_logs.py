@@ -3,21 +3,25 @@
 import contextlib
 import io
 import os
+import shlex
+import signal
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.commands import PPO, run
+from tests.commands import ROOT
 from tests.event_files import scalars
+from tests.wandb_files import exit_codes, records
 from utils.dreams import traces
 from utils.runs import scores
 from utils.runs.logs import Logger
 from utils.occasionally import MEASURED
-from utils.runs.flags import RunArgs, UsageError, check_flags
+from utils.runs.flags import RunArgs, UsageError
 
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
 
@@ -77,39 +81,136 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
     assert not any(name.startswith(traces.PREFIX) for name in written)
 
 
-def test_interrupted_run_keeps_its_last_metrics_and_nan_is_said_once(tmp_path, capsys):
+def test_interrupted_run_keeps_its_last_metrics_and_each_nan_is_said_once(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
-            for _ in range(3):
-                logger.log(metrics(float("nan")))
+            for k in range(3):
+                later = {"losses/later": jnp.asarray(float("inf") if k else 1.0)}
+                logger.log(metrics(float("nan")) | later)
             raise KeyboardInterrupt
     assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    out, err = capsys.readouterr()
+    assert out.count("not finite") == 2 and out.count("losses/policy_loss") == 1 and out.count("losses/later") == 1
+    assert "stopped after 30 steps" in out and err == ""
+
+
+def test_a_signal_is_acted_on_between_updates(tmp_path, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+                for _ in range(2):
+                    logger.log(metrics(1.0))
+                for _ in range(2):  # anywhere in an update
+                    os.kill(os.getpid(), signal.SIGINT)
+                logger.log(metrics(1.0))
+                raise AssertionError("not reached")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    assert "stopping after this update" in capsys.readouterr().out
+
+
+class Deferred:
+    """A metric whose computation turns out to have failed only when it is fetched, as it is with asynchronous dispatch."""
+
+    def __array__(self, *_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the last update failed")
+
+
+def fail(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["the last update", "the final flush", "closing W&B"])
+def test_what_fails_last_is_a_failure(where, tmp_path, capsys):
+    told = []
+    with pytest.raises((jax.errors.JaxRuntimeError, OSError)):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=20), "test", 10) as logger:
+            logger.run = SimpleNamespace(log=lambda _: None, finish=told.append)
+            logger.log(metrics(1.0))
+            logger.log(metrics(1.0) | ({"losses/late": Deferred()} if where == "the last update" else {}))
+            if where == "the final flush":
+                logger.events.records.flush = fail
+            if where == "closing W&B":
+                logger.run.finish = fail
     out = capsys.readouterr().out
-    assert out.count("not finite") == 1 and "stopped after 30 steps" in out
+    assert "stopped after" in out and "ended" not in out and out.count("logs:") == 1
+    assert told == ([] if where == "closing W&B" else [1])
 
 
-def test_scores_by_hand():
-    pong = scores.reference("Pong-v5")
-    assert pong.human_normalized(pong.random) == 0 and pong.human_normalized(pong.human) == 1
-    assert pong.relative_improvement(pong.cleanrl_ppo_mean) == 0
-    assert scores.reference("CartPole-v1") is None
+def test_a_run_that_ends_says_so_once(tmp_path, capsys):
+    told = []
+    with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=10), "test", 10) as logger:
+        logger.run = SimpleNamespace(log=lambda _: None, finish=told.append)
+        logger.log(metrics(1.0))
+    assert told == [0] and capsys.readouterr().out.count("ended after 10 steps") == 1
 
 
-def test_unknown_environment_gets_a_hint():
-    with pytest.raises(UsageError, match="did you mean Breakout-v5"):
-        check_flags(RunArgs(env_id="Brakout-v5"))
+def test_the_home_folder_and_a_folder_to_quote(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with Logger(RunArgs(logdir="~/my runs", total_timesteps=10), "test", 10) as logger:
+        logger.log(metrics(1.0))
+    assert logger.folder.parent == tmp_path / "my runs" and not (tmp_path / "~").exists()
+    closing = capsys.readouterr().out.split("(uv run ")[1].strip().removesuffix(")")
+    assert shlex.split(closing) == ["tensorboard", "--logdir", str(tmp_path / "my runs")]
 
 
-def test_wandb_offline(tmp_path):
-    """A tracked run in a process of its own writes an offline W&B run that holds the scalars."""
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", "--total-timesteps=96", "--fc-layers=8"]
-    track = ["--track", "--wandb-project-name=p", "--wandb-group=g", "--wandb-tags", "a", "b", f"--logdir={tmp_path}"]
-    script = str(ROOT / "ppo_atari_envpool_xla_jax_scan.py")
-    done = subprocess.run([sys.executable, script, *flags, *track], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 1
-    content = files[0].read_bytes()
-    for text in (b"losses/policy_loss", b"charts/SPS", b"total_timesteps"):
-        assert text in content, text
+LOG = """
+import sys
+import jax.numpy as jnp
+from utils.runs.flags import RunArgs
+from utils.runs.logs import Logger
+value = jnp.asarray(1.0)
+names = ["losses/policy_loss", "charts/learning_rate", "charts/episodic_return", "charts/episodic_length", "episodes"]
+with Logger(RunArgs(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], **eval(sys.argv[2])), "test", 10) as logger:
+    for _ in range(2):
+        logger.log(dict.fromkeys(names, value) | {"charts/picture": jnp.zeros((4, 4), jnp.uint8)})
+"""
+
+
+def tracked(folder, flags, **variables):
+    """The W&B run of a few updates logged in a process of its own, started in the folder, and its history."""
+    variables = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"} | variables
+    code = [sys.executable, "-c", LOG, ".", repr(flags)]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=folder, env=os.environ | variables, timeout=120)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found = records(folder)
+    (run,) = [record.run for record in found if record.HasField("run")][:1]
+    history = [{item.key or "/".join(item.nested_key): item.value_json for item in r.history.item} for r in found if r.history.item]
+    return run, history
+
+
+def test_wandb_defaults_and_history(tmp_path):
+    """Started in the log folder itself, so that W&B's folder lies in it: TensorBoard still finds one event file."""
+    run, history = tracked(tmp_path, {})
+    assert run.project == "deep-spi" and run.display_name.startswith("Breakout-v5__test__5__")
+    assert [(float(row["global_step"]), float(row["losses/policy_loss"])) for row in history] == [(10, 1), (20, 1)]
+    assert len(list(tmp_path.glob("**/*tfevents*"))) == 1
+    assert exit_codes(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_wandb_environment_variables_yield_to_typed_flags_alone(typed, tmp_path):
+    said = {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_TAGS": "a,b", "WANDB_RUN_GROUP": "g", "WANDB_ENTITY": "e"}
+    (tmp_path / "elsewhere").mkdir()
+    flags = {"wandb_project_name": "deep-spi", "wandb_tags": ("c",), "wandb_group": "h", "wandb_entity": "f"} if typed else {}
+    run, _ = tracked(tmp_path, flags, WANDB_DIR=str(tmp_path / "elsewhere"), **said)
+    found = (run.project, run.display_name, list(run.tags), run.run_group, run.entity)
+    assert found == (("deep-spi", "n", ["c"], "h", "f") if typed else ("p", "n", ["a", "b"], "g", "e"))
+    assert (tmp_path / "elsewhere" / "wandb").exists() and not (tmp_path / "wandb").exists()
+
+
+def test_wandb_that_cannot_start_leaves_nothing(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("no API key\nconfigured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UsageError, match=r"--track: W&B did not start \(no API key configured\); run `wandb login`"):
+        with Logger(RunArgs(track=True, logdir=str(tmp_path)), "test", 10):
+            raise AssertionError("not reached")
+    assert not any(tmp_path.iterdir())
