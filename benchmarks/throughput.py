@@ -35,6 +35,7 @@ import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.atari import make_pool  # noqa: E402
+from envs.registry import make_env  # noqa: E402
 from utils.runs.flags import check_flags  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
@@ -112,10 +113,10 @@ class Setting:
         module = SCRIPTS[name]
         self.args = module.Args(**flags)
         check_flags(self.args)
-        self.env = make_pool(self.args.env_id, self.args.num_envs, self.args.seed)
+        self.env = make_env(self.args)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
-        self.counted = name != "dream_spi" and not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by"}
+        self.counted = name != "dream_spi" and not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step"}
         agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
         iterate = lambda state: module.train_iteration(state, self.env, agent, optimizer, self.args)  # noqa: E731
@@ -196,6 +197,7 @@ def main(args: Args) -> None:
     else:
         by_transition = {"minibatch_by": "transition"}
         kinds = [(name, {}) for name in SCRIPTS] + [("ppo", by_transition), ("deep_spi", by_transition)]
+        kinds += [("ppo", {"env_step": "callback"})]
         wanted = [(name, {"env_id": env_id} | flags) for env_id in args.env_ids for name, flags in kinds]
     settings = []
     for name, flags in wanted:

@@ -20,6 +20,7 @@ from envs.atari import make_pool
 from envs.protocol import EpisodeStats
 from tests.probes import CueEnv, PixelCueEnv, random_steps, state_without_env
 from utils.distributions import Deterministic
+from utils.runs.flags import check_flags
 
 SCRIPTS = [ppo, deep_spi]
 ROOT = Path(deep_spi.__file__).parent
@@ -134,11 +135,53 @@ def test_ppo_loss_by_hand():
 
 
 def test_huber_and_clipped_value_by_hand():
-    agent, params, args = tiny(ppo, use_huber=True)
     batch = tiny_batch(ppo)._replace(value=jnp.array([0.0, 0.0, 0.0]), target=jnp.array([3.0, 0.1, 0.0]))
-    _, metrics = ppo.loss_fn(params, batch, jax.random.key(0), agent, args)
     # first: value 0.5, clipped to 0.2: errors -2.5 and -2.8, the larger loss is 2.8 - 0.5.  second: 0 - 0.1
-    assert_allclose(metrics["losses/value_loss"], (2.3 + 0.5 * 0.01) / 2, rtol=1e-5)
+    # by default nothing is clipped, and the square is of -2.5
+    for flags, first in (
+        ({"use_huber": True, "clip_vloss": True}, 2.3),
+        ({"use_huber": True}, 2.0),
+        ({"clip_vloss": True}, 0.5 * 2.8**2),
+        ({}, 0.5 * 2.5**2),
+    ):
+        agent, params, args = tiny(ppo, **flags)
+        _, metrics = ppo.loss_fn(params, batch, jax.random.key(0), agent, args)
+        assert_allclose(metrics["losses/value_loss"], (first + 0.5 * 0.01) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [{}, {"decoupled_layers": True}, {"decoupled_repr": True}])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_actor_and_critic_share(script, flags):
+    """By the gradients of the value loss alone, and of the policy loss alone."""
+    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, fc_layers=(16,), ent_coef=0.0, **flags)
+    check_flags(args)
+    agent = script.make_agent(args, 3)
+    steps = random_steps(script, jax.random.key(1), 4, 4, obs_shape=(5,), num_actions=3)
+    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    first, env = script.minibatch_indices(jax.random.key(2), args)
+    batch = script.gather(steps, script.compute_gae(steps, 0.99, 0.95), first[0], env[0], args)
+
+    def learned(vf_coef, advantage):
+        of = replace(args, vf_coef=vf_coef, norm_adv=False)
+        quiet = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0}
+        loss = lambda p: script.loss_fn(  # noqa: E731
+            p, batch._replace(advantage=advantage), jax.random.key(3), agent, replace(of, **quiet)
+        )[0]
+        grads = jax.jit(jax.grad(loss))(params)
+        parts = {"encoder": grads.encoder} | grads.actor_critic["params"]
+        return {name for name, tree in parts.items() if any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(tree))}
+
+    of_critic = learned(1.0, jnp.zeros_like(batch.advantage))
+    of_actor = learned(0.0, batch.advantage)
+    assert of_actor == {"encoder", "hidden", "actor"}
+    assert (
+        of_critic
+        == {
+            "": {"encoder", "hidden", "critic"},
+            "decoupled_layers": {"encoder", "critic_hidden", "critic"},
+            "decoupled_repr": {"own_encoder", "critic_hidden", "critic"},
+        }["".join(flags)]
+    )
 
 
 def test_deep_spi_loss_by_hand():
@@ -351,12 +394,12 @@ def functions(script):
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-ADDED = {"Args", "Agent", "Params", "check", "make_agent", "init_params", "loss_fn", "train_iteration", "main"}
+ADDED = {"Args", "Agent", "Params", "make_agent", "init_params", "loss_fn", "train_iteration", "main"}
 
 
 @pytest.mark.parametrize(
     "theirs, ours, differ, lines",
-    [(ppo, deep_spi, ADDED, 110), (ppo, deep_mdp, ADDED, 90), (deep_mdp, deep_spi, {"Args", "check", "loss_fn", "main"}, 60)],
+    [(ppo, deep_spi, ADDED, 110), (ppo, deep_mdp, ADDED, 90), (deep_mdp, deep_spi, {"Args", "loss_fn", "main"}, 60)],
 )
 def test_what_the_scripts_share_is_the_same(theirs, ours, differ, lines):
     a, b = functions(theirs), functions(ours)

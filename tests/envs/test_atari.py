@@ -1,17 +1,25 @@
 """envpool behind the protocol: seeds, the dummy step after each end, episode statistics."""
 
+from types import SimpleNamespace
+
+import envpool
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import deep_spi
-from envs.atari import env_seeds, make_pool
+from envs.atari import Pool, env_seeds, make_pool
 from envs.registry import env_ids, make_env
 
 
 def play(env_id, steps, seed=1, num_envs=4, **options):
-    env = make_pool(env_id, num_envs, seed, **options)
+    return play_in(make_pool(env_id, num_envs, seed, **options), steps)
+
+
+def play_in(env, steps):
+    """The first observations, and `steps` random steps in a scan."""
+    num_envs = env.num_envs
     state, obs = env.reset()
 
     @jax.jit
@@ -86,3 +94,45 @@ def test_cartpole_through_the_same_protocol():
     assert steps.episode.finished.any()
     ends = steps.episode.finished
     np.testing.assert_array_equal(steps.episode.episode_return[ends], steps.episode.episode_length[ends])
+
+
+@pytest.mark.parametrize("env_id, steps", [("Breakout-v5", 400), ("CartPole-v1", 100)])
+def test_stepping_through_python_is_the_same(env_id, steps):
+    found = [play(env_id, steps, stepping=stepping) for stepping in ("xla", "callback", "auto")]
+    assert found[0][1].episode.finished.any() and (found[0][1].reward != 0).any()
+    for other in found[1:]:
+        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_where_envpool_refuses_its_operation_python_steps(monkeypatch):
+    """As envpool does on macOS and Windows: its own check is made to see another system."""
+    monkeypatch.setattr(envpool.python.lax, "sys", SimpleNamespace(platform="darwin"))
+    with pytest.raises(RuntimeError, match="unavailable on macOS"):
+        make_pool("CartPole-v1", 2, 1, stepping="xla")
+    env = make_pool("CartPole-v1", 4, 1)
+    assert env._step == env._callback_step
+    refused = play_in(env, 60)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, refused, play("CartPole-v1", 60))
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pong-v5"])
+@pytest.mark.parametrize("stepping", ["xla", "callback"])
+def test_the_step_after_a_time_limit_is_none_either(env_id, stepping):
+    env = Pool(env_id, 3, 1, (-1.0, 1.0), stepping, max_episode_steps=7)
+    _, steps = play_in(env, 30)
+    assert steps.truncated.any() and not (steps.truncated & steps.terminated).any()
+    np.testing.assert_array_equal(~steps.valid[1:], (steps.terminated | steps.truncated)[:-1])
+    assert not steps.reward[~steps.valid].any()
+    np.testing.assert_array_equal(steps.episode.finished, steps.terminated | steps.truncated)  # no life was lost
+    ended = steps.episode.finished
+    assert (steps.episode.episode_length[ended & steps.truncated] == 7).all()
+    assert (steps.episode.episode_length[ended] <= 7).all()
+
+
+def test_the_stochastic_protocol_is_as_the_paper_says():
+    plain, stochastic = (make_pool("Pong-v5", 2, 1, stochastic=s).pool.spec.config for s in (False, True))
+    assert (plain.noop_max, plain.repeat_action_probability) == (30, 0.0)
+    assert (stochastic.noop_max, round(stochastic.repeat_action_probability, 6)) == (60, 0.3)

@@ -18,7 +18,7 @@ import deep_spi
 from envs.atari import make_pool
 from networks.architectures import Encoder
 from networks.world_models import make_world_model, softmoe, transformer, unconstrained
-from utils.distributions import Categorical, Normal
+from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
 from utils.runs.flags import check_flags
 from utils.world_model import (
@@ -299,3 +299,26 @@ def test_squashed_rewards_stay_within_one():
     expected = jnp.tanh(plain.apply({"params": params["params"]["reward"]}, z, action))
     assert_allclose(reward.apply(params, z, action), expected)
     assert jnp.abs(expected).max() > 0.9
+
+
+def test_coefficients_of_the_official_code_convert_as_the_docs_say():
+    """Its deterministic loss is a mean over the latent, its L2 of codes Huber's over the number of variables, its Hamming
+    distance a mean over them; by the factors of docs/differences.md all are ours."""
+    z, next_z = (jax.random.normal(key, (3, 7, 7, 64)) for key in jax.random.split(KEY))
+    error = np.asarray(z - next_z, np.float64)
+    huber = lambda e: np.where(np.abs(e) < 1, 0.5 * e**2, np.abs(e) - 0.5)  # noqa: E731
+    args = deep_spi.Args(transition_density="deterministic")
+    theirs = huber(error).mean(axis=(1, 2, 3))
+    assert_allclose(transition_loss(Deterministic(z), next_z, KEY, args) / 3136, theirs, rtol=1e-5)
+    assert_allclose(1 / 3136, 3.19e-4, rtol=1e-3)
+
+    codes = jax.nn.one_hot(jax.random.randint(KEY, (3, 32), 0, 32), 32)
+    predicted = Categorical(5 * jax.random.normal(KEY, (3, 32, 32)) + 20 * codes)  # right now and then
+    sampled = np.asarray(predicted.sample(KEY))
+    differ = (sampled.argmax(-1) != np.asarray(codes).argmax(-1)).astype(float)
+    assert 0 < differ.mean() < 1
+    args = deep_spi.Args(latent="categorical")
+    theirs = huber(sampled - np.asarray(codes)).sum(axis=(1, 2)) / 32
+    assert_allclose(transition_loss(predicted, codes, KEY, args) / 64, theirs, rtol=1e-5)
+    args = deep_spi.Args(latent="categorical", categorical_cost="hamming")
+    assert_allclose(transition_loss(predicted, codes, KEY, args) / 32, differ.mean(axis=1), rtol=1e-5)

@@ -83,6 +83,21 @@ def test_dreams_in_the_true_model_have_its_exact_values(soft_done):
     assert_allclose(advantages[0], returns, atol=1e-2)
 
 
+@pytest.mark.parametrize("world_model", ["fc", "transformer", "softmoe"])
+def test_dreams_stay_among_the_codes_with_gumbel_softmax_too(world_model):
+    flags = {"world_model": world_model, "use_gumbel_softmax": True, "gumbel_temperature": 3.0}
+    args = dream_spi.Args(latent="categorical", num_categories=3, num_classes=4, fc_layers=(8,), imagination_horizon=4, **flags)
+    check_flags(args)
+    agent = dream_spi.make_agent(args, 3)
+    obs = jax.random.normal(jax.random.key(1), (6, 5))
+    params = dream_spi.init_params(jax.random.key(0), agent, obs)
+    z = agent.encoder.apply(params.encoder, obs)
+    dreams = jax.jit(partial(dream_spi.imagine, agent=agent, args=args))(params, z, jnp.ones(6), jax.random.key(2))
+    assert dreams.z.shape == (4, 6, 3, 4)
+    assert_array_equal(dreams.z.max(-1), 1.0)
+    assert_array_equal(dreams.z.sum(-1), 1.0)
+
+
 def test_exact_critics_see_no_advantage_on_average():
     """A dream of one step bootstraps from the critic: with the exact one the mean advantage is 0 in each cell."""
     model, value, agent, params = known_world(lambda value: value)

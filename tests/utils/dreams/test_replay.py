@@ -149,22 +149,46 @@ def test_vtrace_on_policy_is_gae(gae_lambda):
 
 
 def test_off_policy_ratio_by_hand():
-    """Weights are the ratios pi/mu before the update; the first action's probability has grown by 1.25 since, to pi'."""
+    """Weights w are the ratios pi_k/mu before the update; pi/pi_k of the first action is 1.25 since, and clipped to 1.2."""
     agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0)
     key = jax.random.key(0)
-    # pi'/mu is 1.25 times the weight, and clipped to the weight + 0.2
-    for weight, first in ((1.0, 1.2), (0.5, 0.625), (0.8, 1.0), (2.0, 2.2)):
+    for weight, first in ((1.0, 1.2), (0.1, 0.12), (0.5, 0.6), (2.0, 2.4)):
         of = jnp.array([weight, 1.0, 1.0])
         _, metrics = deep_spi.loss_fn(params, tiny_batch(deep_spi), key, agent, args, weight=of)
         assert_allclose(metrics["losses/policy_loss"], (-2 * first + 1.0) / 2, rtol=1e-5)
+        assert_allclose(metrics["losses/clipfrac"], 0.5)  # whatever the weight
         # how far the policy has moved has nothing to do with mu
         assert_allclose([metrics["spi/ratio_max"], metrics["spi/ratio_min"]], [1.25, 0.5 / 0.6], rtol=1e-5)
         assert_allclose(metrics["losses/approx_kl"], weight * (0.25 - np.log(1.25)) / 2, rtol=1e-4)
-    # where the action is bad, what has fallen too far is held: pi'/mu = 2 * 0.5 / 0.8 at 2 - 0.2
+    # where the action is bad, what has fallen too far is held: pi/pi_k = 0.5 / 0.8, clipped to 0.8, times w = 2
     batch = tiny_batch(deep_spi)
     batch = batch._replace(advantage=jnp.array([-2.0, -1.0, 9.0]), log_probs=batch.log_probs.at[0].set(jnp.log(0.8)))
     _, metrics = deep_spi.loss_fn(params, batch, key, agent, args, weight=jnp.array([2.0, 1.0, 1.0]))
-    assert_allclose(metrics["losses/policy_loss"], (2 * 1.8 + 1.0) / 2, rtol=1e-5)
+    assert_allclose(metrics["losses/policy_loss"], (2 * 1.6 + 1.0) / 2, rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(weight=st.floats(0.01, 20), moved=st.floats(0.2, 3), utility=st.floats(-3, 3))
+def test_the_neighbourhood_is_about_the_policy_before_the_update_whatever_the_weight(weight, moved, utility):
+    """A gradient moves the policy out of [1 - eps, 1 + eps] of pi_k for no weight, and the loss is w times that of PPO."""
+    agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0, ent_coef=0.0, vf_coef=0.0)
+    batch = tiny_batch(deep_spi)
+    batch = batch._replace(
+        advantage=jnp.array([utility, 0.0, 0.0]), log_probs=batch.log_probs.at[0, 0].set(jnp.log(0.5 / moved))
+    )
+    batch = batch._replace(obs=batch.obs.at[0, ..., 0].set(0.1))  # where the actor's parameter has a gradient
+    pi = 1 / (1 + np.exp(-0.1))
+    moved = moved * pi / 0.5
+    loss = lambda params: deep_spi.loss_fn(  # noqa: E731
+        params, batch, jax.random.key(0), agent, args, weight=jnp.array([weight, 1.0, 1.0])
+    )[0]
+    value, grads = jax.value_and_grad(loss)(params)
+    assert_allclose(value, weight * max(-utility * moved, -utility * np.clip(moved, 0.8, 1.2)) / 2, rtol=1e-4, atol=1e-6)
+    slope = grads.actor_critic["params"]["w"]
+    if (utility > 0 and moved > 1.2001) or (utility < 0 and moved < 0.7999):
+        assert slope == 0
+    elif abs(utility) > 0.01 and 0.8001 < moved < 1.1999:
+        assert slope != 0
 
 
 @pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
