@@ -81,8 +81,12 @@ class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
             f"--dyna-style: with --progressive {self.progressive} actor and critic learn on real data already; drop one of the "
             "two",
         )
+        require(
+            not self.decoupled_repr,
+            "--decoupled-repr: in dreams there are no observations for an encoder of the critic's own; take --decoupled-layers",
+        )
         needed = "deep_spi.py, whose policy learns on real data alone"
-        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl", "decoupled_repr"), needed)
+        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), needed)
 
 
 class Agent(NamedTuple):

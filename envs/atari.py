@@ -82,9 +82,10 @@ class Pool:
         if stepping != "callback":
             try:
                 self.handle, _, _, self._step = self.pool.xla()
-            except RuntimeError:  # macOS, Windows
+            except RuntimeError as error:  # macOS, Windows
                 if stepping == "xla":
                     raise
+                print(f"{error} Python steps the environments instead.")
 
     def reset(self) -> tuple[PoolState, Array]:
         """Starts every environment anew and returns the state to thread through `step` and the first observations."""

@@ -71,7 +71,7 @@ class FirstChannels(nn.Module):
     """Actor-critic: logits w * z_0 and 0, value z_1."""
 
     @nn.compact
-    def __call__(self, z):
+    def __call__(self, z, obs=None):
         w = self.param("w", nn.initializers.ones, ())
         z = z.reshape(z.shape[0], -1)
         return jnp.stack([w * z[:, 0], jnp.zeros_like(z[:, 0])], 1), z[:, 1]

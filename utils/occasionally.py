@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-MEASURED = ":measured"  # after a name, or the beginning of names: 0 in updates in which they were not measured; not for the log
+MEASURED = ":measured"  # after a name, or after the folder of names ("a/b/"): 0 where they were not measured; not for the log
 
 
 def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, Array]], prefix: str) -> dict[str, Array]:
@@ -20,5 +20,7 @@ def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, A
 
 def only_measured(values: dict[str, Array | np.ndarray]) -> dict[str, Array | np.ndarray]:
     """The values, without those that were not measured and without the marks that say so."""
-    missing = tuple(name.removesuffix(MEASURED) for name, value in values.items() if name.endswith(MEASURED) and value == 0)
-    return {name: x for name, x in values.items() if not name.endswith(MEASURED) and not name.startswith(missing)}
+    missing = {name.removesuffix(MEASURED) for name, value in values.items() if name.endswith(MEASURED) and value == 0}
+    folders = tuple(name for name in missing if name.endswith("/"))
+    kept = {name: x for name, x in values.items() if not name.endswith(MEASURED) and not name.startswith(folders)}
+    return {name: x for name, x in kept.items() if name not in missing}

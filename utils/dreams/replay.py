@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from utils.losses import decayed_sums
-from utils.runs.flags import Count, Needs, refuse_unread, require
+from utils.runs.flags import LARGEST, Count, Needs, NotNegative, refuse_unread, require
 from utils.runs.memory import free_memory
 
 WANTED = Needs(use_replay_buffer=True)
@@ -26,7 +26,7 @@ class ReplayArgs:
     """environment steps that it holds, the oldest making room (28 KB each on Atari)"""
     replay_prefill: Annotated[Count, WANTED] = 20_000
     """environment steps before the first update"""
-    replay_ratio: Annotated[float, WANTED] = 4.0
+    replay_ratio: Annotated[NotNegative, WANTED] = 4.0
     """steps replayed for each new one"""
     replay_batch_size: Annotated[Count, WANTED] = 64
     """sequences in a minibatch"""
@@ -60,6 +60,7 @@ class ReplayArgs:
         )
         of_one = self.replay_batch_size * self.replay_length / (self.num_envs * self.num_steps)
         count = max(1, round(self.replay_ratio / of_one))
+        require(count <= LARGEST, f"--replay-ratio {self.replay_ratio:g}: more than {LARGEST} minibatches; ask for less")
         require(
             abs(count * of_one - self.replay_ratio) < 1e-6 * of_one,
             f"--replay-ratio {self.replay_ratio:g}: is no whole number of minibatches of --replay-batch-size "

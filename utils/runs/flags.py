@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
@@ -121,6 +122,10 @@ class RunArgs:
             close = difflib.get_close_matches(self.env_id, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
+        try:
+            Path(self.logdir).expanduser()
+        except RuntimeError:
+            raise UsageError(f"--logdir {self.logdir}: there is no such user, so no home folder; name another folder") from None
         require(
             self.env_step != "xla" or sys.platform.startswith("linux"),
             f"--env-step xla: envpool has no such step on {sys.platform}; leave it out",

@@ -2,7 +2,7 @@
 
 import collections
 import contextlib
-import dataclasses
+import errno
 import logging
 import math
 import os
@@ -107,20 +107,24 @@ class Logger:
         self.warned = set()  # names of metrics that were no numbers
         self.first = None  # when the first update had ended
         self.run = None
+        self.wandb_failed = False
         self.interrupted = False
+        # a path may hold what no encoding has
+        self.flags = {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in vars(args).items()}
 
     def __enter__(self) -> "Logger":
         # Ctrl-C at W&B's question for an account is an answer
         self.handler = _heed_interrupts(signal.default_int_handler)
-        if self.folder.exists():  # a run of the same flags that started in the same second
-            self.folder = self.folder.with_name(f"{self.name}_{os.getpid()}")
-        self.folder.mkdir(parents=True)
         try:
+            if self.folder.exists():  # a run of the same flags that started in the same second
+                self.folder = self.folder.with_name(f"{self.name}_{os.getpid()}")
+            self.folder.mkdir(parents=True)
             self.events = EventFile(self.folder)
-            rows = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(self.args).items())
+            rows = "\n".join(f"|{k}|{v}|" for k, v in self.flags.items())
             self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), 0)
             if self.args.track:
                 self._start_wandb()
+            _heed_interrupts(self._interrupt)
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             _heed_interrupts(self.handler)
@@ -139,7 +143,6 @@ class Logger:
             file=sys.stdout,
             bar_format="{percentage:3.0f}%|{bar}| {n:,}/{total:,} steps [{elapsed}<{remaining}{postfix}]",
         )
-        _heed_interrupts(self._interrupt)
         return self
 
     def _interrupt(self, *_) -> None:
@@ -160,7 +163,7 @@ class Logger:
         attempt(self.bar.close)
         attempt(self.events.close)
         if self.run is not None:
-            attempt(self.run.finish, int(failure is not None))
+            attempt(self._finish_wandb, int(failure is not None))
         print(f"{'ended' if failure is None else 'stopped'} after {self.step:,} steps")
         print(f"logs: {self.folder}   (uv run tensorboard --logdir {shlex.quote(str(self.logdir))})", flush=True)
         _heed_interrupts(self.handler)
@@ -229,9 +232,13 @@ class Logger:
             self.events.add(summary.scalar(name, value), self.step)
         for name, value in pictures.items():
             self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
-        if self.run is not None:
+        if self.run is not None and not self.wandb_failed:
             images = {k: self.wandb.Image(v if v.ndim == 2 else v.transpose(1, 2, 0)) for k, v in pictures.items()}
-            self.run.log(metrics | images | {"global_step": self.step})
+            try:
+                self.run.log(metrics | images | {"global_step": self.step})
+            except Exception as error:  # of whatever kind: training goes on without W&B
+                self.wandb_failed = True
+                self._say(f"*** W&B takes no more ({_one_line(error)}); TensorBoard's file goes on ***")
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in self.warned]
@@ -267,11 +274,22 @@ class Logger:
             "save_code": None if "WANDB_SAVE_CODE" in os.environ else True,
         }
         try:
-            self.run = wandb.init(config=dataclasses.asdict(self.args), **given)
+            self.run = wandb.init(config=self.flags, **given)
             self.run.define_metric("*", step_metric="global_step")
-        except wandb.errors.Error as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"--track: W&B did not start ({reason}); run `wandb login` or set WANDB_MODE=offline") from error
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: of its environment variables
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or mend what it names"
+            raise UsageError(f"--track: W&B did not start ({_one_line(error)}); {remedy}") from error
+
+    def _finish_wandb(self, exit_code: int) -> None:
+        try:
+            self.run.finish(exit_code)
+        except Exception as error:
+            said = f"W&B was not told how the run ended ({_one_line(error)}); TensorBoard's file is complete"
+            raise OSError(errno.EIO, said) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _heed_interrupts(handler: Any) -> Any:

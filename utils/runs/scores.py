@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 # human play of games that the table of 57 lacks: random, and the best score known
-MORE_HUMANS = {"Kaboom": (2.49, 39101.0), "LaserGates": (139.55, 87511.0), "MarioBros": (120.0, 778700.0), "Et": (19.6, 19127.0)}
+MORE_HUMANS = {
+    "Kaboom": (2.49, 39101.0),
+    "LaserGates": (139.55, 87511.0),
+    "MarioBros": (120.0, 778700.0),
+    "Et": (19.6, 19127.0),
+}
 
 
 class Reference(NamedTuple):

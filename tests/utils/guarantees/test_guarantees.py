@@ -83,7 +83,7 @@ tightness = {}
 
 
 def test_no_bound_is_violated_by_random_tables(capsys):
-    """`uv run pytest tests/test_guarantees.py -k random_tables -s` shows how tight they are."""
+    """`uv run pytest tests/utils/guarantees/test_guarantees.py -k random_tables -s` shows how tight they are."""
     tightness.clear()
 
     @settings(max_examples=5000, deadline=None, database=None)

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose
 
 import deep_spi
 from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
+from networks.architectures import ActorCritic
 from tests.probes import CueEnv
 from utils.distributions import Categorical
 from utils.guarantees.bounds import local_error, stepwise_bound, value_span
@@ -26,7 +27,7 @@ from utils.guarantees.tabular import (
     of_environment,
     total_variation,
 )
-from utils.occasionally import MEASURED
+from utils.occasionally import MEASURED, only_measured
 from utils.runs.flags import check_flags
 
 GAMMA = 0.9
@@ -42,13 +43,22 @@ class TableEncoder(nn.Module):
 
 
 class Table(nn.Module):
-    """Rows of a table, by code and (where given) action; as `wrap` returns them."""
+    """Rows of a table, by code and action; as `wrap` returns them."""
 
     wrap: object
 
-    def __call__(self, z, action=None):
+    def __call__(self, z, action):
         rows = jnp.einsum("nz,z...->n...", z[:, 0], self.get_variable("params", "table"))
-        return self.wrap(rows if action is None else rows[jnp.arange(len(z)), action])
+        return self.wrap(rows[jnp.arange(len(z)), action])
+
+
+class TableHeads(nn.Module):
+    """Rows of a table of logits, by code, and the value 0."""
+
+    @nn.compact
+    def __call__(self, z, obs=None):
+        logits = jnp.einsum("nz,za->na", z[:, 0], self.get_variable("params", "table"))
+        return logits, jnp.zeros(len(z))
 
 
 def table(values):
@@ -85,7 +95,7 @@ class Played:
         self.latent = fitted_model(self.real, code, len(code), weights)
         self.behaviour = self.old[code]
 
-        encoder, actor = TableEncoder(tuple(int(c) for c in cells)), Table(lambda rows: (rows, jnp.zeros(len(rows))))
+        encoder, actor = TableEncoder(tuple(int(c) for c in cells)), TableHeads()
         self.agent = deep_spi.Agent(encoder, actor, Table(lambda rows: Categorical(rows[:, None])), Table(lambda rows: rows))
         log = lambda p: np.log(np.maximum(p, 1e-30))  # noqa: E731
         model_tables = (table(log(self.latent.probability)), table(self.latent.reward))
@@ -186,7 +196,9 @@ def test_training_is_the_same_with_it_and_only_every_so_often_measured():
     assert names == set(watched_history[0]) - set(history[0]) and len(names) == 15
     for i, metrics in enumerate(watched_history):
         others = names - {PREFIX + MEASURED}
-        assert metrics[PREFIX + MEASURED] == (i != 1) and all(np.isnan(metrics[name]) == (i == 1) for name in others)
+        assert metrics[PREFIX + MEASURED] == (i != 1) and not any(np.isnan(metrics[name]) for name in names)
+        assert i != 1 or not any(metrics[name] for name in others)
+        assert others & set(only_measured(metrics)) == (set() if i == 1 else others)
     last = watched_history[2]
     assert last[PREFIX + "episode_length"] == 1 and last[PREFIX + "k_reward"] == 1
     # all episodes end after a step: nothing but rewards can be wrong, and ages are 0
@@ -242,7 +254,7 @@ def test_distance_of_continuous_latents_by_hand():
     reward, ended, masked = jnp.array([[0.25, -1.0], [1.0, 0.0]]), false.at[0, 1].set(True), false.at[1, 1].set(True)
     episodes = {"reward": reward, "terminated": ended, "truncated": false, "valid": ~masked}
     steps = SimpleNamespace(obs=obs, action=jnp.zeros((2, 2), int), **episodes)
-    agent = deep_spi.Agent(AsIs(), deep_spi.ActorCritic(2, ()), Moved(), Half())
+    agent = deep_spi.Agent(AsIs(), ActorCritic(2, ()), Moved(), Half())
     params = deep_spi.Params({}, agent.actor_critic.init(jax.random.key(0), obs[0]), {}, {})
     args = deep_spi.Args(gamma=0.5)
     reward_error, distance, _ = model_terms(params, agent, steps, jax.random.key(0), args, (-1.0, 1.0))

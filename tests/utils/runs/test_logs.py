@@ -1,4 +1,4 @@
-"""Logging: what is written, W&B offline, scores."""
+"""Logging: what is written, how runs end, W&B offline."""
 
 import contextlib
 import io
@@ -18,10 +18,10 @@ from tests.commands import ROOT
 from tests.event_files import scalars
 from tests.wandb_files import exit_codes, records
 from utils.dreams import traces
-from utils.runs import scores
-from utils.runs.logs import Logger
 from utils.occasionally import MEASURED
+from utils.runs import scores
 from utils.runs.flags import RunArgs, UsageError
+from utils.runs.logs import Logger
 
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
 
@@ -95,19 +95,15 @@ def test_interrupted_run_keeps_its_last_metrics_and_each_nan_is_said_once(tmp_pa
 
 
 def test_a_signal_is_acted_on_between_updates(tmp_path, capsys):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
-                for _ in range(2):
-                    logger.log(metrics(1.0))
-                for _ in range(2):  # anywhere in an update
-                    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+            for _ in range(2):
                 logger.log(metrics(1.0))
-                raise AssertionError("not reached")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+            for _ in range(2):  # anywhere in an update
+                os.kill(os.getpid(), signal.SIGINT)
+            logger.log(metrics(1.0))
+            raise AssertionError("not reached")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
     assert "stopping after this update" in capsys.readouterr().out
 
@@ -158,6 +154,14 @@ def test_the_home_folder_and_a_folder_to_quote(tmp_path, monkeypatch, capsys):
     assert shlex.split(closing) == ["tensorboard", "--logdir", str(tmp_path / "my runs")]
 
 
+@pytest.fixture(autouse=True)
+def heeding():
+    """Ctrl-C as Python has it, whatever starts the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 LOG = """
 import sys
 import jax.numpy as jnp
@@ -174,12 +178,15 @@ with Logger(RunArgs(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], 
 def tracked(folder, flags, **variables):
     """The W&B run of a few updates logged in a process of its own, started in the folder, and its history."""
     variables = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"} | variables
+    variables |= {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     code = [sys.executable, "-c", LOG, ".", repr(flags)]
-    done = subprocess.run(code, capture_output=True, text=True, cwd=folder, env=os.environ | variables, timeout=120)
+    done = subprocess.run(code, capture_output=True, text=True, cwd=folder, env=variables, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = records(folder)
     (run,) = [record.run for record in found if record.HasField("run")][:1]
-    history = [{item.key or "/".join(item.nested_key): item.value_json for item in r.history.item} for r in found if r.history.item]
+    history = [
+        {item.key or "/".join(item.nested_key): item.value_json for item in r.history.item} for r in found if r.history.item
+    ]
     return run, history
 
 
@@ -203,14 +210,52 @@ def test_wandb_environment_variables_yield_to_typed_flags_alone(typed, tmp_path)
     assert (tmp_path / "elsewhere" / "wandb").exists() and not (tmp_path / "wandb").exists()
 
 
-def test_wandb_that_cannot_start_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", ["no account", "a wrong variable", "Ctrl-C"])
+def test_wandb_that_cannot_start_leaves_nothing(fault, tmp_path, monkeypatch):
     import wandb
 
     def refuse(**_):
+        if fault == "Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
         raise wandb.errors.UsageError("no API key\nconfigured")
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(UsageError, match=r"--track: W&B did not start \(no API key configured\); run `wandb login`"):
-        with Logger(RunArgs(track=True, logdir=str(tmp_path)), "test", 10):
+    if fault == "a wrong variable":
+        monkeypatch.setenv("WANDB_MODE", "nonsense")
+        expected = pytest.raises(UsageError, match=r"--track: W&B did not start \(.*mode.*\); run `wandb login`")
+    else:
+        monkeypatch.setattr(wandb, "init", refuse)
+        expected = pytest.raises(UsageError, match=r"--track: W&B did not start \(no API key configured\); run `wandb login`")
+    before = signal.getsignal(signal.SIGINT)
+    with expected if fault != "Ctrl-C" else pytest.raises(KeyboardInterrupt):
+        with Logger(RunArgs(track=True, logdir=str(tmp_path / "runs")), "test", 10):
             raise AssertionError("not reached")
-    assert not any(tmp_path.iterdir())
+    assert not any((tmp_path / "runs").iterdir()) and signal.getsignal(signal.SIGINT) is before
+
+
+def test_wandb_that_dies_is_said_once_and_training_goes_on(tmp_path, capsys):
+    def gone(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(OSError, match="W&B was not told how the run ended"):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=30), "test", 10) as logger:
+            logger.run = SimpleNamespace(log=gone, finish=gone)
+            for _ in range(3):
+                logger.log(metrics(1.0))
+    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    assert capsys.readouterr().out.count("W&B takes no more") == 1
+
+
+def test_a_name_without_an_encoding(tmp_path):
+    """A folder from another system, and a tag typed in a terminal with another encoding."""
+    with Logger(RunArgs(logdir=str(tmp_path / "l\udcff"), total_timesteps=10), "test", 10) as logger:
+        logger.log(metrics(1.0))
+    assert len(list(tmp_path.glob("*/*/*tfevents*"))) == 1
+
+
+def test_a_folder_that_cannot_be_made_leaves_signals_as_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        with Logger(RunArgs(logdir=str(tmp_path / "file" / "runs")), "test", 10):
+            raise AssertionError("not reached")
+    assert signal.getsignal(signal.SIGINT) is before

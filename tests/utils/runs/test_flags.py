@@ -1,0 +1,257 @@
+"""Flags: mistakes get one line that says what to do, and booleans may be typed as sweeps type them."""
+
+import dataclasses
+import signal
+import sys
+from typing import Annotated
+
+import jax
+import pytest
+import yaml
+
+import deep_mdp_ppo as deep_mdp
+import deep_spi
+import dream_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from envs.atari import env_seeds
+from tests.commands import ROOT, run
+from utils.runs.flags import (
+    Count,
+    Needs,
+    NotNegative,
+    RunArgs,
+    Share,
+    Sizes,
+    UsageError,
+    check_flags,
+    parse_flags,
+    require,
+)
+from utils.runs.launch import run_script
+
+MISTAKES = [
+    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
+    (["--minibatch-by=transition", "--num-envs=3", "--num-steps=3"], "--num-minibatches", "change one"),
+    (["--num-envs=6"], "--num-minibatches", "change one"),
+    (["--total-timesteps=100"], "--total-timesteps", "at least 1024"),
+    (["--ent-coef=-0.1"], "--ent-coef", "0 or more"),
+    (["--clip-coef=1.5"], "--clip-coef", "between 0 and 1"),
+    (["--env-id=CartPole-v1", "--stochastic-env"], "--stochastic-env", "an Atari game"),
+    (["--env-id=CartPole-v1", "--no-reward-clip"], "--no-reward-clip", "an Atari game"),
+    (["--gridworld-n-path=3"], "--gridworld-n-path", "ConfoundingGridworld-v0"),
+    (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
+    (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
+    (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "between 0 and 1"),
+    (["--seed=-1"], "--seed", "0 or more"),
+    (["--num-envs=0"], "--num-envs", "at least 1"),
+    (["--wandb-group=a"], "--wandb-group", "--track"),
+    (["--num-classes=8"], "--num-classes", "--latent categorical"),
+    (["--latent=categorical", "--num-classes=1"], "--num-classes", "at least 2"),
+    (["--decoupled-layers", "--decoupled-repr"], "--decoupled-layers", "leave it out"),
+    (["--env-id=ConfoundingGridworld-v0", "--env-step=callback"], "--env-step", "leave it out"),
+    (["--logdir=~nobodyatall/runs"], "--logdir", "no such user"),
+]
+WORLD_MODEL_MISTAKES = [
+    (["--world-model=transformer"], "--world-model", "--latent categorical"),
+    (["--categorical-cost=hamming"], "--categorical-cost", "--latent categorical"),
+    (["--latent=categorical", "--transition-density=normal"], "--transition-density", "continuous latents"),
+    (["--latent=categorical", "--no-lipschitz-nets"], "--no-lipschitz-nets", "continuous latents"),
+    (["--latent=categorical", "--lambda-gp=1"], "--lambda-gp", "continuous latents"),
+    (["--latent=categorical", "--categorical-cost=cross_entropy", "--use-gumbel-softmax"], "--use-gumbel-softmax", "l2"),
+    (["--latent=categorical", "--gumbel-temperature=0.5"], "--gumbel-temperature", "--use-gumbel-softmax"),
+    (["--transition-density=normal", "--mixture-components=3"], "--mixture-components", "mixture_normal"),
+    (["--lambda-gp=1"], "--lambda-gp", "--no-lipschitz-nets"),
+    (["--use-wgan-gp"], "--use-wgan-gp", "--no-lipschitz-nets"),
+    (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "leave it out"),
+    (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
+    (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
+    (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "leave it out"),
+    (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
+    (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
+    (["--monitor-every=5"], "--monitor-every", "--monitor-guarantee"),
+    (["--monitor-guarantee", "--monitor-every=0"], "--monitor-every", "at least 1"),
+    (["--monitor-guarantee", "--gamma=1"], "--gamma", "below 1"),
+]
+DREAM_MISTAKES = [
+    (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
+    (["--imagination-horizon=0"], "--imagination-horizon", "at least 1"),
+    (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
+    (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
+    (["--weight-decay=-1"], "--weight-decay", "0 or more"),
+    (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
+    (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
+    (["--target-kl=0.1"], "--target-kl", "leave it out"),
+    (["--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
+    (["--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
+    (["--use-replay-buffer", "--update-epochs=2"], "--update-epochs", "leave it out"),
+    (["--use-replay-buffer", "--replay-length=0"], "--replay-length", "at least 1"),
+    (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4224"),
+    (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
+    (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
+    (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 2"),
+    (["--use-replay-buffer", "--replay-ratio=5.5"], "--replay-ratio", "the nearest is 6"),
+    (
+        ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=64"],
+        "--replay-capacity",
+        "GiB of memory",
+    ),
+    (["--wasserstein-discriminator", "--w-balancing=0.5"], "--w-balancing", "leave it out"),
+    (["--wasserstein-discriminator", "--discriminator-steps=0"], "--discriminator-steps", "at least 1"),
+    (["--discriminator-learning-rate=1e-3"], "--discriminator-learning-rate", "--wasserstein-discriminator"),
+    (["--log-dreams-every=5"], "--log-dreams-every", "--log-dreams"),
+    (["--decoupled-repr"], "--decoupled-repr", "--decoupled-layers"),
+    (["--use-replay-buffer", "--replay-ratio=1e300"], "--replay-ratio", "ask for less"),
+    (["--use-replay-buffer", "--replay-ratio=-1"], "--replay-ratio", "0 or more"),
+    (
+        ["--latent=categorical", "--wasserstein-discriminator", "--categorical-cost=hamming"],
+        "--categorical-cost",
+        "leave it out",
+    ),
+    (["--log-dreams", "--log-dreams-every=0"], "--log-dreams-every", "at least 1"),
+]
+
+
+@pytest.fixture
+def signals():
+    """A script that ends ignores Ctrl-C; the tests do not."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def assert_refused(code, out, err, name, remedy):
+    assert code == 2
+    assert out == ""  # nothing was started
+    assert len(err.strip().splitlines()) == 1 and name in err and remedy in err, err
+
+
+@pytest.mark.parametrize(
+    "script, flags, name, remedy",
+    [(script, *mistake) for script in (ppo, deep_mdp, deep_spi) for mistake in MISTAKES]
+    + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES]
+    + [(dream_spi, *mistake) for mistake in DREAM_MISTAKES],
+)
+def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys, signals):
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
+    with pytest.raises(SystemExit) as end:
+        run_script(script.main, script.Args)
+    assert_refused(end.value.code, *capsys.readouterr(), name, remedy)
+
+
+def test_mistakes_in_a_process_of_their_own():
+    done = run("deep_spi.py", "--drift-coef=0.5")
+    assert_refused(done.returncode, done.stdout, done.stderr, "--drift-coef", "--drift-formulation")
+
+
+@pytest.mark.parametrize(
+    "flag, value, remedy",
+    [
+        ("learning-rate", "nan", "positive"),
+        ("learning-rate", "inf", "finite"),
+        ("ent-coef", "-inf", "0 or more"),
+        ("vf-coef", "inf", "finite"),
+        ("gridworld-epsilon", "inf", "ConfoundingGridworld-v0"),
+        ("seed", str(2**32), "at most 4294967295"),
+        ("num-steps", str(2**31), "at most 2147483647"),
+        ("total-timesteps", str(2**60), "at most 9007199254740992"),
+        ("total-timesteps", "-5", "at least 1"),
+        ("fc-layers", "0", "sizes must be positive"),
+        ("fc-layers", str(10**30), "at most 2147483647"),
+    ],
+)
+def test_odd_numbers_are_refused_by_name(flag, value, remedy):
+    with pytest.raises(UsageError) as error:
+        check_flags(parse_flags(ppo.Args, [f"--{flag}", value]))
+    assert str(error.value).startswith(f"--{flag} ") and remedy in str(error.value)
+
+
+def test_the_largest_seed_is_a_seed_of_its_own():
+    check_flags(parse_flags(ppo.Args, [f"--seed={2**32 - 1}"]))
+    keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, 2**31, 2**32 - 1)}
+    assert len(keys) == 4
+    assert len({tuple(env_seeds(seed, 2)) for seed in (0, 1, 2**31, 2**32 - 1)}) == 4
+
+
+@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi, dream_spi])
+def test_every_default_passes(script):
+    check_flags(script.Args())
+    assert script.Args().clip_vloss is False  # as in the official code and CleanRL's JAX script
+
+
+def test_every_range_and_need_is_checked_on_its_own():
+    """A class of flags of each kind; whatever a script declares goes through the same pass."""
+
+    @dataclasses.dataclass
+    class Args(RunArgs):
+        count: Count = 1
+        share: Share | None = None
+        sizes: Sizes = (1, 2)
+        mode: str = "a"
+        needy: Annotated[NotNegative, Needs(mode=("b", "c"))] = 0.5
+
+        def check(self):
+            require(self.mode != "d", "--mode d: own check")
+
+    accepted = [{}, {"share": 0.0}, {"share": 1.0}, {"mode": "b", "needy": 0.0}, {"mode": "c", "needy": 2}]
+    for flags in accepted:
+        check_flags(Args(**flags))
+    refused = {
+        "--count 0: must be at least 1": {"count": 0},
+        "--share 1.5: must lie in [0, 1]": {"share": 1.5},
+        "--sizes (1, 0): sizes must be positive": {"sizes": (1, 0)},
+        "--needy 0.7: is read only with --mode b or c; leave it out": {"needy": 0.7},
+        "--needy -1: must be 0 or more": {"mode": "b", "needy": -1},
+        "--mode d: own check": {"mode": "d"},
+    }
+    for message, flags in refused.items():
+        with pytest.raises(UsageError) as error:
+            check_flags(Args(**flags))
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "typed, expected",
+    [
+        (["--norm-adv"], True),
+        (["--no-norm-adv"], False),
+        (["--norm-adv=False"], False),
+        (["--norm-adv=true"], True),
+        (["--norm_adv", "False"], False),
+        (["--norm_adv", "True"], True),
+        (["--norm_adv=0"], False),
+        (["--no-norm-adv=False"], True),
+        (["--no_norm_adv"], False),
+        (["--norm_adv", "False", "--norm_adv=True"], True),
+    ],
+)
+def test_booleans_as_sweeps_pass_them(typed, expected):
+    args = parse_flags(ppo.Args, ["--seed", "3", *typed, "--learning_rate=0.5"])
+    assert (args.norm_adv, args.seed, args.learning_rate) == (expected, 3, 0.5)
+
+
+def test_a_word_that_is_no_boolean_is_refused():
+    with pytest.raises(UsageError, match="--norm-adv maybe: say True or False"):
+        parse_flags(ppo.Args, ["--norm-adv", "maybe"])
+
+
+def test_the_sweep_file_of_the_docs():
+    """What W&B's agent makes of it, with every value of every parameter, is taken by the script."""
+    create_sweep_command_args = pytest.importorskip("wandb.sdk.launch.sweeps.utils").create_sweep_command_args
+    sweep = yaml.safe_load((ROOT / "docs" / "sweep.yaml").read_text())
+    args_type = {"deep_spi.py": deep_spi.Args}[sweep["program"]]
+    for name, parameter in sweep["parameters"].items():
+        for value in parameter.get("values", [parameter.get("value", parameter.get("min"))]):
+            made = create_sweep_command_args({"args": {name: {"value": value}}})
+            for macro in ("args", "args_no_equals", "args_no_boolean_flags"):
+                args = parse_flags(args_type, made[macro])
+                check_flags(args)
+                if value is not False or macro != "args_no_boolean_flags":
+                    assert getattr(args, name) == value
+    assert [word for word in sweep["command"] if word.startswith("${args")] == ["${args}"]
+
+
+def test_an_environment_that_xla_cannot_step_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    check_flags(ppo.Args())
+    with pytest.raises(UsageError, match="--env-step xla: envpool has no such step on darwin"):
+        check_flags(ppo.Args(env_step="xla"))

@@ -1,0 +1,127 @@
+"""Free memory, under the limits of control groups of both versions and of a device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT
+from utils.runs import memory
+from utils.runs.memory import free_host_memory, free_memory
+
+MIB = 2**20
+
+
+def files(root: Path, **contents):
+    for name, text in contents.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def host(tmp_path):
+    files(tmp_path, proc__meminfo=f"MemTotal: 900 kB\nMemAvailable:   {800 * 1024} kB\n")
+    return tmp_path
+
+
+def v2(root, path, limit, used=0, cached=0):
+    folder = f"sys/fs/cgroup/{path}"
+    files(
+        root,
+        **{
+            f"{folder}/memory.max": f"{limit}\n",
+            f"{folder}/memory.current": f"{used}\n",
+            f"{folder}/memory.stat": f"anon 1\nactive_file 5\ninactive_file {cached}\n",
+        },
+    )
+
+
+def v1(root, path, limit, used=0, cached=0):
+    folder = f"sys/fs/cgroup/memory/{path}"
+    files(
+        root,
+        **{
+            f"{folder}/memory.limit_in_bytes": f"{limit}\n",
+            f"{folder}/memory.usage_in_bytes": f"{used}\n",
+            f"{folder}/memory.stat": f"inactive_file 7\ntotal_inactive_file {cached}\n",
+        },
+    )
+
+
+def test_without_groups_it_is_what_the_kernel_says(host):
+    assert free_host_memory(host) == 800 * MIB
+    files(host, proc__self__cgroup="0::/a/b\n")  # nothing of it is mounted
+    assert free_host_memory(host) == 800 * MIB
+
+
+def test_the_own_group_of_version_2(host):
+    files(host, proc__self__cgroup="0::/a/b\n")
+    v2(host, "a/b", 500 * MIB, used=300 * MIB, cached=50 * MIB)
+    assert free_host_memory(host) == 250 * MIB
+    v2(host, "a/b", "max", used=300 * MIB)
+    assert free_host_memory(host) == 800 * MIB
+    v2(host, "a/b", 500 * MIB, used=600 * MIB)
+    assert free_host_memory(host) == 0
+
+
+def test_a_group_above_may_leave_less(host):
+    files(host, proc__self__cgroup="0::/slice/job/step\n")
+    v2(host, "slice/job/step", "max")
+    v2(host, "slice/job", 400 * MIB, used=100 * MIB)
+    v2(host, "slice", 450 * MIB, used=250 * MIB, cached=10 * MIB)
+    assert free_host_memory(host) == 210 * MIB
+    # the topmost one that a container sees is its own, wherever the host has put it
+    files(host, proc__self__cgroup="0::/../elsewhere\n")
+    v2(host, ".", 90 * MIB)
+    assert free_host_memory(host) == 90 * MIB
+
+
+def test_version_1_beside_an_empty_version_2(host):
+    files(host, proc__self__cgroup="9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+    v1(host, "docker/abc", 300 * MIB, used=100 * MIB, cached=20 * MIB)
+    v1(host, ".", 9223372036854771712)
+    assert free_host_memory(host) == 220 * MIB
+    # a container without a view of its own: the path is the host's, the limit stands at the mount
+    files(host, proc__self__cgroup="4:memory:/kubepods/xyz\n")
+    v1(host, ".", 70 * MIB)
+    assert free_host_memory(host) == 70 * MIB
+
+
+def test_a_real_group():
+    """One of version 1 or 2, made for this test, where the machine lets us."""
+    for mount, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup") / mount / f"free_memory_{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(300 * MIB))
+            break
+        except OSError:
+            if group.exists():
+                group.rmdir()
+    else:
+        pytest.skip("no control group can be made here")
+    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
+    code += "from utils.runs.memory import free_host_memory; print(free_host_memory())"
+    try:
+        done = subprocess.run([sys.executable, "-c", code, str(group)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert 0 < int(done.stdout) <= 300 * MIB
+    finally:
+        group.rmdir()
+
+
+def test_of_a_device(monkeypatch):
+    class Gpu:
+        platform = "gpu"
+        statistics = {"bytes_limit": 1000, "bytes_in_use": 10}
+
+        def memory_stats(self):
+            return self.statistics
+
+    monkeypatch.setattr(memory.jax, "devices", lambda: [Gpu()])
+    assert free_memory() == 990
+    Gpu.statistics = None  # other allocators keep none
+    assert free_memory() >= 2**60

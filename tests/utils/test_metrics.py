@@ -1,0 +1,55 @@
+"""What is logged of updates and rollouts, by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from utils.metrics import explained_variance, summarize
+from utils.occasionally import MEASURED, only_measured
+
+NAME = "losses/explained_variance"
+
+
+def test_explained_variance():
+    target = jnp.array([[1.0, 3.0], [5.0, 99.0]])
+    error = jnp.array([[0.5, -0.5], [0.0, 42.0]])
+    valid = jnp.array([[True, True], [True, False]])
+    found = explained_variance(error, target, valid)
+    assert_allclose(found[NAME], 1 - (0.5 / 3) / (8 / 3), rtol=1e-6)
+    assert only_measured(found).keys() == {NAME}
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("value", [0.0, 1e-3, 1.1, -12345.6])
+def test_targets_that_are_all_the_same_have_no_variance_to_explain(size, value):
+    """Not even where their mean is rounded."""
+    target = jnp.full(size, value)
+    found = explained_variance(target - 0.3, target, jnp.ones(size, bool))
+    assert np.isfinite(found[NAME]) and only_measured(found) == {}
+    nothing = explained_variance(target, jnp.arange(size * 1.0), jnp.zeros(size, bool))  # no step was valid
+    assert np.isfinite(nothing[NAME]) and only_measured(nothing) == {}
+
+
+def test_what_is_no_number_is_seen():
+    found = explained_variance(jnp.ones(3), jnp.array([1.0, jnp.nan, 2.0]), jnp.ones(3, bool))
+    assert np.isnan(only_measured(found)[NAME])
+
+
+def test_marks_are_of_one_name_or_of_a_folder():
+    marks = {"a/b": 0.0, "c/": 0.0, "g": 1.0}
+    values = {name: np.ones(()) for name in ("a/b", "a/b2", "c/d", "c/e/f", "cd", "g")}
+    values |= {name + MEASURED: np.asarray(mark) for name, mark in marks.items()}
+    assert only_measured(values).keys() == {"a/b2", "cd", "g"}
+
+
+def test_summary_leaves_out_what_was_skipped():
+    metrics = {
+        "losses/x": jnp.array([1.0, 2.0, 6.0, 100.0]),
+        "spi/ratio_max": jnp.array([9.0, 1.2, 1.1, 100.0]),
+        "spi/ratio_min": jnp.array([0.1, 0.9, 0.8, -100.0]),
+        "spi/outside_fraction": jnp.array([1.0, 0.5, 0.25, 100.0]),
+    }
+    found = summarize(metrics, jnp.array([True, True, True, False]), 2)
+    expected = {"losses/x": 3.0, "spi/ratio_max": 1.2, "spi/ratio_min": 0.8, "spi/outside_fraction": 0.375}
+    assert {name: pytest.approx(float(value)) for name, value in found.items()} == expected

@@ -1,0 +1,1 @@
+"""A run, whatever its algorithm: flags, start, logs, scores, memory."""

@@ -1,0 +1,78 @@
+"""How a script starts, and how its errors end it."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+
+from utils.runs.flags import UsageError, check_flags, parse_flags, require
+from utils.runs.quiet_start import INTERRUPTED
+
+OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
+
+
+def run_script(main: Callable, args_type: type) -> None:
+    """Parses the command line and runs `main`. What goes wrong for a reason that is not the code's ends in one line.
+
+    Exit codes: 2 for a mistake of the user's, 130 after Ctrl-C, 1 for the rest.
+    """
+    try:
+        main(parse_flags(args_type))
+    except UsageError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except MemoryError:
+        _fail(OUT_OF_MEMORY, 1)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)  # all is closed, and JAX would raise the same error once more when Python exits
+    finally:  # what is left is Python's own end, and no Ctrl-C may show it
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_run(args: Any) -> None:
+    """Checks the flags, and that JAX starts as its environment variables ask: before a folder or a W&B run exists.
+
+    Raises:
+        UsageError: the first mistake found.
+    """
+    check_flags(args)
+    require(
+        not jax.config.jax_enable_x64, "JAX_ENABLE_X64: the scripts compute in 32 bits, and nothing gains from more; unset it"
+    )
+    asked = jax.config.jax_platforms
+    try:
+        jax.devices()
+    except Exception as error:  # of whatever kind its plugins raise
+        reason = f"JAX cannot start what JAX_PLATFORMS={asked} asks for" if asked else "JAX cannot start"
+        raise UsageError(f"{reason} ({' '.join(str(error).split())}); unset it, or see the README on GPUs") from None
+
+
+def describe_device() -> str:
+    """One line on what JAX computes on; where that is the CPU, a second one on how to get a GPU used."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"device: {device.device_kind} ({jax.device_count()} visible, one used), jax {jax.__version__}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    why = "JAX_PLATFORMS asks for it" if "cpu" in os.environ.get("JAX_PLATFORMS", "") else "JAX found no GPU"
+    return (
+        f"device: CPU, {cores} cores, jax {jax.__version__}\n"
+        f"*** RUNNING ON THE CPU: {why}. For an NVIDIA GPU: uv sync --extra cuda13 (driver 580 or newer), or\n"
+        "*** uv sync --extra cuda12 (driver 525 or newer); without uv: pip install 'jax[cuda13]'. ***"
+    )
