@@ -256,14 +256,12 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
     assert_allclose(picture[8::16, 8::16] / 255, policy[~env.model.terminal], atol=0.003)
 
 
-def test_benchmark_trains_as_the_script_does():
+@pytest.mark.parametrize("script", [ppo, pytest.param(deep_spi, marks=pytest.mark.slow)])
+def test_benchmark_trains_as_the_script_does(script):
     """Its short cut, the encoder evaluated once for each cell, changes no parameter by more than rounding."""
     from benchmarks import confounding_gridworld as benchmark
 
-    script, small = (
-        deep_spi,
-        {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "fc_layers": (32,), "total_timesteps": 64 * 3},
-    )
+    small = {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "fc_layers": (32,), "total_timesteps": 64 * 3}
     args = script.Args(env_id=ENV_ID, latent="categorical", num_categories=4, num_classes=4, **small)
     env = script.make_env(args)
     cells, pictures = benchmark.make_cells(args)

@@ -177,7 +177,7 @@ def test_trained_layers_keep_singular_values_near_one():
     assert np.median(conv_values) > 0.9
 
 
-@pytest.mark.parametrize("density", ["deterministic", "normal", "mixture_normal"])
+@pytest.mark.parametrize("density", ["deterministic", pytest.param("normal", marks=pytest.mark.slow), "mixture_normal"])
 def test_transition_is_k_lipschitz_with_noise_fixed(density):
     z_shape, constant = (2, 2, 32), 1.5
     module = Transition(3, density, constant=constant)

@@ -261,10 +261,8 @@ def test_losses_fall_on_a_fixed_batch_when_only_the_world_model_learns(flags, st
     assert last.sum() < 0.5 * first.sum()
 
 
-def train_on_pong(script, flags):
-    args = script.Args(
-        env_id="Pong-v5", num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=48, fc_layers=(32,), **flags
-    )
+def train_a_little(script, env_id, flags):
+    args = script.Args(env_id=env_id, num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=48, fc_layers=(32,), **flags)
     check_flags(args)
     env = make_pool(args.env_id, 4, 1)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
@@ -278,16 +276,16 @@ def train_on_pong(script, flags):
         assert ("losses/gradient_penalty" in losses) == penalises_gradients(args)
 
 
-@pytest.mark.parametrize("flags", [CONTINUOUS[9], CATEGORICAL[8]], ids=name)
-def test_trains_on_pong(flags):
-    train_on_pong(deep_mdp, flags)
+@pytest.mark.parametrize("env_id, flags", [("CartPole-v1", CONTINUOUS[9]), ("Pong-v5", CATEGORICAL[8])])
+def test_trains(env_id, flags):
+    train_a_little(deep_mdp, env_id, flags)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [deep_mdp, deep_spi])
 @pytest.mark.parametrize("flags", CONTINUOUS + CATEGORICAL, ids=name)
 def test_every_world_model_trains_on_pong(script, flags):
-    train_on_pong(script, flags)
+    train_a_little(script, "Pong-v5", flags)
 
 
 def test_squashed_rewards_stay_within_one():
