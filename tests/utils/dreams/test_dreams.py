@@ -93,6 +93,7 @@ def test_dreams_stay_among_the_codes_with_gumbel_softmax_too(world_model):
     obs = jax.random.normal(jax.random.key(1), (6, 5))
     params = dream_spi.init_params(jax.random.key(0), agent, obs)
     z = agent.encoder.apply(params.encoder, obs)
+    assert agent.transition.apply(params.transition, z, jnp.zeros(6, jnp.int32)).temperature == 3.0
     dreams = jax.jit(partial(dream_spi.imagine, agent=agent, args=args))(params, z, jnp.ones(6), jax.random.key(2))
     assert dreams.z.shape == (4, 6, 3, 4)
     assert_array_equal(dreams.z.max(-1), 1.0)
