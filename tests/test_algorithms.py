@@ -149,8 +149,10 @@ def test_huber_and_clipped_value_by_hand():
         assert_allclose(metrics["losses/value_loss"], (first + 0.5 * 0.01) / 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [{}, {"decoupled_layers": True}, {"decoupled_repr": True}])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script, flags",
+    [(ppo, {}), (ppo, {"decoupled_layers": True}), (ppo, {"decoupled_repr": True}), (deep_spi, {"decoupled_repr": True})],
+)
 def test_what_actor_and_critic_share(script, flags):
     """By the gradients of the value loss alone, and of the policy loss alone."""
     args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, fc_layers=(16,), ent_coef=0.0, **flags)
@@ -314,7 +316,7 @@ def assert_same_bits(a, b):
         assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("latent", ["continuous", "categorical"])
+@pytest.mark.parametrize("latent", ["continuous", pytest.param("categorical", marks=pytest.mark.slow)])
 def test_with_zero_coefficients_all_are_ppo(latent):
     flags = {"latent": latent, "num_categories": 8, "num_classes": 8} if latent == "categorical" else {}
     results = []
@@ -352,7 +354,12 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
 
 @pytest.mark.parametrize(
     "density, lipschitz",
-    [("mixture_normal", True), ("mixture_normal", False), ("normal", True), ("deterministic", False)],
+    [
+        ("mixture_normal", True),
+        ("mixture_normal", False),
+        pytest.param("normal", True, marks=pytest.mark.slow),
+        pytest.param("deterministic", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gradient_reaches_all_networks_through_the_utility(density, lipschitz):
     # without entropy and value loss, and at ratio 1, all gradient comes through the utility and the policy
@@ -456,9 +463,12 @@ def test_ppo_solves_cartpole():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_end_to_end_is_reproducible(script):
-    """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors, which compile faster."""
+    """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors and codes, which compile faster."""
     env_id, num_actions = ("Pong-v5", 6) if script is ppo else ("CartPole-v1", 2)
-    args = script.Args(env_id=env_id, num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 3, fc_layers=(32,))
+    codes = {} if script is ppo else {"latent": "categorical", "num_categories": 4, "num_classes": 4}
+    args = script.Args(
+        **codes, env_id=env_id, num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 3, fc_layers=(32,)
+    )
     (one, metrics), (two, _) = (learn(script, make_pool(args.env_id, 4, args.seed), args, 3) for _ in range(2))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         assert_array_equal(a, b)

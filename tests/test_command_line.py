@@ -6,6 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.commands import CARTPOLE, PPO, SMALL, run
 from tests.event_files import scalars
 
+CODES = ["--latent=categorical", "--num-categories=4", "--num-classes=4"]  # which compile faster
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
 REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=40", "--replay-length=4", "--replay-batch-size=4"]
 REPLAYED += ["--replay-ratio=1.5", "--wasserstein-discriminator", "--log-dreams", "--log-dreams-every=2"]
@@ -16,7 +17,7 @@ REPLAYED += ["--replay-ratio=1.5", "--wasserstein-discriminator", "--log-dreams"
     [
         (PPO, ["--env-id=Breakout-v5"]),
         ("deep_spi.py", ["--env-id=Breakout-v5"]),
-        ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", *WATCHED]),
+        ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", *CODES, *WATCHED]),
         ("dream_spi.py", ["--env-id=CartPole-v1"]),
         pytest.param("deep_mdp_ppo.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
         pytest.param("dream_spi.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
@@ -39,7 +40,7 @@ def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):
 
 
 def test_dreams_with_replay_a_critic_and_pictures(tmp_path):
-    done = run("dream_spi.py", *CARTPOLE, *REPLAYED, f"--logdir={tmp_path}")
+    done = run("dream_spi.py", *CARTPOLE, *CODES, *REPLAYED, f"--logdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)

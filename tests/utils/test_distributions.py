@@ -228,7 +228,7 @@ def test_shift_by_hand_and_off_the_map():
     assert_array_equal(shift(x[:, :1, :1], 1, 1).ravel(), [0])
 
 
-@pytest.mark.parametrize("num_actions, lipschitz", [(4, True), pytest.param(18, True, marks=pytest.mark.slow), (4, False)])
+@pytest.mark.parametrize("num_actions, lipschitz", [(2, True), pytest.param(18, True, marks=pytest.mark.slow), (2, False)])
 def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actions, lipschitz):
     keys = jax.random.split(KEY, 5)
     z = jax.random.normal(keys[0], (8, 4, 4, 32))

@@ -60,8 +60,13 @@ def check_run(args: Any) -> None:
     try:
         jax.devices()
     except Exception as error:  # of whatever kind its plugins raise
-        reason = f"JAX cannot start what JAX_PLATFORMS={asked} asks for" if asked else "JAX cannot start"
-        raise UsageError(f"{reason} ({' '.join(str(error).split())}); unset it, or see the README on GPUs") from None
+        why = " ".join(str(error).split()) or type(error).__name__
+        what = (
+            f"what JAX_PLATFORMS={asked} asks for ({why}); unset it"
+            if asked
+            else f"({why}); JAX_PLATFORMS=cpu does without a GPU"
+        )
+        raise UsageError(f"JAX cannot start {what}, or see docs/install.md") from None
 
 
 def describe_device() -> str:

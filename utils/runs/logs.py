@@ -115,10 +115,14 @@ class Logger:
     def __enter__(self) -> "Logger":
         # Ctrl-C at W&B's question for an account is an answer
         self.handler = _heed_interrupts(signal.default_int_handler)
+        made = False
         try:
-            if self.folder.exists():  # a run of the same flags that started in the same second
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:  # a run of the same flags that started in the same second
                 self.folder = self.folder.with_name(f"{self.name}_{os.getpid()}")
-            self.folder.mkdir(parents=True)
+                self.folder.mkdir()
+            made = True
             self.events = EventFile(self.folder)
             rows = "\n".join(f"|{k}|{v}|" for k, v in self.flags.items())
             self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), 0)
@@ -126,7 +130,10 @@ class Logger:
                 self._start_wandb()
             _heed_interrupts(self._interrupt)
         except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.run is not None:
+                self.run.finish(1)
+            if made:
+                shutil.rmtree(self.folder, ignore_errors=True)
             _heed_interrupts(self.handler)
             raise
         iterations = self.args.total_timesteps // self.steps_per_iteration
@@ -159,7 +166,11 @@ class Logger:
                 if failure is None or isinstance(failure, KeyboardInterrupt):
                     failure = raised
 
-        attempt(self._finish_updates, error)
+        if isinstance(error, KeyboardInterrupt):
+            self._say("stopping after this update ...")
+        attempt(self._flush_pending)
+        # an iteration may still be running, and the environments that it steps must not be freed before it ends
+        attempt(jax.effects_barrier)
         attempt(self.bar.close)
         attempt(self.events.close)
         if self.run is not None:
@@ -169,15 +180,6 @@ class Logger:
         _heed_interrupts(self.handler)
         if failure is not error:
             raise failure
-
-    def _finish_updates(self, error: BaseException | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self._say("stopping after this update ...")
-        if error is None or isinstance(error, KeyboardInterrupt):
-            self._flush_pending()
-        if not isinstance(error, jax.errors.JaxRuntimeError):
-            # an iteration may still be running, and the environments that it steps must not be freed before it ends
-            jax.effects_barrier()
 
     def log(self, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the iteration just dispatched (scalars, grey pictures, traces of dreams) and writes those of the
@@ -233,8 +235,8 @@ class Logger:
         for name, value in pictures.items():
             self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
         if self.run is not None and not self.wandb_failed:
-            images = {k: self.wandb.Image(v if v.ndim == 2 else v.transpose(1, 2, 0)) for k, v in pictures.items()}
             try:
+                images = {k: self.wandb.Image(v if v.ndim == 2 else v.transpose(1, 2, 0)) for k, v in pictures.items()}
                 self.run.log(metrics | images | {"global_step": self.step})
             except Exception as error:  # of whatever kind: training goes on without W&B
                 self.wandb_failed = True

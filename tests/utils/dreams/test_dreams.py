@@ -84,7 +84,7 @@ def test_dreams_in_the_true_model_have_its_exact_values(soft_done):
     assert_allclose(advantages[0], returns, atol=1e-2)
 
 
-@pytest.mark.parametrize("world_model", ["fc", "transformer", "softmoe"])
+@pytest.mark.parametrize("world_model", ["fc", *(pytest.param(w, marks=pytest.mark.slow) for w in ("transformer", "softmoe"))])
 def test_dreams_stay_among_the_codes_with_gumbel_softmax_too(world_model):
     flags = {"world_model": world_model, "use_gumbel_softmax": True, "gumbel_temperature": 3.0}
     args = dream_spi.Args(latent="categorical", num_categories=3, num_classes=4, fc_layers=(8,), imagination_horizon=4, **flags)
@@ -216,7 +216,7 @@ def changed(before, after):
 MODEL = {"encoder", "transition", "reward", "end"}
 REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_batch_size": 16, "replay_length": 4}
 REAL = [
-    ({}, set()),
+    pytest.param({}, set(), marks=pytest.mark.slow),
     ({"progressive": "linear"}, {"actor_critic"}),
     (REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}),
 ]
@@ -430,7 +430,7 @@ def test_prefill_fills_the_buffer_and_learns_nothing():
     assert metrics["episodes"] > 0 and not any(name.startswith(("losses/policy", "dreams/")) for name in metrics)
 
 
-@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
+@pytest.mark.parametrize("off_policy", ["vtrace", pytest.param("clipped_ratio", marks=pytest.mark.slow)])
 def test_learns_a_probe_from_replayed_data_alone(off_policy, monkeypatch):
     """At a rate of 0 in dreams; what is replayed is up to 8 rollouts old."""
     rates = dream_spi.learning_rates

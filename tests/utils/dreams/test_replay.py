@@ -191,7 +191,7 @@ def test_the_neighbourhood_is_about_the_policy_before_the_update_whatever_the_we
         assert slope != 0
 
 
-@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
+@pytest.mark.parametrize("off_policy", ["vtrace", pytest.param("clipped_ratio", marks=pytest.mark.slow)])
 def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     """The loss, and all its gradients, of a rollout that comes back before anything was learned."""
     flags = {"num_envs": 8, "num_steps": 6, "num_minibatches": 1, "gae_lambda": 1.0, "off_policy": off_policy}

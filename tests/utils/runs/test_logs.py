@@ -259,3 +259,22 @@ def test_a_folder_that_cannot_be_made_leaves_signals_as_they_were(tmp_path):
         with Logger(RunArgs(logdir=str(tmp_path / "file" / "runs")), "test", 10):
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_runs_of_the_same_flags_in_the_same_second_keep_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.runs.logs.time.time", lambda: 1_700_000_000.0)
+    loggers = [Logger(RunArgs(logdir=str(tmp_path), total_timesteps=10), "test", 10) for _ in range(2)]
+    for logger in loggers:
+        with logger:
+            logger.log(metrics(1.0))
+    assert loggers[0].folder != loggers[1].folder
+    assert [len(scalars(logger.folder)["losses/policy_loss"]) for logger in loggers] == [1, 1]
+
+
+def test_an_update_that_fails_loses_nothing_of_the_one_before(tmp_path):
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+            for _ in range(3):
+                logger.log(metrics(1.0))
+            raise jax.errors.JaxRuntimeError("INTERNAL: the fourth failed as it was dispatched")
+    assert [step for step, _ in scalars(logger.folder)["losses/policy_loss"]] == [10, 20, 30]
