@@ -152,10 +152,11 @@ def test_huber_and_clipped_value_by_hand():
 @pytest.mark.parametrize(
     "script, flags",
     [(ppo, {}), (ppo, {"decoupled_layers": True}), (ppo, {"decoupled_repr": True}), (deep_spi, {"decoupled_repr": True})],
-)
+)  # Deep SPI with codes, which compile faster
 def test_what_actor_and_critic_share(script, flags):
     """By the gradients of the value loss alone, and of the policy loss alone."""
-    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, fc_layers=(16,), ent_coef=0.0, **flags)
+    codes = {} if script is ppo else {"latent": "categorical", "num_categories": 4, "num_classes": 4}
+    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, fc_layers=(16,), ent_coef=0.0, **codes, **flags)
     check_flags(args)
     agent = script.make_agent(args, 3)
     steps = random_steps(script, jax.random.key(1), 4, 4, obs_shape=(5,), num_actions=3)

@@ -276,7 +276,9 @@ def train_a_little(script, env_id, flags):
         assert ("losses/gradient_penalty" in losses) == penalises_gradients(args)
 
 
-@pytest.mark.parametrize("env_id, flags", [("CartPole-v1", CONTINUOUS[9]), ("Pong-v5", CATEGORICAL[8])])
+@pytest.mark.parametrize(
+    "env_id, flags", [("CartPole-v1", CONTINUOUS[9]), pytest.param("Pong-v5", CATEGORICAL[8], marks=pytest.mark.slow)]
+)
 def test_trains(env_id, flags):
     train_a_little(deep_mdp, env_id, flags)
 
