@@ -50,7 +50,7 @@ class Pool:
         env_id, num_envs, seed: as for `make_pool`.
         reward_range: of the rewards that it returns.
         stepping: `xla` steps the pool within the compiled program, by envpool's own operation, which it offers on Linux alone;
-            `callback` leaves the program for Python at every step, in order; `auto` takes the first where there is it. Both
+            `callback` leaves the program for Python at every step, in order; `auto` takes the first where there is one. Both
             return the same.
         options: of envpool's.
 

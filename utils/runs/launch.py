@@ -46,6 +46,11 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def check_run(args: Any) -> None:
     """Checks the flags, and that JAX starts as its environment variables ask: before a folder or a W&B run exists.
 
@@ -60,7 +65,7 @@ def check_run(args: Any) -> None:
     try:
         jax.devices()
     except Exception as error:  # of whatever kind its plugins raise
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(error)
         what = (
             f"what JAX_PLATFORMS={asked} asks for ({why}); unset it"
             if asked

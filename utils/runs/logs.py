@@ -30,7 +30,7 @@ from utils.guarantees import monitor
 from utils.occasionally import only_measured
 from utils.runs import scores
 from utils.runs.flags import RunArgs, UsageError
-from utils.runs.launch import describe_device
+from utils.runs.launch import describe_device, one_line
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 FLUSH_SECONDS = 10.0  # between two times at which all that was logged is on the disk
@@ -240,7 +240,7 @@ class Logger:
                 self.run.log(metrics | images | {"global_step": self.step})
             except Exception as error:  # of whatever kind: training goes on without W&B
                 self.wandb_failed = True
-                self._say(f"*** W&B takes no more ({_one_line(error)}); TensorBoard's file goes on ***")
+                self._say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file goes on ***")
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in self.warned]
@@ -280,18 +280,14 @@ class Logger:
             self.run.define_metric("*", step_metric="global_step")
         except (wandb.errors.Error, ValueError) as error:  # ValueError: of its environment variables
             remedy = "run `wandb login`, set WANDB_MODE=offline, or mend what it names"
-            raise UsageError(f"--track: W&B did not start ({_one_line(error)}); {remedy}") from error
+            raise UsageError(f"--track: W&B did not start ({one_line(error)}); {remedy}") from error
 
     def _finish_wandb(self, exit_code: int) -> None:
         try:
             self.run.finish(exit_code)
         except Exception as error:
-            said = f"W&B was not told how the run ended ({_one_line(error)}); TensorBoard's file is complete"
+            said = f"W&B was not told how the run ended ({one_line(error)}); TensorBoard's file is complete"
             raise OSError(errno.EIO, said) from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _heed_interrupts(handler: Any) -> Any:

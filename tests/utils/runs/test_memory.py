@@ -14,51 +14,42 @@ from utils.runs.memory import free_host_memory, free_memory
 MIB = 2**20
 
 
-def files(root: Path, **contents):
+def files(folder: Path, **contents):
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in contents.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        (folder / name).write_text(text)
+
+
+def groups(root, lines):
+    files(root / "proc" / "self", cgroup=lines)
 
 
 @pytest.fixture
 def host(tmp_path):
-    files(tmp_path, proc__meminfo=f"MemTotal: 900 kB\nMemAvailable:   {800 * 1024} kB\n")
+    files(tmp_path / "proc", meminfo=f"MemTotal: 900 kB\nMemAvailable:   {800 * 1024} kB\n")
     return tmp_path
 
 
 def v2(root, path, limit, used=0, cached=0):
-    folder = f"sys/fs/cgroup/{path}"
-    files(
-        root,
-        **{
-            f"{folder}/memory.max": f"{limit}\n",
-            f"{folder}/memory.current": f"{used}\n",
-            f"{folder}/memory.stat": f"anon 1\nactive_file 5\ninactive_file {cached}\n",
-        },
-    )
+    stat = f"anon 1\nactive_file 5\ninactive_file {cached}\n"
+    contents = {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+    files(root / "sys/fs/cgroup" / path, **contents)
 
 
 def v1(root, path, limit, used=0, cached=0):
-    folder = f"sys/fs/cgroup/memory/{path}"
-    files(
-        root,
-        **{
-            f"{folder}/memory.limit_in_bytes": f"{limit}\n",
-            f"{folder}/memory.usage_in_bytes": f"{used}\n",
-            f"{folder}/memory.stat": f"inactive_file 7\ntotal_inactive_file {cached}\n",
-        },
-    )
+    stat = f"inactive_file 7\ntotal_inactive_file {cached}\n"
+    contents = {"memory.limit_in_bytes": f"{limit}\n", "memory.usage_in_bytes": f"{used}\n", "memory.stat": stat}
+    files(root / "sys/fs/cgroup/memory" / path, **contents)
 
 
 def test_without_groups_it_is_what_the_kernel_says(host):
     assert free_host_memory(host) == 800 * MIB
-    files(host, proc__self__cgroup="0::/a/b\n")  # nothing of it is mounted
+    groups(host, "0::/a/b\n")  # nothing of it is mounted
     assert free_host_memory(host) == 800 * MIB
 
 
 def test_the_own_group_of_version_2(host):
-    files(host, proc__self__cgroup="0::/a/b\n")
+    groups(host, "0::/a/b\n")
     v2(host, "a/b", 500 * MIB, used=300 * MIB, cached=50 * MIB)
     assert free_host_memory(host) == 250 * MIB
     v2(host, "a/b", "max", used=300 * MIB)
@@ -68,24 +59,24 @@ def test_the_own_group_of_version_2(host):
 
 
 def test_a_group_above_may_leave_less(host):
-    files(host, proc__self__cgroup="0::/slice/job/step\n")
+    groups(host, "0::/slice/job/step\n")
     v2(host, "slice/job/step", "max")
     v2(host, "slice/job", 400 * MIB, used=100 * MIB)
     v2(host, "slice", 450 * MIB, used=250 * MIB, cached=10 * MIB)
     assert free_host_memory(host) == 210 * MIB
     # the topmost one that a container sees is its own, wherever the host has put it
-    files(host, proc__self__cgroup="0::/../elsewhere\n")
+    groups(host, "0::/../elsewhere\n")
     v2(host, ".", 90 * MIB)
     assert free_host_memory(host) == 90 * MIB
 
 
 def test_version_1_beside_an_empty_version_2(host):
-    files(host, proc__self__cgroup="9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+    groups(host, "9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
     v1(host, "docker/abc", 300 * MIB, used=100 * MIB, cached=20 * MIB)
     v1(host, ".", 9223372036854771712)
     assert free_host_memory(host) == 220 * MIB
     # a container without a view of its own: the path is the host's, the limit stands at the mount
-    files(host, proc__self__cgroup="4:memory:/kubepods/xyz\n")
+    groups(host, "4:memory:/kubepods/xyz\n")
     v1(host, ".", 70 * MIB)
     assert free_host_memory(host) == 70 * MIB
 
