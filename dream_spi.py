@@ -35,12 +35,13 @@ from utils.dreams import replay, traces
 from utils.dreams.discriminator import DiscriminatorArgs, transition_distance
 from utils.dreams.replay import ReplayArgs, Replayed, vtrace
 from utils.dreams.traces import DreamTraceArgs, trace_dreams
+from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, smooth_l1_loss, weighted_mean
 from utils.metrics import rollout_metrics, summarize
 from utils.occasionally import occasionally
 from utils.runs.flags import Count, NotNegative, Positive, refuse_unread, require
 from utils.runs.launch import check_run, run_script
-from utils.runs.logs import Logger
+from utils.runs.run import Run
 
 
 @dataclass
@@ -360,6 +361,7 @@ def update_model(
         if args.wasserstein_discriminator:
             carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)
         grads, metrics = jax.grad(model_loss, has_aux=True)(carry[0], batch, ended, weight, key, agent, args)
+        metrics |= track_gradients(grads, state.iteration, args)
         carry = descend("model", grads, rates, *carry, optimizers)
         if args.dyna_style or args.progressive != "none":
             carry = descend("real_heads", grads, rates, *carry, optimizers)
@@ -380,11 +382,12 @@ def update_heads(
     rates = learning_rates(state.iteration, args)
     z = jax.lax.map(partial(agent.encoder.apply, state.params.encoder), steps.obs[:-1])
     z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
-    size = args.imagination_horizon * z.shape[0]
+    size, mean = args.imagination_horizon * z.shape[0], partial(jnp.mean, axis=0)
 
     def minibatch_step(carry, indices, batch):
         batch = jax.tree.map(lambda x: x[indices], batch)
         grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], batch, agent, args)
+        metrics |= track_gradients(grads, state.iteration, args, "grads/dreams/")
         return descend("heads", grads, rates, *carry, optimizers), metrics
 
     def dream_and_learn(carry, key):
@@ -401,11 +404,11 @@ def update_heads(
             "dreams/length": jnp.sum(dreams.weight) / jnp.maximum(jnp.sum(awake), 1.0),
             "dreams/reward": weighted_mean(dreams.reward, dreams.weight),
         }
-        return carry, jax.tree.map(jnp.mean, metrics) | dreamt
+        return carry, jax.tree.map(mean, metrics) | dreamt
 
     keys = jax.random.split(key, args.n_imagination_rollouts)
     (params, opt_state), metrics = jax.lax.scan(dream_and_learn, (state.params, state.opt_state), keys)
-    metrics = jax.tree.map(jnp.mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(rates.heads)}
+    metrics = jax.tree.map(mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(rates.heads)}
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
@@ -456,21 +459,23 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
 
 
 def main(args: Args) -> None:
-    """Trains, and logs as it goes."""
+    """Trains, and logs and saves as it goes."""
     check_run(args)
-    env = make_env(args)
+    run = Run(args, "dream_spi", args.num_envs * args.num_steps)
+    env = make_env(args, run.iteration)
     replay.check_memory(env.obs_spec, env.num_actions, args)
     agent = make_agent(args, env.num_actions)
     optimizers = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
     prefill = jit(partial(prefill_iteration, env=env, agent=agent, args=args))
     train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
-    steps_per_iteration = args.num_envs * args.num_steps
-    with Logger(args, "dream_spi", steps_per_iteration) as logger:
-        state = init_state(args, env, agent, optimizers)
-        for k in range(args.total_timesteps // steps_per_iteration):
+    with run:
+        state = run.restore(init_state(args, env, agent, optimizers), env)
+        for _ in range(replay.to_refill(args, run.iteration)):  # steps that count as none of the run's
+            state = prefill(state)[0]._replace(iteration=jnp.asarray(run.iteration, jnp.int32))
+        for k in range(run.iteration, run.num_iterations):
             state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)
-            logger.log(metrics)
+            run.log(state, metrics)
 
 
 if __name__ == "__main__":

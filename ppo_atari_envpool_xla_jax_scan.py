@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
 from networks.architectures import make_actor_critic, make_encoder
+from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighbourhood import backtrack, gradient_steps, ratio_metrics
@@ -40,7 +41,7 @@ from utils.runs.flags import (
     check_minibatches,
 )
 from utils.runs.launch import check_run, run_script
-from utils.runs.logs import Logger
+from utils.runs.run import Run
 
 
 @dataclass
@@ -320,6 +321,7 @@ def update(
         first, env, key = minibatch
         batch = gather(steps, advantages, first, env, args)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
+        metrics |= track_gradients(grads, state.iteration, args)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, jax.tree.map(lambda u: -learning_rate * u, updates))
         return (params, opt_state), metrics
@@ -369,18 +371,18 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
 
 
 def main(args: Args) -> None:
-    """Trains, and logs as it goes."""
+    """Trains, and logs and saves as it goes."""
     check_run(args)
-    env = make_env(args)
+    run = Run(args, "ppo", args.num_envs * args.num_steps)
+    env = make_env(args, run.iteration)
     agent = make_agent(args, env.num_actions)
     optimizer = make_optimizer(args)
     iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)
-    steps_per_iteration = args.num_envs * args.num_steps
-    with Logger(args, "ppo", steps_per_iteration) as logger:
-        state = init_state(args, env, agent, optimizer)
-        for _ in range(args.total_timesteps // steps_per_iteration):
+    with run:
+        state = run.restore(init_state(args, env, agent, optimizer), env)
+        for _ in range(run.iteration, run.num_iterations):
             state, metrics = iteration(state)
-            logger.log(metrics)
+            run.log(state, metrics)
 
 
 if __name__ == "__main__":

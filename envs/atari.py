@@ -21,13 +21,16 @@ def atari_ids() -> list[str]:
     return sorted(env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari")
 
 
-def env_seeds(seed: int, num_envs: int) -> list[int]:
-    """A seed for each environment, such that runs with different seeds share none.
+def env_seeds(seed: int, num_envs: int, iteration: int = 0) -> list[int]:
+    """A seed for each environment, such that runs with different seeds share none; nor does a run that goes on from that
+    iteration, with itself.
 
     envpool would otherwise seed environment i with seed + i, and the runs with seeds s and s + 1 would share all
     environments but one.
     """
-    seeds = np.random.SeedSequence(seed).generate_state(num_envs) >> 1  # envpool takes 31 bits
+    seeds = (
+        np.random.SeedSequence([seed, iteration] if iteration else seed).generate_state(num_envs) >> 1
+    )  # envpool takes 31 bits
     return [int(s) for s in seeds]
 
 
@@ -47,7 +50,7 @@ class Pool:
     so it can be neither copied nor saved.
 
     Args:
-        env_id, num_envs, seed: as for `make_pool`.
+        env_id, num_envs, seed, iteration: as for `make_pool`.
         reward_range: of the rewards that it returns.
         stepping: `xla` steps the pool within the compiled program, by envpool's own operation, which it offers on Linux alone;
             `callback` leaves the program for Python at every step, in order; `auto` takes the first where there is one. Both
@@ -58,6 +61,8 @@ class Pool:
         RuntimeError: `xla` is asked for, and envpool has none on this system.
     """
 
+    saveable = False
+
     def __init__(
         self,
         env_id: str,
@@ -65,12 +70,14 @@ class Pool:
         seed: int,
         reward_range: tuple[float, float],
         stepping: Literal["auto", "xla", "callback"] = "auto",
+        iteration: int = 0,
         **options,
     ):
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on the precision of bounds
-            self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=env_seeds(seed, num_envs), **options)
+            seeds = env_seeds(seed, num_envs, iteration)
+            self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
             _ = self.pool.observation_space  # made on first use, and kept
-        self.num_envs, self.reward_range = num_envs, reward_range
+        self.num_envs, self.reward_range, self.midway = num_envs, reward_range, iteration > 0
         # of the arrays, for a Gymnasium space would warn of its bounds
         self.num_actions = int(self.pool.spec.action_array_spec["action"].maximum) + 1
         obs = self.pool.spec.state_array_spec["obs"]
@@ -90,8 +97,8 @@ class Pool:
     def reset(self) -> tuple[PoolState, Array]:
         """Starts every environment anew and returns the state to thread through `step` and the first observations."""
         obs, _ = self.pool.reset()
-        state = PoolState(jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), EpisodeStats.zeros(self.num_envs))
-        return state, jnp.asarray(obs)
+        episode = EpisodeStats.zeros(self.num_envs, self.midway)
+        return PoolState(jnp.asarray(self.handle), jnp.zeros(self.num_envs, bool), episode), jnp.asarray(obs)
 
     def _callback_step(self, handle: UInt8[Array, " 8"], action: Int[Array, " B"]) -> tuple[Array, tuple]:
         """What envpool's own operation returns: the handle, and the observation, reward, flags and info of Gymnasium."""
@@ -129,6 +136,7 @@ def make_pool(
     reward_clip: bool = True,
     stochastic: bool = False,
     stepping: Literal["auto", "xla", "callback"] = "auto",
+    iteration: int = 0,
 ) -> Pool:
     """A pool of environments.
 
@@ -140,15 +148,17 @@ def make_pool(
         stochastic: Atari's stochastic protocol: the last action is repeated with probability 0.3, and up to 60 no-ops
             start a game (instead of 0 and 30).
         stepping: see `Pool`.
+        iteration: of the run when these environments start: see `env_seeds`, and `EpisodeStats.to_count`.
 
     Raises:
         ValueError: the id is not known.
         RuntimeError: as `Pool`.
     """
     if env_id in CLASSIC:
-        return Pool(env_id, num_envs, seed, CLASSIC[env_id], stepping)
+        return Pool(env_id, num_envs, seed, CLASSIC[env_id], stepping, iteration)
     if env_id not in atari_ids():
         raise ValueError(f"unknown environment {env_id!r}")
     protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
     reward_range = (-1.0, 1.0) if reward_clip else (-np.inf, np.inf)
-    return Pool(env_id, num_envs, seed, reward_range, stepping, episodic_life=True, reward_clip=reward_clip, **protocol)
+    options = protocol | {"episodic_life": True, "reward_clip": reward_clip}
+    return Pool(env_id, num_envs, seed, reward_range, stepping, iteration, **options)

@@ -17,19 +17,32 @@ class EpisodeStats(NamedTuple):
     finished: Bool[Array, " B"]  # true where the last step ended the episode: the two above are then its totals
     age: Int[Array, " B"]  # steps since the environment started anew for the agent
     previous_age: Int[Array, " B"]  # what it was when that happened; 0 before the first time
+    counts: Bool[
+        Array, " B"
+    ]  # false where all began anew in the middle of a run, until the environment's first episode is over
 
     @classmethod
-    def zeros(cls, num_envs: int) -> "EpisodeStats":
-        """No step taken yet."""
-        counts = (jnp.zeros(num_envs, jnp.int32) for _ in range(3))  # an array each, or they could not be donated
-        return cls(jnp.zeros(num_envs), next(counts), jnp.zeros(num_envs, bool), *counts)
+    def zeros(cls, num_envs: int, midway: bool = False) -> "EpisodeStats":
+        """No step taken yet; of environments that began anew in the middle of a run, or not."""
+        zeros = (jnp.zeros(num_envs, jnp.int32) for _ in range(3))  # an array each, or they could not be donated
+        return cls(jnp.zeros(num_envs), next(zeros), jnp.zeros(num_envs, bool), *zeros, jnp.full(num_envs, not midway))
 
     def update(self, reward: Float[Array, " B"], valid: Bool[Array, " B"], finished: Bool[Array, " B"]) -> "EpisodeStats":
         """The statistics after a step with the given *unclipped* reward; an episode that had ended starts anew."""
         episode_return = jnp.where(self.finished, 0.0, self.episode_return) + jnp.where(valid, reward, 0.0)
         episode_length = jnp.where(self.finished, 0, self.episode_length) + valid
         age = jnp.where(valid, self.age + 1, 0)
-        return EpisodeStats(episode_return, episode_length, finished, age, jnp.where(valid, self.previous_age, self.age))
+        previous_age = jnp.where(valid, self.previous_age, self.age)
+        return EpisodeStats(episode_return, episode_length, finished, age, previous_age, self.counts | self.finished)
+
+    def to_count(self) -> Bool[Array, "*T B"]:
+        """Where an episode ended that belongs into a mean.
+
+        Environments that began together end their short episodes first, so that the mean of what ended until then is too low
+        (where to live is to earn). After a run has begun anew in its middle, no episode counts before each environment has
+        ended its first: that would look like a policy that got worse.
+        """
+        return self.finished & jnp.all(self.counts, axis=-1, keepdims=True)
 
 
 class Timestep(NamedTuple):
@@ -56,6 +69,7 @@ class Env(Protocol):
     num_actions: int
     obs_spec: jax.ShapeDtypeStruct  # of one environment's observation
     reward_range: tuple[float, float]  # of the rewards that the agent is trained on; infinite where not known
+    saveable: bool  # the state that it returns is all there is of it: a checkpoint holds it, and a run goes on to the bit
 
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:
         """Start anew: the state to thread through `step`, and the first observations."""

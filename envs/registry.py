@@ -23,8 +23,9 @@ def check_gridworld(args: Any) -> None:
     build_model(args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
 
 
-def make_env(args: Any) -> Env:
-    """The environments that a script's flags ask for."""
+def make_env(args: Any, iteration: int = 0) -> Env:
+    """The environments that a script's flags ask for, of a run that goes on from that iteration. Those that cannot be saved
+    start anew there, with other streams than at the beginning."""
     if args.env_id == GRIDWORLD:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
-    return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env, args.env_step)
+    return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env, args.env_step, iteration)

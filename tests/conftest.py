@@ -5,7 +5,10 @@ import os
 from jaxtyping import install_import_hook
 
 CHECKED = ["envs", "networks", "utils.dreams", "utils.guarantees"]
-CHECKED += [f"utils.{name}" for name in ("distributions", "losses", "metrics", "neighbourhood", "occasionally", "world_model")]
+CHECKED += [
+    f"utils.{name}"
+    for name in ("distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

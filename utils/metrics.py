@@ -1,5 +1,6 @@
 """What to log of an update and of its rollout."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ from utils.losses import masked_mean
 from utils.occasionally import MEASURED
 
 
-def summarize(metrics: dict[str, Float[Array, " K"]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:
+def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:
     """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios to
     what they were in the last `num_minibatches`, each measured before its own gradient step."""
     last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - num_minibatches)
-    reduced = {name: masked_mean(value, ran) for name, value in metrics.items()}
+    mean = jax.vmap(partial(masked_mean, valid=ran), in_axes=-1)  # of each bin of a histogram
+    reduced = {name: mean(value.reshape(len(ran), -1)).reshape(value.shape[1:]) for name, value in metrics.items()}
     return reduced | {
         "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
         "spi/ratio_min": jnp.min(jnp.where(last, metrics["spi/ratio_min"], jnp.inf)),
@@ -31,9 +33,9 @@ def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], en
 
     episode = steps.episode
     return env.exact_metrics(policy) | explained_variance(advantages, advantages + steps.value[:-1], steps.valid) | {
-        "charts/episodic_return": masked_mean(episode.episode_return, episode.finished),
-        "charts/episodic_length": masked_mean(episode.episode_length, episode.finished),
-        "episodes": jnp.sum(episode.finished),
+        "charts/episodic_return": masked_mean(episode.episode_return, episode.to_count()),
+        "charts/episodic_length": masked_mean(episode.episode_length, episode.to_count()),
+        "episodes": jnp.sum(episode.to_count()),
     }  # fmt: skip
 
 

@@ -32,6 +32,9 @@ class ReplayArgs:
     """sequences in a minibatch"""
     replay_length: Annotated[Count, WANTED] = 32
     """steps of a sequence"""
+    save_replay: Annotated[bool, WANTED] = False
+    """checkpoints hold the buffer too (its whole size on the disk, and once more in memory while it is written); without it, a
+    run that goes on fills it again first, with steps that count as none of its own"""
     off_policy: Annotated[Literal["vtrace", "clipped_ratio"], WANTED] = "vtrace"
     """how much a transition counts whose action an older policy mu chose: min(1, pi/mu), pi the policy before the update, or
     with clipped_ratio all of pi/mu, which has no bias and no bound (for a --replay-capacity of a few rollouts). Advantages and
@@ -84,6 +87,11 @@ class Replayed(NamedTuple):
 def prefill_iterations(args: Any) -> int:
     """Rollouts before the first update."""
     return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if args.use_replay_buffer else 0
+
+
+def to_refill(args: Any, iteration: int) -> int:
+    """Rollouts to fill the buffer again, of a run that goes on from that iteration with an empty one."""
+    return 0 if args.save_replay else min(iteration, prefill_iterations(args))
 
 
 def replay_updates(args: Any) -> int:

@@ -1,9 +1,10 @@
 """Flags: those that every run has, how a flag says what it takes, and the one pass that checks all of them.
 
-A flag's range and what it needs stand at the flag:
+A flag's range, what it needs, and whether a continued run may change it stand at the flag:
 
     gae_lambda: Share = 0.95
     num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
+    save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
 
 `check_flags` reads them there. What concerns several flags stands in a method `check` of the class that declares them.
 """
@@ -48,10 +49,13 @@ class Needs:
     def __init__(self, text: str | None = None, when: Callable[[Any], bool] | None = None, **flags: Any):
         self.flags = {name: value if isinstance(value, tuple) else (value,) for name, value in flags.items()}
         self.when = when or (lambda args: all(getattr(args, name) in values for name, values in self.flags.items()))
-        self.text = text or " ".join(_typed(name, *values) for name, values in self.flags.items())
+        self.text = text or " ".join(as_typed(name, *values) for name, values in self.flags.items())
 
 
-def _typed(name: str, *values: Any) -> str:
+MAY_CHANGE = "a continued run may change it: what is computed does not depend on it"
+
+
+def as_typed(name: str, *values: Any) -> str:
     """A flag as it is typed, with any of the values."""
     name = name.replace("_", "-")
     if isinstance(values[0], bool):
@@ -73,11 +77,13 @@ InsideUnit = Annotated[float, Range(lambda x: 0 < x < 1, "must lie between 0 and
 Sizes = Annotated[tuple[int, ...], Range(lambda x: x > 0, "sizes must be positive")]
 Seed = Annotated[int, Range(lambda x: x >= 0, "choose a seed of 0 or more", 2**32 - 1)]  # a larger one would be cut to 32 bits
 Steps = Annotated[int, Range(lambda x: x >= 1, "must be at least 1", 2**53)]
+Switch = Annotated[bool, MAY_CHANGE]
 
 ATARI = Needs("an Atari game", lambda args: is_atari(args.env_id))
 POOL = Needs("an environment of envpool's", lambda args: args.env_id != GRIDWORLD)
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
+WATCHED = Needs("--track-params or --track-grads", lambda args: args.track_params or args.track_grads)
 
 
 @dataclass
@@ -90,7 +96,7 @@ class RunArgs:
     """Atari: train on the sign of the rewards (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
     """Atari: the stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
-    env_step: Annotated[Literal["auto", "xla", "callback"], POOL] = "auto"
+    env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"
     """how the compiled program steps envpool: xla, within it; callback, through Python, the same transitions a little slower;
     auto takes xla where envpool offers it (Linux)"""
     gridworld_n_path: Annotated[int, ON_GRIDWORLD] = 5
@@ -101,9 +107,30 @@ class RunArgs:
     """seed of everything random: parameters, environments, actions, minibatches"""
     total_timesteps: Steps = 10_000_000
     """environment steps of the whole run (agent steps; an Atari step is 4 frames)"""
-    logdir: str = "runs"
-    """where TensorBoard files are written, in a folder of the run's own"""
-    track: bool = False
+    logdir: Annotated[str, MAY_CHANGE] = "runs"
+    """where each run has a folder of its own: logs, checkpoints, the model, and run.json, which says how it came about"""
+    run_name: Annotated[str | None, MAY_CHANGE] = None
+    """name of the run and of its folder; if not given, made of environment, algorithm, seed and time"""
+    resume: Annotated[str, MAY_CHANGE] = "never"
+    """never: the run is new; auto: continue the run of that --run-name if there is one, from its last checkpoint; or the path
+    of a run's folder, or of one of its checkpoints"""
+    save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
+    """seconds from one checkpoint to the next (0: after every update); there is always one at the end, and after a signal"""
+    keep_checkpoints: Annotated[int, at_least(0), MAY_CHANGE] = 2
+    """how many of the last checkpoints are kept; 0 writes none"""
+    save_model: Switch = True
+    """leave the final parameters in the run's folder, for `load_run` (utils/runs/load_run.py)"""
+    stop_if_not_finite: Switch = True
+    """stop at a loss or a parameter that is NaN or infinite; nothing bad is saved in either case"""
+    debug_nans: Switch = False
+    """stop where the first NaN is computed, with a traceback (slow)"""
+    track_params: bool = False
+    """log norm and histogram of each layer's parameters"""
+    track_grads: bool = False
+    """log norm and histogram of each layer's gradient, means over an update's minibatches, before clipping"""
+    track_every: Annotated[Count, WATCHED] = 100
+    """updates from one such measurement to the next"""
+    track: Switch = False
     """log to Weights & Biases as well (WANDB_MODE=offline keeps it on this machine)"""
     wandb_project_name: Annotated[str | None, TRACKED] = None
     """W&B project; if not given what WANDB_PROJECT says, or deep-spi"""
@@ -126,6 +153,23 @@ class RunArgs:
             Path(self.logdir).expanduser()
         except RuntimeError:
             raise UsageError(f"--logdir {self.logdir}: there is no such user, so no home folder; name another folder") from None
+        name = self.run_name
+        require(
+            name is None or (Path(name).name == name and "\0" not in name),
+            f"--run-name {name!r}: must be a name, not a path; --logdir says where the run's folder is",
+        )
+        require(
+            self.resume != "auto" or name is not None,
+            "--resume auto: finds a run by its --run-name, which is not given; or say --resume and the path of its folder",
+        )
+        require(
+            name is None or self.resume in ("never", "auto"),
+            f"--resume {self.resume}: names the run's folder already; leave out --run-name, or say --resume auto",
+        )
+        require(
+            self.resume == "never" or self.keep_checkpoints > 0,
+            f"--resume {self.resume}: needs checkpoints, which --keep-checkpoints 0 does not write; drop one of the two",
+        )
         require(
             self.env_step != "xla" or sys.platform.startswith("linux"),
             f"--env-step xla: envpool has no such step on {sys.platform}; leave it out",
@@ -179,7 +223,7 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
     """
     for flag in flags:
         value, default = getattr(args, flag), type(args).__dataclass_fields__[flag].default
-        require(value == default, f"{_typed(flag, value)}: is read only with {needed}; leave it out")
+        require(value == default, f"{as_typed(flag, value)}: is read only with {needed}; leave it out")
 
 
 def check_flags(args: Any) -> None:
@@ -195,14 +239,14 @@ def check_flags(args: Any) -> None:
         RunArgs.check(args)
     hints = get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value, said = getattr(args, field.name), list(_metadata(hints[field.name]))
+        value, said = getattr(args, field.name), list(metadata(hints[field.name]))
         for need in (x for x in said if isinstance(x, Needs)):
             if not need.when(args):
                 refuse_unread(args, (field.name,), need.text)
         for one in value if isinstance(value, tuple) else (value,):
             if one is None or isinstance(one, (str, bool)):
                 continue
-            typed = _typed(field.name, value)
+            typed = as_typed(field.name, value)
             for allowed in [x for x in said if isinstance(x, Range)] or [ANY]:
                 require(allowed.holds(one), f"{typed}: {allowed.remedy}")
                 require(isinstance(one, float) or one <= allowed.limit, f"{typed}: must be at most {allowed.limit}")
@@ -211,13 +255,13 @@ def check_flags(args: Any) -> None:
         vars(cls)["check"](args)
 
 
-def _metadata(hint: Any) -> Iterator[Any]:
+def metadata(hint: Any) -> Iterator[Any]:
     """What is annotated to a type, or within it."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     if get_origin(hint) is not Literal:
         for inner in get_args(hint):
-            yield from _metadata(inner)
+            yield from metadata(inner)
 
 
 WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}

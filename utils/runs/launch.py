@@ -1,5 +1,6 @@
 """How a script starts, and how its errors end it."""
 
+import errno
 import os
 import signal
 import sys
@@ -10,35 +11,51 @@ from typing import Any, NoReturn
 import jax
 
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
-from utils.runs.quiet_start import INTERRUPTED
+from utils.runs.quiet_start import HEEDED
 
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room there, or choose another --logdir")
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose another --logdir")
 OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
+
+
+class NotFinite(Exception):
+    """A loss, or a parameter, is NaN or infinite. The text is one line that says where, and how to look into it."""
+
+
+class RunIsFinished(Exception):
+    """The run that was to be continued is complete."""
 
 
 def run_script(main: Callable, args_type: type) -> None:
     """Parses the command line and runs `main`. What goes wrong for a reason that is not the code's ends in one line.
 
-    Exit codes: 2 for a mistake of the user's, 130 after Ctrl-C, 1 for the rest.
+    Exit codes: 0 also where the run was finished before; 2 for a mistake of the user's; 128 and the signal's number where one
+    asked it to stop (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 1 for the rest.
     """
     try:
         main(parse_flags(args_type))
     except UsageError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except RunIsFinished as finished:
+        print(finished)
+    except NotFinite as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except MemoryError:
         _fail(OUT_OF_MEMORY, 1)
     except OSError as error:  # a full disk, a folder that cannot be written
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(1)  # all is closed, and JAX would raise the same error once more when Python exits
-    finally:  # what is left is Python's own end, and no Ctrl-C may show it
+    finally:  # what is left is Python's own end, and no signal may show it
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for s in HEEDED:
+                signal.signal(s, signal.SIG_IGN)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -58,6 +75,8 @@ def check_run(args: Any) -> None:
         UsageError: the first mistake found.
     """
     check_flags(args)
+    if args.debug_nans:
+        jax.config.update("jax_debug_nans", True)
     require(
         not jax.config.jax_enable_x64, "JAX_ENABLE_X64: the scripts compute in 32 bits, and nothing gains from more; unset it"
     )

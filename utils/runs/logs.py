@@ -1,17 +1,14 @@
-"""Logging: TensorBoard always, Weights & Biases on demand, and a progress line on the terminal."""
+"""What a run writes while it trains: metrics.jsonl, TensorBoard's file, Weights & Biases on demand, and a progress line on the
+terminal."""
 
 import collections
 import contextlib
-import errno
+import json
 import logging
 import math
 import os
-import shlex
-import shutil
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.utils import figure_to_image
 from tqdm import tqdm
 
 from utils.dreams import traces
 from utils.guarantees import monitor
+from utils.histograms import EDGES
 from utils.occasionally import only_measured
 from utils.runs import scores
-from utils.runs.flags import RunArgs, UsageError
-from utils.runs.launch import describe_device, one_line
+from utils.runs.flags import RunArgs
 
+METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 FLUSH_SECONDS = 10.0  # between two times at which all that was logged is on the disk
 UPDATES_SHOWN = 20  # the return on the progress line is that of the episodes of so many updates
@@ -39,18 +37,36 @@ UPDATES_SHOWN = 20  # the return on the progress line is that of the episodes of
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would say of every NaN what we say once
 
 
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        said = f"the log could not be written ({error.strerror}; is the disk full?), and the run has stopped"
+        raise OSError(error.errno, said, str(path)) from None
+
+
 class EventFile:
     """A TensorBoard file, written where it is called: a full disk is an error there, and not in a thread that nobody watches.
+
+    Args:
+        folder: the run's.
+        purge_step: that of a run which goes on; TensorBoard forgets what other files in the folder say from there on.
 
     Raises:
         OSError: it cannot be written (from every method).
     """
 
-    def __init__(self, folder: Path):
-        path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self.records = RecordWriter(str(path))
+    def __init__(self, folder: Path, purge_step: int | None = None):
+        # TensorBoard reads a folder's files by name: this one's time must be later, whatever another machine's clock said
+        times = [int(path.name.split(".")[3]) + 1 for path in folder.glob("events.out.tfevents.*")]
+        self.path = folder / f"events.out.tfevents.{max(int(time.time()), *times, 0)}.{socket.gethostname()}.{os.getpid()}"
+        with _explained(self.path):
+            self.records = RecordWriter(str(self.path))
         self.flushed = 0.0
         self._write(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, values: Any, step: int) -> None:
         """Adds what a function of `tensorboardX.summary` made."""
@@ -58,149 +74,149 @@ class EventFile:
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        with self._explained():
+        with _explained(self.path):
             self.records.write(event.SerializeToString())
-            if event.wall_time - self.flushed > FLUSH_SECONDS:
-                self.flushed = event.wall_time
-                self.records.flush()
+        if event.wall_time - self.flushed > FLUSH_SECONDS:
+            self.flushed = event.wall_time
+            self.flush()
+
+    def flush(self) -> None:
+        """All is on the disk, or it is an error."""
+        with _explained(self.path):
+            self.records.flush()
 
     def close(self) -> None:
-        """All is on the disk, or it is an error."""
-        with self._explained():
-            try:
-                self.records.flush()
-            finally:
+        """The same, and no more is added."""
+        try:
+            self.flush()
+        finally:
+            with _explained(self.path):
                 self.records.close()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            said = f"the log could not be written ({error.strerror}; is the disk full?), and the run has stopped"
-            raise OSError(error.errno, said, self.records.path) from None
+
+class MetricsFile:
+    """metrics.jsonl: a row of all numbers for each update, in JSON. What is not finite is null there.
+
+    Raises:
+        OSError: it cannot be written (from every method).
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / METRICS
+        self.file = open(self.path, "a")
+
+    def add(self, row: dict[str, float]) -> None:
+        """Adds a row; it outlives the process."""
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        with _explained(self.path):
+            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self.file.flush()
+
+    def flush(self) -> None:
+        """All is on the disk."""
+        with _explained(self.path):
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """No more is added."""
+        with _explained(self.path):
+            self.file.close()
+
+
+def cut_back(folder: Path, step: int) -> tuple[int, int]:
+    """Takes the rows after `step`, and what a process that died has not written to the end, from metrics.jsonl. Returns how
+    many rows are left, and the step of the last one that was there."""
+    path, kept, rows, last = folder / METRICS, 0, 0, 0
+    if not path.exists():
+        return 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                last = max(last, int(json.loads(line)["step"]))
+            except (ValueError, LookupError, TypeError):
+                break
+            if last > step or not line.endswith(b"\n"):
+                continue
+            kept, rows = kept + len(line), rows + 1
+    os.truncate(path, kept)
+    return rows, last
 
 
 class Logger:
-    """Writes the metrics of a run, one set per iteration, while the device is already busy with the next iteration.
+    """Writes the metrics of a run, one set per update, while the device is already busy with the next one.
 
-    A context manager. On leaving it, whether the run ended, failed or was interrupted, all is flushed, the terminal says where
-    the logs are, and W&B how it ended: once, and after the last thing that can fail.
-
-    Ctrl-C is noted, and acted on at the end of the next `log`, as a KeyboardInterrupt.
+    Args:
+        args: flags.
+        folder: the run's.
+        steps_per_iteration: environment steps of an update.
+        iteration: updates made before.
+        progress: what `progress` returned then.
+        wandb: a `WandbRun`, or None.
 
     Raises:
-        UsageError: W&B cannot start (on entry).
-        OSError: the log folder cannot be written (on entry, or whenever the disk is full).
+        OSError: the folder cannot be written (from every method that writes).
     """
 
-    def __init__(self, args: RunArgs, algorithm: str, steps_per_iteration: int):
-        self.args = args
+    def __init__(
+        self, args: RunArgs, folder: Path, steps_per_iteration: int, iteration: int = 0, progress: dict[str, Any] | None = None
+    ):
+        progress = progress or {}
         self.steps_per_iteration = steps_per_iteration
-        self.name = f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
-        self.logdir = Path(args.logdir).expanduser()
-        self.folder = self.logdir / self.name
+        self.step = iteration * steps_per_iteration
+        self.total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
         self.reference = scores.reference(args.env_id, args.stochastic_env)
-        self.episodes = collections.deque(maxlen=UPDATES_SHOWN)  # number and mean return, of each update
+        self.episodes = collections.deque(progress.get("episodes", []), UPDATES_SHOWN)  # number, mean return, of each update
+        self.warned = set(progress.get("warned", []))  # names of metrics that were no numbers
+        self.elapsed = progress.get("elapsed", 0.0)  # seconds of training
         self.pending = None
-        self.step = 0
-        self.warned = set()  # names of metrics that were no numbers
-        self.first = None  # when the first update had ended
-        self.run = None
-        self.wandb_failed = False
-        self.interrupted = False
-        # a path may hold what no encoding has
-        self.flags = {k: v.encode(errors="replace").decode() if isinstance(v, str) else v for k, v in vars(args).items()}
-
-    def __enter__(self) -> "Logger":
-        # Ctrl-C at W&B's question for an account is an answer
-        self.handler = _heed_interrupts(signal.default_int_handler)
-        made = False
-        try:
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:  # a run of the same flags that started in the same second
-                self.folder = self.folder.with_name(f"{self.name}_{os.getpid()}")
-                self.folder.mkdir()
-            made = True
-            self.events = EventFile(self.folder)
-            rows = "\n".join(f"|{k}|{v}|" for k, v in self.flags.items())
-            self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), 0)
-            if self.args.track:
-                self._start_wandb()
-            _heed_interrupts(self._interrupt)
-        except BaseException:
-            if self.run is not None:
-                self.run.finish(1)
-            if made:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            _heed_interrupts(self.handler)
-            raise
-        iterations = self.args.total_timesteps // self.steps_per_iteration
-        self.total_steps = iterations * self.steps_per_iteration
-        print(f"{self.name}: {self.total_steps:,} steps in {iterations:,} updates\n{describe_device()}")
-        print("compiling ...", flush=True)
+        self.first = None  # when the first update of this process had ended
+        self.wandb = None
         self.interactive = sys.stdout.isatty()
+        self.metrics = MetricsFile(folder)
+        self.events = EventFile(folder, self.step + 1 if iteration else None)
+        self.started = self.last = self.printed = time.perf_counter()
+        self.bar = None
+
+    def describe(self, flags: dict[str, Any]) -> None:
+        """The flags, for TensorBoard."""
+        rows = "\n".join(f"|{k}|{v}|" for k, v in flags.items())
+        self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), self.step)
+
+    def start(self) -> None:
+        """From here on time counts, and there is a progress line."""
         self.started = self.last = self.printed = time.perf_counter()
         self.bar = tqdm(
             total=self.total_steps,
+            initial=self.step,
             unit="step",
             disable=not self.interactive,
             dynamic_ncols=True,
             file=sys.stdout,
             bar_format="{percentage:3.0f}%|{bar}| {n:,}/{total:,} steps [{elapsed}<{remaining}{postfix}]",
         )
-        return self
 
-    def _interrupt(self, *_) -> None:
-        self.interrupted = True
+    def progress(self) -> dict[str, Any]:
+        """What a run that goes on needs of this one, as JSON has it."""
+        return {"elapsed": self.elapsed, "episodes": list(self.episodes), "warned": sorted(self.warned)}
 
-    def __exit__(self, kind, error, traceback) -> None:
-        failure = error
+    def log(self, metrics: dict[str, jax.Array], finite: dict[str, jax.Array]) -> list[str]:
+        """Takes the metrics of the update just dispatched (scalars, grey pictures, histograms, traces of dreams), and of which
+        of its results all numbers are finite; writes those of the one before, and returns what was not finite there."""
+        bad = self.flush()
+        self.pending = metrics, finite
+        return bad
 
-        def attempt(action, *args):  # all that follows is tried, whatever fails; what failed first is what is raised
-            nonlocal failure
-            try:
-                action(*args)
-            except BaseException as raised:
-                if failure is None or isinstance(failure, KeyboardInterrupt):
-                    failure = raised
-
-        if isinstance(error, KeyboardInterrupt):
-            self._say("stopping after this update ...")
-        attempt(self._flush_pending)
-        # an iteration may still be running, and the environments that it steps must not be freed before it ends
-        attempt(jax.effects_barrier)
-        attempt(self.bar.close)
-        attempt(self.events.close)
-        if self.run is not None:
-            attempt(self._finish_wandb, int(failure is not None))
-        print(f"{'ended' if failure is None else 'stopped'} after {self.step:,} steps")
-        print(f"logs: {self.folder}   (uv run tensorboard --logdir {shlex.quote(str(self.logdir))})", flush=True)
-        _heed_interrupts(self.handler)
-        if failure is not error:
-            raise failure
-
-    def log(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of the iteration just dispatched (scalars, grey pictures, traces of dreams) and writes those of the
-        one before it.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C was typed since the last call.
-        """
-        self._flush_pending()
-        self.pending = metrics
-        if self.interrupted:
-            raise KeyboardInterrupt
-
-    def _flush_pending(self) -> None:
+    def flush(self) -> list[str]:
+        """Writes what was taken and not written yet; waits for it. Returns the names of losses, and of results, that are not
+        finite."""
         if self.pending is None:
-            return
-        values = only_measured(jax.device_get(self.pending))
-        self.pending = None
+            return []
+        (values, finite), self.pending = jax.device_get(self.pending), None
+        values = only_measured(values)
         dreams = {name: values.pop(name) for name in list(values) if name.startswith(traces.PREFIX)}
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
-        metrics = {name: float(value) for name, value in values.items() if name not in pictures}
+        histograms = {name: value for name, value in values.items() if value.ndim == 1}
+        metrics = {name: float(value) for name, value in values.items() if value.ndim == 0}
         # what is not bounded is no number to draw, and no mistake
         metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isinf(v))}
         now = time.perf_counter()
@@ -211,7 +227,8 @@ class Logger:
         elif "charts/learning_rate" in metrics:  # and was no rollout that only fills a buffer
             # the rate leaves out what came before the first update: compilation
             self.first, self.first_step = now, self.step
-            self._say(f"first update after {now - self.started:.1f} s")
+            self.say(f"first update after {now - self.started:.1f} s")
+        self.elapsed += now - self.last
         self.last = now
 
         episodes = metrics.pop("episodes")
@@ -226,27 +243,40 @@ class Logger:
                 metrics["charts/relative_improvement"] = improvement
         if dreams:
             pictures |= {name: figure_to_image(figure) for name, figure in traces.draw(dreams).items()}
-        self._write(metrics, pictures)
+        self._write(metrics, pictures, histograms)
         self._show(metrics, now)
+        losses = [
+            name for name, value in metrics.items() if name.startswith(("losses/", "dreams/")) and not math.isfinite(value)
+        ]
+        return losses + [name for name, value in finite.items() if not value]
 
-    def _write(self, metrics: dict[str, float], pictures: dict[str, np.ndarray]) -> None:
+    def _write(self, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]) -> None:
+        self.metrics.add({"step": self.step, "elapsed": self.elapsed} | metrics)
         for name, value in metrics.items():
             self.events.add(summary.scalar(name, value), self.step)
         for name, value in pictures.items():
             self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
-        if self.run is not None and not self.wandb_failed:
-            try:
-                images = {k: self.wandb.Image(v if v.ndim == 2 else v.transpose(1, 2, 0)) for k, v in pictures.items()}
-                self.run.log(metrics | images | {"global_step": self.step})
-            except Exception as error:  # of whatever kind: training goes on without W&B
-                self.wandb_failed = True
-                self._say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file goes on ***")
+        for name, counts in histograms.items():
+            centres = (EDGES[1:] + EDGES[:-1]) / 2
+            total, squares = float(counts @ centres), float(counts @ centres**2)
+            limits = [
+                float(EDGES[0]),
+                float(EDGES[-1]),
+                float(counts.sum()),
+                total,
+                squares,
+                EDGES[1:].tolist(),
+                counts.tolist(),
+            ]
+            self.events.add(summary.histogram_raw(name, *limits), self.step)
+        if self.wandb is not None:
+            self.wandb.log(self.step, metrics, pictures, histograms)
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in self.warned]
         if bad:
             self.warned.update(bad)
-            self._say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
+            self.say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
         sps = metrics.get("charts/SPS")
         count = sum(n for n, _ in self.episodes)
         mean = sum(n * value for n, value in self.episodes) / count if count else None
@@ -259,40 +289,11 @@ class Logger:
             left = "" if sps is None else f", {tqdm.format_interval((self.total_steps - self.step) / sps)} left"
             print(f"{self.step:,}/{self.total_steps:,} steps, {shown}{left}", flush=True)
 
-    def _say(self, line: str) -> None:
-        self.bar.write(line, file=sys.stdout) if self.interactive else print(line, flush=True)
+    def say(self, line: str) -> None:
+        """Prints a line, above the progress line."""
+        self.bar.write(line, file=sys.stdout) if self.interactive and self.bar is not None else print(line, flush=True)
 
-    def _start_wandb(self) -> None:
-        import wandb  # here, because it takes a second to import and most first runs do without
-
-        self.wandb = wandb
-        # what was not typed is left to W&B's own environment variables, and to our defaults where these say nothing either
-        given = {
-            "project": self.args.wandb_project_name or (None if "WANDB_PROJECT" in os.environ else "deep-spi"),
-            "entity": self.args.wandb_entity,
-            "group": self.args.wandb_group,
-            "tags": self.args.wandb_tags or None,
-            "name": None if "WANDB_NAME" in os.environ else self.name,
-            "save_code": None if "WANDB_SAVE_CODE" in os.environ else True,
-        }
-        try:
-            self.run = wandb.init(config=self.flags, **given)
-            self.run.define_metric("*", step_metric="global_step")
-        except (wandb.errors.Error, ValueError) as error:  # ValueError: of its environment variables
-            remedy = "run `wandb login`, set WANDB_MODE=offline, or mend what it names"
-            raise UsageError(f"--track: W&B did not start ({one_line(error)}); {remedy}") from error
-
-    def _finish_wandb(self, exit_code: int) -> None:
-        try:
-            self.run.finish(exit_code)
-        except Exception as error:
-            said = f"W&B was not told how the run ended ({one_line(error)}); TensorBoard's file is complete"
-            raise OSError(errno.EIO, said) from None
-
-
-def _heed_interrupts(handler: Any) -> Any:
-    """Sets what Ctrl-C does, where anything may, and returns what it did before."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, handler)
-    return before
+    def to_disk(self) -> None:
+        """All that was written is on the disk."""
+        self.metrics.flush()
+        self.events.flush()

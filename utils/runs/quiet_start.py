@@ -1,5 +1,5 @@
-"""Before anything else is imported: Ctrl-C ends the process at once and without a traceback, there is something to print to,
-and what is not installed is named in one line.
+"""Before anything else is imported: Ctrl-C, SIGTERM and SIGHUP end the process at once and without a traceback, there is
+something to print to, and what is not installed is named in one line.
 
 Called first, by a script that is started and not by one that is imported:
 
@@ -8,8 +8,9 @@ Called first, by a script that is started and not by one that is imported:
 
         start_quietly()
 
-From then on SIGINT raises no KeyboardInterrupt wherever Python happens to be. Until a `Logger` has a run to end properly,
-there is nothing to lose, and the process goes. (In the background of a shell SIGINT is ignored, and stays so.)
+From then on SIGINT raises no KeyboardInterrupt wherever Python happens to be. Until a `Run` has something to end properly,
+there is nothing to lose, and the process goes. (In the background of a shell SIGINT is ignored, and under nohup SIGHUP: they
+stay so.)
 """
 
 import contextlib
@@ -19,12 +20,12 @@ import sys
 import traceback
 from pathlib import Path
 
-INTERRUPTED = 130  # as a shell says of SIGINT
+HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
-def leave_at_once(*_) -> None:
-    """A handler of SIGINT: no cleaning up, nothing said."""
-    os._exit(INTERRUPTED)
+def leave_at_once(signum: int, *_) -> None:
+    """A handler of signals: no cleaning up, nothing said."""
+    os._exit(128 + signum)  # as a shell says of a process that a signal ended
 
 
 class Unbreakable:
@@ -89,5 +90,6 @@ def start_quietly() -> None:
     """See the head of this file."""
     guard_streams()
     sys.excepthook = explain
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave_at_once)
+    for s in HEEDED:
+        if signal.getsignal(s) is not signal.SIG_IGN:
+            signal.signal(s, leave_at_once)

@@ -1,0 +1,40 @@
+"""Norms and histograms of the layers of parameters or gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Num
+
+from utils.occasionally import occasionally
+
+SMALLEST, LARGEST = -30, 10  # powers of 2 between which numbers are told apart
+_POWERS = 2.0 ** np.arange(SMALLEST, LARGEST + 1)
+EDGES = np.concatenate([-_POWERS[::-1], _POWERS])
+"""The edges of the bins: powers of 2 and their negatives. What is smaller falls into the middle bin, what is larger into the
+outermost."""
+
+
+def histogram(x: Num[Array, "..."]) -> Int[Array, " bins"]:
+    """How many of the numbers lie in each of the bins between `EDGES`."""
+    _, exponent = jnp.frexp(x.reshape(-1))  # |x| lies in [2^(exponent - 1), 2^exponent)
+    rank = jnp.where(x.reshape(-1) == 0, 0, jnp.clip(exponent - SMALLEST, 0, len(_POWERS) - 1))
+    middle = len(_POWERS) - 1
+    return jnp.zeros(len(EDGES) - 1, jnp.int32).at[middle + jnp.sign(x.reshape(-1)).astype(jnp.int32) * rank].add(1)
+
+
+def statistics(tree: Any, prefix: str) -> dict[str, Array]:
+    """Norm, and histogram, of each array of a tree, under the array's name."""
+    found = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = prefix + jax.tree_util.keystr(path, simple=True, separator="/").replace("/params/", "/")
+        found |= {f"{name}/norm": jnp.sqrt(jnp.sum(x**2)), name: histogram(x).astype(jnp.float32)}
+    return found
+
+
+def track_gradients(grads: Any, iteration: Array, args: Any, prefix: str = "grads/") -> dict[str, Array]:
+    """What to log of the gradients of a minibatch: nothing, at no cost, without `--track-grads`."""
+    if not args.track_grads:
+        return {}
+    return occasionally(iteration, args.track_every, lambda: statistics(grads, prefix), prefix)

@@ -1,0 +1,249 @@
+"""Checkpoints: trees of arrays (written by orbax) beside what else is needed to go on, complete or not there at all.
+
+    checkpoints/
+      000000102400/            the step
+        arrays/                trees by name: `params` alone, and `rest`
+        progress.json          flags, versions, state of the log, and name, shape and type of every array
+        checksums.json         SHA-256 of all other files
+
+A checkpoint is written beside its place, under a name that ends in `.incomplete`, put on the disk, and renamed: whenever the
+process dies, what has a plain number for its name is whole. What was damaged since is found by its checksums.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from utils.runs.flags import UsageError
+
+FORMAT = 1
+INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
+Trees = dict[str, Any]
+
+
+class Saved(NamedTuple):
+    """A checkpoint, or the final model, that was found whole."""
+
+    path: Path
+    progress: dict[str, Any]
+
+
+class Damaged(Exception):
+    """Something of a checkpoint is missing, or is not what was written. The text says what."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the file anew, or leaves the old one as it was."""
+    partial = path.with_name(path.name + INCOMPLETE)
+    with open(partial, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def structure(trees: Trees) -> dict[str, str]:
+    """Type and shape of every array, by its name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(trees)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Any:
+    """Copies the arrays, which may be donated from then on, and starts writing them. What it returns ends the work, wherever
+    it is called: `path` is there and whole after that.
+
+    Raises:
+        OSError: it cannot be written (from the returned function too).
+    """
+    partial = path.with_name(path.name + INCOMPLETE)
+
+    def explained(error):
+        shutil.rmtree(partial, ignore_errors=True)
+        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        return OSError(errno.ENOSPC if full else errno.EIO, f"the checkpoint could not be written ({why})", str(path))
+
+    progress = progress | {"format": FORMAT, "structure": structure(trees)}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        writing = ocp.save_checkpointables_async((partial / "arrays").absolute(), trees)
+    except Exception as error:
+        raise explained(error) from error
+
+    def end() -> None:
+        try:
+            writing.result()
+            write_json(partial / "progress.json", progress)
+            write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in _files(partial)})
+            for file in (*_files(partial), *(f for f in partial.rglob("*") if f.is_dir()), partial):
+                _to_disk(file)
+            if path.exists():  # the model of a run that was made longer
+                os.replace(path, path.with_name(path.name + ".old" + INCOMPLETE))
+            os.replace(partial, path)
+            _to_disk(path.parent)
+            shutil.rmtree(path.with_name(path.name + ".old" + INCOMPLETE), ignore_errors=True)
+        except Exception as error:
+            raise explained(error) from error
+
+    return end
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.rglob("*") if f.is_file())
+
+
+def checksum(file: Path) -> str:
+    """SHA-256 of a file."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def find(path: Path) -> Saved:
+    """What was written there.
+
+    Raises:
+        Damaged: it is not whole.
+        UsageError: another version of this code wrote it.
+    """
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            if checksum(path / name) != expected:
+                raise Damaged(f"{name} is not what was written")
+        if not {"progress.json"} < set(sums):
+            raise Damaged("checksums.json lacks files")
+        progress = json.loads((path / "progress.json").read_text())
+    except FileNotFoundError as error:
+        raise Damaged(f"{Path(error.filename).name} is missing") from None
+    except (ValueError, AttributeError, TypeError, NotADirectoryError, IsADirectoryError):
+        raise Damaged("checksums.json is not what was written") from None
+    if progress["format"] != FORMAT:
+        raise UsageError(f"{path}: another version of this code wrote it (format {progress['format']}, not {FORMAT})")
+    return Saved(path, progress)
+
+
+def load(saved: Saved, targets: Trees) -> Trees:
+    """The trees of these names, with the structure of `targets` (arrays, or `jax.eval_shape`'s), on its devices.
+
+    Raises:
+        UsageError: what was saved has another structure, other shapes or other types: orbax would cast the last in silence.
+        Damaged: it cannot be read.
+    """
+    written, expected = saved.progress["structure"], structure(targets)
+    written = {name: kind for name, kind in written.items() if name.split("/")[0] in targets}
+    for name in sorted({*written, *expected}):
+        if written.get(name) != expected.get(name):
+            commit = saved.progress.get("git_commit")
+            raise UsageError(
+                f"{saved.path}: {name} is {written.get(name, 'not there')}, and {expected.get(name, 'not there')} here: "
+                f"use the code that wrote it{f', commit {commit}' if commit else ''}"
+            )
+    device = SingleDeviceSharding(jax.devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device)  # noqa: E731
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            return ocp.load_checkpointables((saved.path / "arrays").absolute(), jax.tree.map(place, targets))
+    except Exception as error:
+        raise Damaged(" ".join(str(error).split())[:300]) from error
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Args:
+        folder: where they are.
+        keep: how many to keep; 0 writes none.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self.thread = self.error = self.last = None
+
+    def steps(self) -> dict[int, Path]:
+        """Path of each checkpoint, by its step, in order."""
+        return {int(path.name): path for path in sorted(self.folder.glob("[0-9]*")) if path.name.isdecimal()}
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """The last checkpoint that is whole, if there is one, and what to say of those after it, which are not: these are set
+        aside under another name.
+
+        Raises:
+            UsageError: there are checkpoints, and none is whole; or another version of this code wrote them.
+        """
+        said, damaged = [], []
+        for path in reversed(self.steps().values()):
+            try:
+                saved = find(path)
+            except Damaged as error:
+                said.append(f"*** the checkpoint {path} is damaged ({error}): the one before it is used ***")
+                damaged.append(path)
+                continue
+            for other in damaged:
+                os.replace(other, other.with_name(other.name + DAMAGED))
+            return saved, said
+        if damaged:
+            raise UsageError(f"no checkpoint in {self.folder} is whole; remove that folder, and the run starts anew")
+        return None, []
+
+    def clean(self) -> None:
+        """Removes what was not finished."""
+        for path in self.folder.glob(f"*{INCOMPLETE}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
+        """Starts to write a checkpoint, and removes the oldest once it is whole; waits for the one before it. The arrays may
+        be donated from then on.
+
+        Raises:
+            OSError: this one or the one before it could not be written.
+        """
+        self.wait()
+        if not self.keep or step == self.last:
+            return
+        end = begin_writing(self.folder / f"{step:012d}", trees, progress)
+
+        def work():
+            try:
+                end()
+                self.last = step
+                for path in list(self.steps().values())[: -self.keep]:
+                    going = path.with_name(path.name + INCOMPLETE)
+                    os.replace(path, going)
+                    shutil.rmtree(going, ignore_errors=True)
+            except Exception as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the last one is whole.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error

@@ -1,0 +1,137 @@
+"""A run's folder: where it is, whose it is, and run.json, which says how the run came about."""
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from inspect import getfile
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+
+from utils.runs.flags import UsageError
+from utils.runs.stored_flags import to_store
+
+RECORD, LOCK, CHECKPOINTS, MODEL = "run.json", ".lock", "checkpoints", "model"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
+ROOT = Path(__file__).parents[2]
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that what is computed depends on."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def git_commit() -> dict[str, Any]:
+    """The commit of this code, and whether files that git knows have changed since; None for both where there is no git."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {
+            "git_commit": git("rev-parse", "HEAD"),
+            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {"git_commit": None, "git_dirty": None}
+
+
+def describe_sitting(step: int) -> dict[str, Any]:
+    """What run.json says of a process that works at a run from `step` on."""
+    device = jax.devices()[0]
+    return {
+        "from_step": step,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "device": f"{device.platform}: {device.device_kind}",
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "versions": versions(),
+    } | git_commit()
+
+
+def describe_run(args: Any, algorithm: str, name: str) -> dict[str, Any]:
+    """What run.json says of a run that starts."""
+    script = Path(getfile(type(args))).stem
+    return {"name": name, "algorithm": algorithm, "script": script, "seed": args.seed, "flags": to_store(args)}
+
+
+def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
+    """The folder of the run that the flags ask for, which may not exist; and the checkpoint in it, if they name one.
+
+    Raises:
+        UsageError: --resume names what is no run's folder and no checkpoint.
+    """
+    if args.resume in ("never", "auto"):
+        name = args.run_name or f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
+        return Path(args.logdir).expanduser() / name, None
+    path = Path(args.resume).expanduser()
+    if (path / RECORD).is_file():
+        return path, None
+    if path.is_dir() and path.absolute().parent.name == CHECKPOINTS:
+        return path.absolute().parents[1], path.absolute()
+    raise UsageError(f"--resume {args.resume}: is no folder of a run, nor one of its checkpoints; see --logdir, or say auto")
+
+
+def is_new(folder: Path) -> bool:
+    """Whether there is nothing of a run there: no such folder, or one that was only just made."""
+    return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record | {"flags": dict(record["flags"]), "sittings": list(record["sittings"])}
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{folder}: holds something, and no {RECORD}, so it is no run's; choose another name") from None
+    except (ValueError, TypeError, KeyError):
+        raise UsageError(
+            f"{folder / RECORD}: is damaged; copy it from a run of the same flags, or choose another name"
+        ) from None
+
+
+def claim(folder: Path) -> filelock.BaseFileLock:
+    """Makes the run this process's own, until it ends, however it does.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        try:
+            last = json.loads((folder / RECORD).read_text())["sittings"][-1]
+            whose = f"process {last['process']} on {last['host']}"
+        except (OSError, ValueError, LookupError, TypeError):
+            whose = "another process"
+        raise UsageError(f"{folder}: {whose} is at work on it; wait for its end, or choose another --run-name") from None
+    except NotImplementedError:
+        print(f"*** the file system of {folder} has no locks: see to it that no two processes work at one run ***")
+    return lock
+
+
+def command_to_resume(args: Any, folder: Path, *more: str) -> str:
+    """What to type to continue a run with the flags that started it."""
+    words, typed = [], list(sys.argv[1:])
+    while typed:
+        word = typed.pop(0)
+        flag, equals, _ = word.partition("=")
+        if flag.replace("_", "-") == "--resume":
+            typed = typed if equals else typed[1:]
+        else:
+            words.append(word)
+    return shlex.join(["uv", "run", sys.argv[0], *words, "--resume", "auto" if args.run_name else str(folder), *more])

@@ -1,0 +1,74 @@
+"""What a run left behind, for a notebook or a script:
+
+from utils.runs.load_run import load_run
+params, agent, env = load_run("runs/my-run")
+"""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from envs.protocol import Env
+from envs.registry import make_env
+from utils.runs.checkpoints import Checkpoints, Damaged, Saved, find, load
+from utils.runs.flags import UsageError
+from utils.runs.folder import CHECKPOINTS, MODEL
+from utils.runs.stored_flags import from_store
+
+
+def find_params(path: Path) -> Saved:
+    """The final model of a run, or its last checkpoint that is whole; of a model's or a checkpoint's folder, that.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    try:
+        if (path / "progress.json").exists():
+            return find(path)
+        if (path / MODEL).exists():
+            return find(path / MODEL)
+    except Damaged as error:
+        raise UsageError(f"{path}: is damaged ({error}); name one of the folders in {path / CHECKPOINTS}") from None
+    checkpoints = Checkpoints(path / CHECKPOINTS, 0)
+    for step in reversed(checkpoints.steps().values()):
+        try:
+            return find(step)
+        except Damaged:
+            continue
+    raise UsageError(f"{path}: holds neither a model nor a checkpoint that is whole")
+
+
+def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
+    """Parameters, networks and environments of a run.
+
+    Args:
+        path: of a run's folder: its final model, or if it has none its last checkpoint; or of one checkpoint.
+        flags: in the place of the run's own, such as `num_envs=1` or `seed=100`.
+
+    Returns:
+        The script's `Params` and `Agent`, and environments as the run had them, started anew:
+
+            z = agent.encoder.apply(params.encoder, obs)
+            logits, value = agent.actor_critic.apply(params.actor_critic, z, obs)
+
+    Raises:
+        UsageError: nothing can be loaded from there, or not by this code.
+    """
+    saved = find_params(Path(path).expanduser())
+    try:
+        script = importlib.import_module(saved.progress["script"])
+    except ModuleNotFoundError:
+        raise UsageError(f"{path}: was made by {saved.progress['script']}.py, which is not on Python's path") from None
+    args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **flags)
+    env = make_env(args)
+    agent = script.make_agent(args, env.num_actions)
+    obs = jnp.zeros((1, *env.obs_spec.shape), env.obs_spec.dtype)
+    params = jax.eval_shape(lambda key: script.init_params(key, agent, obs), jax.random.key(0))
+    try:
+        return load(saved, {"params": params})["params"], agent, env
+    except Damaged as error:
+        raise UsageError(f"{saved.path}: cannot be read ({error}); name another checkpoint") from None

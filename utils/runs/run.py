@@ -1,0 +1,325 @@
+"""A run: what a script does around its algorithm. It starts or goes on, logs, saves, and ends properly whatever happens.
+
+run = Run(args, "ppo", steps_per_iteration)
+env = make_env(args, run.iteration)
+...
+with run:
+    state = run.restore(init_state(...), env)
+    for _ in range(run.iteration, run.num_iterations):
+        state, metrics = train_iteration(state)
+        run.log(state, metrics)
+"""
+
+import os
+import shlex
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from utils.histograms import statistics
+from utils.runs import folder
+from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
+from utils.runs.flags import RunArgs, UsageError, require
+from utils.runs.launch import NotFinite, RunIsFinished, describe_device
+from utils.runs.logs import METRICS, Logger, cut_back
+from utils.runs.signals import Interrupted, Signals
+from utils.runs.stored_flags import check_continued, stretched, to_store
+from utils.runs.wandb_run import WandbRun
+
+REFILLED = "replay"  # a field of a script's state that only `--save-replay` saves
+
+
+@jax.jit
+def finite_parts(state: Any) -> dict[str, jax.Array]:
+    """Whether all numbers are finite in the parameters of each network, and in the states of the optimizers."""
+
+    def finite(tree):
+        numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in numbers] or [True]))
+
+    parts = {f"the parameters of {name}": params for name, params in state.params._asdict().items()}
+    return {name: finite(tree) for name, tree in (parts | {"the optimizer's state": state.opt_state}).items()}
+
+
+track_params = jax.jit(lambda params: statistics(params, "params/"))
+
+
+class Run:
+    """One run of a script, new or continued.
+
+    A context manager. On leaving it, whether the run ended, failed or was asked to stop, all is written, the terminal says what
+    there is and how to go on, and W&B how it ended: once, and after the last thing that can fail.
+
+    Args:
+        args: flags.
+        algorithm: part of a name that is not given.
+        steps_per_iteration: environment steps of an update.
+
+    Attributes:
+        iteration: updates made so far.
+        num_iterations: updates of the whole run.
+        folder: its folder.
+
+    Raises:
+        UsageError: there is such a run and --resume does not say to continue it; it cannot be continued with these flags, or by
+            this code; another process is at work on it.
+        RunIsFinished: nothing is left to do.
+    """
+
+    def __init__(self, args: RunArgs, algorithm: str, steps_per_iteration: int):
+        self.args, self.algorithm, self.steps_per_iteration = args, algorithm, steps_per_iteration
+        self.num_iterations = args.total_timesteps // steps_per_iteration
+        self.iteration, self.saved, self.said, self.lock = 0, None, [], None
+        self.folder, named = folder.locate(args, algorithm)
+        self.checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, args.keep_checkpoints)
+        self.new = folder.is_new(self.folder)
+        if not self.new:
+            require(
+                args.resume != "never" or args.run_name is None,
+                f"--run-name {args.run_name}: {self.folder} exists already; --resume auto continues it, or choose another name",
+            )
+            if args.resume != "never":
+                self._find(named)
+
+    def _find(self, named: Path | None) -> None:
+        self.lock = folder.claim(self.folder)
+        self.record = folder.read_record(self.folder)
+        if named is None:
+            self.saved, self.said = self.checkpoints.newest()
+        else:
+            later = [path for path in self.checkpoints.steps().values() if path.name > named.name]
+            require(
+                not later,
+                f"--resume {named}: the run has later checkpoints (the last: {later and later[-1].name}): move them away first",
+            )
+            try:
+                self.saved = find(named)
+            except Damaged as error:
+                raise UsageError(
+                    f"--resume {named}: is damaged ({error}); name the run's folder, and it finds another"
+                ) from None
+        stored = self.saved.progress if self.saved else self.record
+        check_continued(self.args, stored["flags"], f"the run {self.record['name']}")
+        if self.saved:
+            self.iteration = stored["iteration"]
+            self.said += [line for line in (stretched(self.args, stored["flags"], stored["step"]),) if line]
+            before = {name: version for name, version in stored["versions"].items() if folder.versions().get(name) != version}
+            if before:
+                now = ", ".join(f"{name} {version} -> {folder.versions()[name]}" for name, version in before.items())
+                self.said.append(f"*** other versions than before ({now}): the results may not be the same to the bit ***")
+        steps = self.num_iterations * self.steps_per_iteration
+        done = max(self.iteration * self.steps_per_iteration, self.record.get("finished_at", 0))
+        if done >= steps:
+            raise RunIsFinished(f"{self.folder}: finished, after {done:,} steps")
+
+    def __enter__(self) -> "Run":
+        self.signals = Signals()
+        self.signals.raise_at_once()
+        self.wandb, self.logger, self.learned, self.logged = None, None, False, False
+        self.busy = threading.Lock()  # held where the main thread writes
+        try:
+            self._begin()
+        except BaseException:
+            if self.wandb is not None:
+                self.wandb.run.finish(1)
+            if self.new and self.lock is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.signals.restore()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self.new:
+            self._make_folder()
+        name = self.record["name"]
+        self.checkpoints.clean()
+        step = self.iteration * self.steps_per_iteration
+        rows, last = cut_back(self.folder, step)
+        if rows < self.iteration:
+            self.said.append(f"*** {self.folder / METRICS} lacks {self.iteration - rows} rows of the past ***")
+        self.record["sittings"].append(folder.describe_sitting(step))
+        known = self.record.get("wandb")
+        if known:
+            known["logged_to"] = max(known["logged_to"], last)
+        write_json(self.folder / folder.RECORD, self.record)
+        flags = to_store(self.args)
+        progress = self.saved.progress["log"] if self.saved else None
+        self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress)
+        self.logger.describe(flags)
+        if self.args.track:
+            self.wandb = self.logger.wandb = WandbRun(self.args, name, flags, known, self.logger.say)
+            self.record["wandb"] = self.wandb.identity()
+            write_json(self.folder / folder.RECORD, self.record)
+        for line in self.said:
+            print(line)
+        left = self.num_iterations - self.iteration
+        goes_on = f" goes on from step {step:,}" if self.saved else ""
+        steps = self.num_iterations * self.steps_per_iteration
+        print(f"{name}{goes_on}: {steps - step:,} steps in {left:,} updates\n{describe_device()}\ncompiling ...", flush=True)
+        self.logger.start()
+        self.next_save = time.monotonic() + self.args.save_every
+        self.signals.watch(self._first_signal)
+
+    def _make_folder(self) -> None:
+        named = self.args.run_name is not None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=named)
+        except FileExistsError:  # a run of the same flags that started in the same second
+            require(not named, f"--run-name {self.args.run_name}: {self.folder} is no folder; choose another name")
+            self.folder = self.folder.with_name(f"{self.folder.name}_{os.getpid()}")
+            self.folder.mkdir()
+            self.checkpoints.folder = self.folder / folder.CHECKPOINTS
+        self.lock = folder.claim(self.folder)
+        if not folder.is_new(self.folder):
+            self.new = False  # another process's, made since this one looked
+            raise UsageError(f"{self.folder}: another run has just made it; choose another --run-name, or type this once more")
+        self.record = folder.describe_run(self.args, self.algorithm, self.folder.name) | {"sittings": []}
+
+    def _first_signal(self, signum: int) -> None:
+        """In the thread that reads signals."""
+        if self._nothing_to_lose() and self.busy.acquire(blocking=False):  # then neither compilation nor prefill is waited for
+            self._leave_at_once(signum)
+        self.logger.say("stopping after this update ... (once more: at once)")
+
+    def _nothing_to_lose(self) -> bool:
+        return not self.learned and not getattr(self.args, "save_replay", False)
+
+    def _leave_at_once(self, signum: int) -> NoReturn:
+        """Closes what is open and ends the process: the main thread may be in the middle of anything but writing."""
+        try:
+            self.logger.say("stopped before there was anything to save")
+            self.logger.events.close()
+            if self.wandb is not None:
+                self.wandb.run.finish(128 + signum)
+            if self.new and not self.logged:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            os._exit(128 + signum)
+
+    def __exit__(self, kind, error, traceback) -> None:
+        failure = error
+
+        def attempt(action, *args):  # all that follows is tried, whatever fails; what failed first is what is raised
+            nonlocal failure
+            try:
+                return action(*args)
+            except BaseException as raised:
+                if failure is None or isinstance(failure, KeyboardInterrupt):
+                    failure = raised
+
+        with self.busy:
+            attempt(self.logger.flush)
+            # an iteration may still be running, and the environments that it steps must not be freed before it ends
+            attempt(jax.effects_barrier)
+            attempt(self.checkpoints.wait)
+            attempt(self.logger.bar.close)
+            attempt(self.logger.metrics.close)
+            attempt(self.logger.events.close)
+            ended = failure is None and self.iteration == self.num_iterations
+            if ended:
+                self.record["finished_at"] = self.logger.step
+            if self.wandb is not None:
+                self.record["wandb"]["logged_to"] = self.wandb.logged_to
+                attempt(self.wandb.finish, getattr(failure, "signum", 0) and 128 + failure.signum or int(failure is not None))
+            attempt(write_json, self.folder / folder.RECORD, self.record)
+            self._say_what_there_is(failure, ended)
+            self.signals.restore()
+            if self.lock is not None:
+                self.lock.release()
+        if failure is not error:
+            raise failure
+
+    def _say_what_there_is(self, failure: BaseException | None, ended: bool) -> None:
+        print(f"{'ended' if failure is None else 'stopped'} after {self.logger.step:,} steps")
+        logdir = shlex.quote(str(self.folder.parent))
+        print(f"logs: {self.folder}   (uv run tensorboard --logdir {logdir})", flush=True)
+        if ended and self.args.save_model:
+            print(f"model: {self.folder / folder.MODEL}", flush=True)
+        if not ended and self.args.keep_checkpoints:
+            last = max(self.checkpoints.steps(), default=None)
+            if last is not None:
+                print(f"to go on from step {last:,}: {folder.command_to_resume(self.args, self.folder)}", flush=True)
+
+    def restore(self, state: Any, env: Any) -> Any:
+        """The state to go on from: the given one, of a run that starts, with what the checkpoint holds in its place.
+
+        Args:
+            state: a script's, with fields `params`, `opt_state`, `env_state`, `obs` and others.
+            env: its environments; if they are not `saveable`, they start anew.
+
+        Raises:
+            UsageError: the checkpoint is not of this code.
+        """
+        self.left_out = {} if env.saveable else {"env_state": None, "obs": None}
+        if hasattr(state, REFILLED) and not self.args.save_replay:
+            self.left_out[REFILLED] = None
+        if self.saved is None:
+            return state
+        try:
+            loaded = load(self.saved, self._split(state))
+        except Damaged as error:
+            raise UsageError(
+                f"{self.saved.path}: cannot be read ({error}); move it away, and the one before it is used"
+            ) from None
+        started = {name: getattr(state, name) for name in self.left_out}
+        return loaded["rest"]._replace(params=loaded["params"], **started)
+
+    def _split(self, state: Any) -> Trees:
+        """What a checkpoint holds: the parameters, and the rest."""
+        return {"params": state.params, "rest": state._replace(params=None, **self.left_out)}
+
+    def log(self, state: Any, metrics: dict[str, jax.Array]) -> None:
+        """Takes what the update just dispatched returns, and writes the metrics of the one before it. Saves when it is time,
+        after the last update, and when a signal asks the run to stop. The state may be donated after this.
+
+        Raises:
+            NotFinite: the update before (or this one, if it was to be saved) has no finite results.
+            Interrupted: a signal asked the run to stop.
+            OSError: the log or the checkpoint could not be written.
+        """
+        with self.busy:
+            if self.args.track_params and self.iteration % self.args.track_every == 0:
+                metrics = metrics | track_params(state.params)
+            finite = finite_parts(state) if hasattr(state, "params") else {}
+            self._check(self.logger.log(metrics, finite))
+            self.logged = True
+            self.iteration += 1
+            self.learned = self.learned or "charts/learning_rate" in metrics
+            last, stop = self.iteration == self.num_iterations, self.signals.received
+            if last or stop or time.monotonic() >= self.next_save:
+                good = self._check(self.logger.flush())
+                if good and not self._nothing_to_lose():
+                    self._save(state, last)
+                self.next_save = time.monotonic() + self.args.save_every
+            if stop and not last:
+                raise Interrupted(stop)
+
+    def _check(self, bad: list[str]) -> bool:
+        """Whether the update that was written last has finite results; an error if it has not, and that is to stop the run."""
+        if bad and self.args.stop_if_not_finite:
+            update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)
+            where = "there is no checkpoint before it" if last is None else f"the last checkpoint is of step {last:,}"
+            command = folder.command_to_resume(self.args, self.folder, "--debug-nans")
+            raise NotFinite(
+                f"not finite in update {update:,} (step {self.logger.step:,}): {', '.join(bad)}; {where}; "
+                f"where it begins is shown by: {command}"
+            )
+        return not bad
+
+    def _save(self, state: Any, last: bool) -> None:
+        step = self.logger.step
+        self.logger.to_disk()
+        sitting = self.record["sittings"][-1]
+        progress = {name: self.record[name] for name in ("name", "algorithm", "script", "seed")}
+        progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
+        progress |= {"step": step, "iteration": self.iteration, "flags": to_store(self.args), "log": self.logger.progress()}
+        trees = self._split(state)
+        if last and self.args.save_model:  # before the checkpoint that says that the run is finished
+            self.checkpoints.wait()
+            begin_writing(self.folder / folder.MODEL, {"params": trees["params"]}, progress)()
+        self.checkpoints.save(step, trees, progress)

@@ -1,0 +1,95 @@
+"""Signals that ask a run to stop: Ctrl-C, SIGTERM (of schedulers), and SIGHUP (of a terminal that closes).
+
+The first one is noted, so that a run can finish its update and save; a second one ends the process at once. Python itself heeds
+signals only between two of its own instructions, and neither while XLA compiles nor while a device computes: so a thread of
+their own reads them, from the pipe that Python's C code writes each signal to.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from utils.runs.quiet_start import HEEDED
+
+ECHO_SECONDS = (
+    0.5  # `uv run` passes on a SIGTERM that the scheduler has sent to every process of the job: that is no second one
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def heeded() -> list[int]:
+    """The signals to heed: not those that whoever started the process has set to be ignored (nohup, a shell's background).
+
+    None outside the main thread, which alone may say what a signal does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [s for s in HEEDED if signal.getsignal(s) is not signal.SIG_IGN]
+
+
+class Signals:
+    """From `raise_at_once` to `restore` signals raise `Interrupted`; after `watch`, the first one is noted and the second one
+    ends the process.
+
+    Attributes:
+        received: the first signal, or None.
+    """
+
+    def __init__(self):
+        self.received = None
+        self.before = {s: signal.getsignal(s) for s in heeded()}
+        self.reading = None
+
+    def raise_at_once(self) -> None:
+        """Where there is nothing to finish."""
+
+        def interrupt(signum, _):
+            raise Interrupted(signum)
+
+        for s in self.before:
+            signal.signal(s, interrupt)
+
+    def watch(self, first: Callable[[int], None]) -> None:
+        """From now on signals are noted. `first` is called with the first one, in another thread."""
+        if not self.before:
+            return
+        self.reading, self.writing = socket.socketpair()
+        self.writing.setblocking(False)
+        for s in self.before:
+            signal.signal(s, lambda *_: None)  # or Python's C code would not write it
+        self.wakeup = signal.set_wakeup_fd(self.writing.fileno(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._read, args=(first,), daemon=True)
+        self.thread.start()
+
+    def _read(self, first: Callable[[int], None]) -> None:
+        noted = 0.0
+        while received := self.reading.recv(1):
+            (signum,) = received
+            if signum not in self.before:
+                continue
+            if self.received is None:
+                self.received, noted = signum, time.monotonic()
+                first(signum)
+            elif signum == signal.SIGINT or time.monotonic() - noted > ECHO_SECONDS:
+                os._exit(128 + signum)
+
+    def restore(self) -> None:
+        """Signals do again what they did."""
+        if self.reading is not None:
+            signal.set_wakeup_fd(self.wakeup)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+        if self.reading is not None:
+            self.writing.close()
+            self.thread.join()
+            self.reading.close()

@@ -1,0 +1,99 @@
+"""A run's copy in Weights & Biases, on demand. Whatever happens there, training goes on."""
+
+import errno
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.histograms import EDGES
+from utils.runs.flags import RunArgs, UsageError
+from utils.runs.launch import one_line
+
+
+class WandbRun:
+    """Starts W&B's run, or goes on with it.
+
+    W&B cannot take back what it was told. A continued run goes back to its last checkpoint, so what it logs again on the way
+    to where it had been is left out there: the axis of steps never goes back.
+
+    Args:
+        args: flags.
+        name: of the run.
+        flags: to show, as stored.
+        known: what `identity` was when the run started (with `logged_to`, the last step that may have been logged); or None.
+        say: prints a line.
+
+    Raises:
+        UsageError: W&B refuses what it is given (no account, a wrong environment variable).
+    """
+
+    def __init__(self, args: RunArgs, name: str, flags: dict[str, Any], known: dict[str, Any] | None, say: Callable):
+        import wandb  # here, because it takes a second to import and most first runs do without
+
+        self.wandb, self.say, self.failed = wandb, say, False
+        self.logged_to = known["logged_to"] if known else 0
+        # what was not typed is left to W&B's own environment variables, and to our defaults where these say nothing either
+        given = {
+            "project": args.wandb_project_name or (None if "WANDB_PROJECT" in os.environ else "deep-spi"),
+            "entity": args.wandb_entity,
+            "group": args.wandb_group,
+            "tags": args.wandb_tags or None,
+            "name": None if "WANDB_NAME" in os.environ else name,
+            "save_code": None if "WANDB_SAVE_CODE" in os.environ else True,
+        }
+        if known:
+            given |= {key: known[key] for key in ("id", "project", "entity")}
+        given |= {"config": flags, "resume": "allow"}
+        try:
+            self.run = wandb.init(**given)
+        except wandb.errors.CommError as error:
+            say(f"*** W&B cannot be reached ({one_line(error)}); its run is kept on this machine ***")
+            self.run = wandb.init(**given | {"mode": "offline"})
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: of its environment variables
+            remedy = "run `wandb login`, set WANDB_MODE=offline, or mend what it names"
+            raise UsageError(f"--track: W&B did not start ({one_line(error)}); {remedy}") from error
+        self.run.define_metric("*", step_metric="global_step")
+        settings = self.run.settings
+        self.folder = Path(settings.sync_dir)
+        self.offline = settings.mode in ("offline", "dryrun")
+
+    def identity(self) -> dict[str, Any]:
+        """What continues the run."""
+        return {"id": self.run.id, "project": self.run.project, "entity": self.run.entity or None, "logged_to": self.logged_to}
+
+    def log(
+        self, step: int, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]
+    ) -> None:
+        """Logs an update. If W&B takes no more, that is said once."""
+        if self.failed or step <= self.logged_to:
+            return
+        try:
+            images = {k: self.wandb.Image(v if v.ndim == 2 else v.transpose(1, 2, 0)) for k, v in pictures.items()}
+            counted = {k: self.wandb.Histogram(np_histogram=(v.tolist(), EDGES)) for k, v in histograms.items()}
+            self.run.log(metrics | images | counted | {"global_step": step}, step=step)
+            self.logged_to = step
+        except Exception as error:  # of whatever kind: training goes on without W&B
+            self.failed = True
+            self.say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file and metrics.jsonl go on ***")
+
+    def finish(self, exit_code: int) -> None:
+        """Tells W&B how the run ended.
+
+        Raises:
+            OSError: it was not told.
+        """
+        try:
+            self.run.finish(exit_code)
+            error = None
+        except Exception as raised:
+            error = raised
+        if self.offline or self.failed or error:
+            self.say(f"W&B: what it was given is uploaded by   uv run wandb sync {shlex.quote(str(self.folder))}")
+        if error or self.failed:
+            why = one_line(error) if error else "it stopped during the run"
+            said = f"W&B was not told how the run ended ({why}); metrics.jsonl and TensorBoard's file are complete"
+            raise OSError(errno.EIO, said) from None
