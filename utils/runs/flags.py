@@ -123,7 +123,7 @@ class RunArgs:
     stop_if_not_finite: Switch = True
     """stop at a loss or a parameter that is NaN or infinite; nothing bad is saved in either case"""
     debug_nans: Switch = False
-    """stop where the first NaN is computed, with a traceback (slow)"""
+    """let JAX look for NaNs after every update, and show in a traceback which part of it computed the first (slow)"""
     track_params: bool = False
     """log norm and histogram of each layer's parameters"""
     track_grads: bool = False

@@ -32,6 +32,7 @@ from utils.runs.flags import RunArgs
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 FLUSH_SECONDS = 10.0  # between two times at which all that was logged is on the disk
+STOPPING = ("losses/", "dreams/")  # prefixes of what stops a run if it is not finite
 UPDATES_SHOWN = 20  # the return on the progress line is that of the episodes of so many updates
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would say of every NaN what we say once
@@ -161,7 +162,7 @@ class Logger:
         self, args: RunArgs, folder: Path, steps_per_iteration: int, iteration: int = 0, progress: dict[str, Any] | None = None
     ):
         progress = progress or {}
-        self.steps_per_iteration = steps_per_iteration
+        self.steps_per_iteration, self.stops = steps_per_iteration, args.stop_if_not_finite
         self.step = iteration * steps_per_iteration
         self.total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
         self.reference = scores.reference(args.env_id, args.stochastic_env)
@@ -245,9 +246,7 @@ class Logger:
             pictures |= {name: figure_to_image(figure) for name, figure in traces.draw(dreams).items()}
         self._write(metrics, pictures, histograms)
         self._show(metrics, now)
-        losses = [
-            name for name, value in metrics.items() if name.startswith(("losses/", "dreams/")) and not math.isfinite(value)
-        ]
+        losses = [name for name, value in metrics.items() if name.startswith(STOPPING) and not math.isfinite(value)]
         return losses + [name for name, value in finite.items() if not value]
 
     def _write(self, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]) -> None:
@@ -274,7 +273,7 @@ class Logger:
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in self.warned]
-        if bad:
+        if bad and not (self.stops and any(name.startswith(STOPPING) for name in bad)):  # or the run stops and says it
             self.warned.update(bad)
             self.say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
         sps = metrics.get("charts/SPS")

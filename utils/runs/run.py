@@ -35,15 +35,15 @@ REFILLED = "replay"  # a field of a script's state that only `--save-replay` sav
 
 
 @jax.jit
-def finite_parts(state: Any) -> dict[str, jax.Array]:
+def finite_parts(params: Any, opt_state: Any) -> dict[str, jax.Array]:
     """Whether all numbers are finite in the parameters of each network, and in the states of the optimizers."""
 
     def finite(tree):
         numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
         return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in numbers] or [True]))
 
-    parts = {f"the parameters of {name}": params for name, params in state.params._asdict().items()}
-    return {name: finite(tree) for name, tree in (parts | {"the optimizer's state": state.opt_state}).items()}
+    parts = {f"the parameters of {name}": tree for name, tree in params._asdict().items()}
+    return {name: finite(tree) for name, tree in (parts | {"the optimizer's state": opt_state}).items()}
 
 
 track_params = jax.jit(lambda params: statistics(params, "params/"))
@@ -192,7 +192,7 @@ class Run:
     def _leave_at_once(self, signum: int) -> NoReturn:
         """Closes what is open and ends the process: the main thread may be in the middle of anything but writing."""
         try:
-            self.logger.say("stopped before there was anything to save")
+            self.logger.say("stopped before an update that could be saved")
             self.logger.events.close()
             if self.wandb is not None:
                 self.wandb.run.finish(128 + signum)
@@ -225,7 +225,8 @@ class Run:
                 self.record["finished_at"] = self.logger.step
             if self.wandb is not None:
                 self.record["wandb"]["logged_to"] = self.wandb.logged_to
-                attempt(self.wandb.finish, getattr(failure, "signum", 0) and 128 + failure.signum or int(failure is not None))
+                code = 128 + failure.signum if isinstance(failure, Interrupted) else int(failure is not None)
+                attempt(self.wandb.finish, code)
             attempt(write_json, self.folder / folder.RECORD, self.record)
             self._say_what_there_is(failure, ended)
             self.signals.restore()
@@ -238,7 +239,7 @@ class Run:
         print(f"{'ended' if failure is None else 'stopped'} after {self.logger.step:,} steps")
         logdir = shlex.quote(str(self.folder.parent))
         print(f"logs: {self.folder}   (uv run tensorboard --logdir {logdir})", flush=True)
-        if ended and self.args.save_model:
+        if ended and (self.folder / folder.MODEL).exists():
             print(f"model: {self.folder / folder.MODEL}", flush=True)
         if not ended and self.args.keep_checkpoints:
             last = max(self.checkpoints.steps(), default=None)
@@ -285,8 +286,7 @@ class Run:
         with self.busy:
             if self.args.track_params and self.iteration % self.args.track_every == 0:
                 metrics = metrics | track_params(state.params)
-            finite = finite_parts(state) if hasattr(state, "params") else {}
-            self._check(self.logger.log(metrics, finite))
+            self._check(self.logger.log(metrics, finite_parts(state.params, state.opt_state)))
             self.logged = True
             self.iteration += 1
             self.learned = self.learned or "charts/learning_rate" in metrics
@@ -295,6 +295,8 @@ class Run:
                 good = self._check(self.logger.flush())
                 if good and not self._nothing_to_lose():
                     self._save(state, last)
+                elif not good:
+                    self.logger.say(f"*** not finite at step {self.logger.step:,}: nothing of it is saved ***")
                 self.next_save = time.monotonic() + self.args.save_every
             if stop and not last:
                 raise Interrupted(stop)
@@ -307,11 +309,14 @@ class Run:
             command = folder.command_to_resume(self.args, self.folder, "--debug-nans")
             raise NotFinite(
                 f"not finite in update {update:,} (step {self.logger.step:,}): {', '.join(bad)}; {where}; "
-                f"where it begins is shown by: {command}"
+                f"try a lower --learning-rate, or see where it begins: {command}"
             )
         return not bad
 
     def _save(self, state: Any, last: bool) -> None:
+        saves_model = last and self.args.save_model
+        if not (self.args.keep_checkpoints or saves_model):
+            return
         step = self.logger.step
         self.logger.to_disk()
         sitting = self.record["sittings"][-1]
@@ -319,7 +324,7 @@ class Run:
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
         progress |= {"step": step, "iteration": self.iteration, "flags": to_store(self.args), "log": self.logger.progress()}
         trees = self._split(state)
-        if last and self.args.save_model:  # before the checkpoint that says that the run is finished
+        if saves_model:  # before the checkpoint that says that the run is finished
             self.checkpoints.wait()
             begin_writing(self.folder / folder.MODEL, {"params": trees["params"]}, progress)()
         self.checkpoints.save(step, trees, progress)

@@ -1,6 +1,6 @@
 """A run's copy in Weights & Biases, on demand. Whatever happens there, training goes on."""
 
-import errno
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -81,19 +81,15 @@ class WandbRun:
             self.say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file and metrics.jsonl go on ***")
 
     def finish(self, exit_code: int) -> None:
-        """Tells W&B how the run ended.
-
-        Raises:
-            OSError: it was not told.
-        """
+        """Tells W&B how the run ended, and says what is left to upload."""
         try:
             self.run.finish(exit_code)
-            error = None
-        except Exception as raised:
-            error = raised
-        if self.offline or self.failed or error:
+        except Exception as error:
+            if not self.failed:
+                self.say(f"*** W&B was not told how the run ended ({one_line(error)}) ***")
+            self.failed = True
+        if self.failed:
+            with contextlib.suppress(Exception):
+                self.wandb.teardown(exit_code)  # or Python's exit shows what it raises
+        if self.failed or self.offline:
             self.say(f"W&B: what it was given is uploaded by   uv run wandb sync {shlex.quote(str(self.folder))}")
-        if error or self.failed:
-            why = one_line(error) if error else "it stopped during the run"
-            said = f"W&B was not told how the run ended ({why}); metrics.jsonl and TensorBoard's file are complete"
-            raise OSError(errno.EIO, said) from None

@@ -1,4 +1,4 @@
-"""Logging: what is written, how runs end, W&B offline."""
+"""Runs: what is written, how they end, W&B offline."""
 
 import contextlib
 import io
@@ -7,7 +7,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +25,37 @@ from utils.dreams import traces
 from utils.occasionally import MEASURED
 from utils.runs import scores
 from utils.runs.flags import RunArgs, UsageError
-from utils.runs.logs import Logger
+from utils.runs.run import Run
+from utils.runs.signals import Interrupted
+from utils.runs.wandb_run import WandbRun
+
+
+class Params(NamedTuple):
+    network: jax.Array
+
+
+class State(NamedTuple):
+    """What a run asks of a script's state."""
+
+    params: Params
+    opt_state: Any
+    env_state: Any
+    obs: jax.Array
+    key: jax.Array
+
+
+STATE = State(Params(jnp.ones(3)), {"mean": jnp.zeros(3)}, jnp.zeros(2), jnp.zeros(2), jax.random.key(1))
+unsaved = partial(RunArgs, keep_checkpoints=0, save_model=False)
+
+
+def fake_wandb(run, log=lambda *_, **__: None, finish=lambda _: None):
+    """A W&B run that does what it is given."""
+    fake = object.__new__(WandbRun)
+    vars(fake).update(wandb=None, run=SimpleNamespace(log=log, finish=finish), folder=Path("w"))
+    vars(fake).update(say=print, failed=False, offline=False, logged_to=0)
+    run.wandb = run.logger.wandb = fake
+    run.record["wandb"] = {}
+
 
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
 
@@ -39,12 +73,12 @@ def metrics(value, episodes=0.0):
 def test_scalars_are_written_once_each_at_their_step(tmp_path):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=30), "test", 10) as logger:
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=30), "test", 10) as run:
             for k in range(3):
                 zeta, measured = jnp.asarray([jnp.inf, jnp.nan, 2.0][k]), jnp.asarray(float(k != 1))
                 bound = {"spi/bound/zeta": zeta, "spi/bound/" + MEASURED: measured}
-                logger.log(metrics(float(k), episodes=float(k == 1)) | bound)
-    written = scalars(logger.folder)
+                run.log(STATE, metrics(float(k), episodes=float(k == 1)) | bound)
+    written = scalars(run.folder)
     assert written["spi/bound/zeta"] == [(30, 2.0)] and "not finite" not in out.getvalue()
     assert not any(MEASURED in name for name in written)
     assert written["losses/policy_loss"] == [(10, 0.0), (20, 1.0), (30, 2.0)]
@@ -53,12 +87,12 @@ def test_scalars_are_written_once_each_at_their_step(tmp_path):
     assert written["charts/human_normalized_score"][0][1] == pytest.approx(breakout.human_normalized(1.0))
     assert len(written["charts/SPS"]) == 2
     assert "30/30 steps" in out.getvalue() and "\r" not in out.getvalue()
-    assert f"logs: {logger.folder}" in out.getvalue() and "tensorboard --logdir" in out.getvalue()
+    assert f"logs: {run.folder}" in out.getvalue() and "tensorboard --logdir" in out.getvalue()
 
 
 def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path, capsys):
     """Two rollouts that only fill a buffer, then three updates, of which the second takes no trace."""
-    with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=50), "test", 10) as logger:
+    with Run(unsaved(logdir=str(tmp_path), total_timesteps=50), "test", 10) as run:
         for k in range(5):
             of = metrics(1.0)
             if k < 2:
@@ -67,13 +101,13 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
                 value = jnp.full((3, 2), float("nan") if k == 3 else 1.0)
                 of |= {traces.PREFIX + name: value for name in TRACES}
                 of[traces.PREFIX + MEASURED] = jnp.asarray(float(k != 3))
-            logger.log(of)
-    written = scalars(logger.folder)
+            run.log(STATE, of)
+    written = scalars(run.folder)
     assert [step for step, _ in written["losses/policy_loss"]] == [30, 40, 50]
     assert [step for step, _ in written["charts/SPS"]] == [40, 50]
     out = capsys.readouterr().out
     assert out.index("compiling") < out.index("first update after") and "not finite" not in out
-    events = EventAccumulator(str(logger.folder), size_guidance={"images": 0})
+    events = EventAccumulator(str(run.folder), size_guidance={"images": 0})
     events.Reload()
     assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
         "dreams/outcomes": [30, 50], "dreams/latent_error": [30, 50]
@@ -83,29 +117,38 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
 
 def test_interrupted_run_keeps_its_last_metrics_and_each_nan_is_said_once(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=100, stop_if_not_finite=False), "test", 10) as run:
             for k in range(3):
                 later = {"losses/later": jnp.asarray(float("inf") if k else 1.0)}
-                logger.log(metrics(float("nan")) | later)
+                run.log(STATE, metrics(float("nan")) | later)
             raise KeyboardInterrupt
-    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    assert len(scalars(run.folder)["losses/policy_loss"]) == 3
     out, err = capsys.readouterr()
     assert out.count("not finite") == 2 and out.count("losses/policy_loss") == 1 and out.count("losses/later") == 1
     assert "stopped after 30 steps" in out and err == ""
 
 
-def test_a_signal_is_acted_on_between_updates(tmp_path, capsys):
-    with pytest.raises(KeyboardInterrupt):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_acted_on_between_updates(signum, tmp_path, capsys):
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as raised:
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=100), "test", 10) as run:
             for _ in range(2):
-                logger.log(metrics(1.0))
-            for _ in range(2):  # anywhere in an update
-                os.kill(os.getpid(), signal.SIGINT)
-            logger.log(metrics(1.0))
+                run.log(STATE, metrics(1.0))
+            os.kill(os.getpid(), signum)  # anywhere in an update
+            wait_for(lambda: run.signals.received)
+            run.log(STATE, metrics(1.0))
             raise AssertionError("not reached")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
+    assert raised.value.signum == signum and signal.getsignal(signum) is before
+    assert len(scalars(run.folder)["losses/policy_loss"]) == 3
     assert "stopping after this update" in capsys.readouterr().out
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 class Deferred:
@@ -119,37 +162,35 @@ def fail(*_):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["the last update", "the final flush", "closing W&B"])
+@pytest.mark.parametrize("where", ["the last update", "the final flush"])
 def test_what_fails_last_is_a_failure(where, tmp_path, capsys):
     told = []
     with pytest.raises((jax.errors.JaxRuntimeError, OSError)):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=20), "test", 10) as logger:
-            logger.run = SimpleNamespace(log=lambda _: None, finish=told.append)
-            logger.log(metrics(1.0))
-            logger.log(metrics(1.0) | ({"losses/late": Deferred()} if where == "the last update" else {}))
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=20), "test", 10) as run:
+            fake_wandb(run, finish=told.append)
+            run.log(STATE, metrics(1.0))
+            run.log(STATE, metrics(1.0) | ({"losses/late": Deferred()} if where == "the last update" else {}))
             if where == "the final flush":
-                logger.events.records.flush = fail
-            if where == "closing W&B":
-                logger.run.finish = fail
+                run.logger.events.records.flush = fail
     out = capsys.readouterr().out
     assert "stopped after" in out and "ended" not in out and out.count("logs:") == 1
-    assert told == ([] if where == "closing W&B" else [1])
+    assert told == [1]
 
 
 def test_a_run_that_ends_says_so_once(tmp_path, capsys):
     told = []
-    with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=10), "test", 10) as logger:
-        logger.run = SimpleNamespace(log=lambda _: None, finish=told.append)
-        logger.log(metrics(1.0))
+    with Run(unsaved(logdir=str(tmp_path), total_timesteps=10), "test", 10) as run:
+        fake_wandb(run, finish=told.append)
+        run.log(STATE, metrics(1.0))
     assert told == [0] and capsys.readouterr().out.count("ended after 10 steps") == 1
 
 
 def test_the_home_folder_and_a_folder_to_quote(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    with Logger(RunArgs(logdir="~/my runs", total_timesteps=10), "test", 10) as logger:
-        logger.log(metrics(1.0))
-    assert logger.folder.parent == tmp_path / "my runs" and not (tmp_path / "~").exists()
+    with Run(unsaved(logdir="~/my runs", total_timesteps=10), "test", 10) as run:
+        run.log(STATE, metrics(1.0))
+    assert run.folder.parent == tmp_path / "my runs" and not (tmp_path / "~").exists()
     closing = capsys.readouterr().out.split("(uv run ")[1].strip().removesuffix(")")
     assert shlex.split(closing) == ["tensorboard", "--logdir", str(tmp_path / "my runs")]
 
@@ -165,13 +206,13 @@ def heeding():
 LOG = """
 import sys
 import jax.numpy as jnp
-from utils.runs.flags import RunArgs
-from utils.runs.logs import Logger
+from tests.utils.runs.test_run import STATE, unsaved
+from utils.runs.run import Run
 value = jnp.asarray(1.0)
 names = ["losses/policy_loss", "charts/learning_rate", "charts/episodic_return", "charts/episodic_length", "episodes"]
-with Logger(RunArgs(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], **eval(sys.argv[2])), "test", 10) as logger:
+with Run(unsaved(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], **eval(sys.argv[2])), "test", 10) as run:
     for _ in range(2):
-        logger.log(dict.fromkeys(names, value) | {"charts/picture": jnp.zeros((4, 4), jnp.uint8)})
+        run.log(STATE, dict.fromkeys(names, value) | {"charts/picture": jnp.zeros((4, 4), jnp.uint8)})
 """
 
 
@@ -227,28 +268,29 @@ def test_wandb_that_cannot_start_leaves_nothing(fault, tmp_path, monkeypatch):
         expected = pytest.raises(UsageError, match=r"--track: W&B did not start \(no API key configured\); run `wandb login`")
     before = signal.getsignal(signal.SIGINT)
     with expected if fault != "Ctrl-C" else pytest.raises(KeyboardInterrupt):
-        with Logger(RunArgs(track=True, logdir=str(tmp_path / "runs")), "test", 10):
+        with Run(unsaved(track=True, logdir=str(tmp_path / "runs")), "test", 10):
             raise AssertionError("not reached")
     assert not any((tmp_path / "runs").iterdir()) and signal.getsignal(signal.SIGINT) is before
 
 
-def test_wandb_that_dies_is_said_once_and_training_goes_on(tmp_path, capsys):
-    def gone(*_):
+@pytest.mark.parametrize("when", ["in the run", "at its end"])
+def test_wandb_that_dies_is_said_once_and_training_goes_on(when, tmp_path, capsys):
+    def gone(*_, **__):
         raise BrokenPipeError(32, "Broken pipe")
 
-    with pytest.raises(OSError, match="W&B was not told how the run ended"):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=30), "test", 10) as logger:
-            logger.run = SimpleNamespace(log=gone, finish=gone)
-            for _ in range(3):
-                logger.log(metrics(1.0))
-    assert len(scalars(logger.folder)["losses/policy_loss"]) == 3
-    assert capsys.readouterr().out.count("W&B takes no more") == 1
+    with Run(unsaved(logdir=str(tmp_path), total_timesteps=30), "test", 10) as run:
+        fake_wandb(run, finish=gone, **({"log": gone} if when == "in the run" else {}))
+        for _ in range(3):
+            run.log(STATE, metrics(1.0))
+    assert len(scalars(run.folder)["losses/policy_loss"]) == 3
+    out = capsys.readouterr().out
+    assert out.count("Broken pipe") == 1 and out.count("wandb sync w") == 1 and "ended after 30 steps" in out
 
 
 def test_a_name_without_an_encoding(tmp_path):
     """A folder from another system, and a tag typed in a terminal with another encoding."""
-    with Logger(RunArgs(logdir=str(tmp_path / "l\udcff"), total_timesteps=10), "test", 10) as logger:
-        logger.log(metrics(1.0))
+    with Run(unsaved(logdir=str(tmp_path / "l\udcff"), total_timesteps=10), "test", 10) as run:
+        run.log(STATE, metrics(1.0))
     assert len(list(tmp_path.glob("*/*/*tfevents*"))) == 1
 
 
@@ -256,25 +298,25 @@ def test_a_folder_that_cannot_be_made_leaves_signals_as_they_were(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
-        with Logger(RunArgs(logdir=str(tmp_path / "file" / "runs")), "test", 10):
+        with Run(unsaved(logdir=str(tmp_path / "file" / "runs")), "test", 10):
             raise AssertionError("not reached")
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_runs_of_the_same_flags_in_the_same_second_keep_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.runs.logs.time.time", lambda: 1_700_000_000.0)
-    loggers = [Logger(RunArgs(logdir=str(tmp_path), total_timesteps=10), "test", 10) for _ in range(2)]
-    for logger in loggers:
-        with logger:
-            logger.log(metrics(1.0))
-    assert loggers[0].folder != loggers[1].folder
-    assert [len(scalars(logger.folder)["losses/policy_loss"]) for logger in loggers] == [1, 1]
+    monkeypatch.setattr("utils.runs.folder.time.time", lambda: 1_700_000_000.0)
+    runs = [Run(unsaved(logdir=str(tmp_path), total_timesteps=10), "test", 10) for _ in range(2)]
+    for run in runs:
+        with run:
+            run.log(STATE, metrics(1.0))
+    assert runs[0].folder != runs[1].folder
+    assert [len(scalars(run.folder)["losses/policy_loss"]) for run in runs] == [1, 1]
 
 
 def test_an_update_that_fails_loses_nothing_of_the_one_before(tmp_path):
     with pytest.raises(jax.errors.JaxRuntimeError):
-        with Logger(RunArgs(logdir=str(tmp_path), total_timesteps=100), "test", 10) as logger:
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=100), "test", 10) as run:
             for _ in range(3):
-                logger.log(metrics(1.0))
+                run.log(STATE, metrics(1.0))
             raise jax.errors.JaxRuntimeError("INTERNAL: the fourth failed as it was dispatched")
-    assert [step for step, _ in scalars(logger.folder)["losses/policy_loss"]] == [10, 20, 30]
+    assert [step for step, _ in scalars(run.folder)["losses/policy_loss"]] == [10, 20, 30]
