@@ -151,7 +151,10 @@ class Logger:
         folder: the run's.
         steps_per_iteration: environment steps of an update.
         iteration: updates made before.
-        progress: what `progress` returned then.
+        progress: what `progress` returned then; None of a run that has no checkpoint yet.
+        anew: there is nothing in the folder yet.
+
+    Attributes:
         wandb: a `WandbRun`, or None.
 
     Raises:
@@ -159,7 +162,7 @@ class Logger:
     """
 
     def __init__(
-        self, args: RunArgs, folder: Path, steps_per_iteration: int, iteration: int = 0, progress: dict[str, Any] | None = None
+        self, args: RunArgs, folder: Path, steps_per_iteration: int, iteration: int, progress: dict[str, Any] | None, anew: bool
     ):
         progress = progress or {}
         self.steps_per_iteration, self.stops = steps_per_iteration, args.stop_if_not_finite
@@ -174,7 +177,7 @@ class Logger:
         self.wandb = None
         self.interactive = sys.stdout.isatty()
         self.metrics = MetricsFile(folder)
-        self.events = EventFile(folder, self.step + 1 if iteration else None)
+        self.events = EventFile(folder, None if anew else self.step + 1)
         self.started = self.last = self.printed = time.perf_counter()
         self.bar = None
 

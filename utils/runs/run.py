@@ -74,6 +74,7 @@ class Run:
     def __init__(self, args: RunArgs, algorithm: str, steps_per_iteration: int):
         self.args, self.algorithm, self.steps_per_iteration = args, algorithm, steps_per_iteration
         self.num_iterations = args.total_timesteps // steps_per_iteration
+        self.saves_replay = getattr(args, "save_replay", False)  # not every script has a buffer
         self.iteration, self.saved, self.said, self.lock = 0, None, [], None
         self.folder, named = folder.locate(args, algorithm)
         self.checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, args.keep_checkpoints)
@@ -149,7 +150,7 @@ class Run:
         write_json(self.folder / folder.RECORD, self.record)
         flags = to_store(self.args)
         progress = self.saved.progress["log"] if self.saved else None
-        self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress)
+        self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
         if self.args.track:
             self.wandb = self.logger.wandb = WandbRun(self.args, name, flags, known, self.logger.say)
@@ -187,7 +188,7 @@ class Run:
         self.logger.say("stopping after this update ... (once more: at once)")
 
     def _nothing_to_lose(self) -> bool:
-        return not self.learned and not getattr(self.args, "save_replay", False)
+        return not self.learned and not self.saves_replay
 
     def _leave_at_once(self, signum: int) -> NoReturn:
         """Closes what is open and ends the process: the main thread may be in the middle of anything but writing."""
@@ -257,7 +258,7 @@ class Run:
             UsageError: the checkpoint is not of this code.
         """
         self.left_out = {} if env.saveable else {"env_state": None, "obs": None}
-        if hasattr(state, REFILLED) and not self.args.save_replay:
+        if hasattr(state, REFILLED) and not self.saves_replay:
             self.left_out[REFILLED] = None
         if self.saved is None:
             return state
@@ -304,6 +305,7 @@ class Run:
     def _check(self, bad: list[str]) -> bool:
         """Whether the update that was written last has finite results; an error if it has not, and that is to stop the run."""
         if bad and self.args.stop_if_not_finite:
+            self.checkpoints.wait()
             update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)
             where = "there is no checkpoint before it" if last is None else f"the last checkpoint is of step {last:,}"
             command = folder.command_to_resume(self.args, self.folder, "--debug-nans")

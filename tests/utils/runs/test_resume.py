@@ -1,0 +1,421 @@
+"""Runs that go on: to the bit where the environment can be saved, and honestly where it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deep_spi
+import dream_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from tests.commands import command
+from tests.event_files import scalars
+from tests.states import make_state, same
+from tests.utils.runs.test_checkpoints import contents, damage
+from tests.utils.runs.test_run import metrics, wait_for
+from utils.runs.checkpoints import find
+from utils.runs.flags import RunArgs, UsageError
+from utils.runs.launch import NotFinite, RunIsFinished, run_script
+from utils.runs.load_run import load_run
+from utils.runs.logs import cut_back
+from utils.runs.run import Run
+from utils.runs.signals import Interrupted
+
+TIMES = ("elapsed", "charts/SPS", "charts/SPS_update")
+SMALL = ["--num-envs=4", "--num-steps=8", "--num-minibatches=1", "--update-epochs=1", "--total-timesteps=320", "--fc-layers=8"]
+SMALL += ["--latent=categorical", "--num-categories=2", "--num-classes=2"]
+GRIDWORLD = ["--env-id=ConfoundingGridworld-v0", *SMALL]
+REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=64", "--replay-length=4", "--replay-batch-size=4"]
+REPLAYED += ["--replay-ratio=1", "--save-replay"]
+
+
+def rows(folder):
+    """metrics.jsonl without what tells the time."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read]
+
+
+def assert_same_runs(a, b):
+    """Final parameters, all numbers in metrics.jsonl, all that TensorBoard shows."""
+    assert rows(a) == rows(b)
+    assert same(load_run(a)[0], load_run(b)[0])
+    shown = [{name: x for name, x in scalars(folder).items() if name not in TIMES} for folder in (a, b)]
+    assert shown[0] == shown[1]
+
+
+def args_of(script, flags, tmp_path, **more):
+    """The flags as typed, and others by name."""
+    from utils.runs.flags import parse_flags
+
+    return replace(parse_flags(script.Args, [*flags, f"--logdir={tmp_path}"]), **more)
+
+
+def stop_after(monkeypatch, updates):
+    """Has the process get a SIGTERM in its `updates`-th update."""
+    log = Run.log
+
+    def log_and_signal(run, state, metrics):
+        if run.iteration + 1 == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for(lambda: run.signals.received)
+        log(run, state, metrics)
+
+    monkeypatch.setattr(Run, "log", log_and_signal)
+
+
+@pytest.fixture
+def compiled_once(tmp_path, monkeypatch):
+    """What is compiled is kept, here and in processes that are started."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_path, compiled_once):
+    """kill -9, twice: before the second checkpoint, and later; it saves after every update."""
+    ppo.main(args_of(ppo, GRIDWORLD, tmp_path, run_name="whole"))
+    typed = command("ppo_atari_envpool_xla_jax_scan.py", *GRIDWORLD, f"--logdir={tmp_path}", "--run-name=killed")
+    typed += ["--resume=auto", "--save-every=0", "--keep-checkpoints=3"]
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    for moment in (1, 6, None):
+        process = subprocess.Popen(typed, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if moment is not None:
+            wait_for(lambda: any(path.name.isdecimal() and int(path.name) >= moment * 32 for path in checkpoints.glob("*")))  # noqa: B023
+            process.kill()
+        out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, ""), err
+    assert "goes on from step" in out
+    assert len(json.loads((tmp_path / "killed" / "run.json").read_text())["sittings"]) == 3
+    assert len(list((tmp_path / "killed").glob("events*"))) == 3
+    assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "script, flags, at",
+    [
+        (deep_spi, [], 7),
+        pytest.param(dream_spi, REPLAYED, 7, marks=pytest.mark.slow),
+        pytest.param(dream_spi, REPLAYED, 1, marks=pytest.mark.slow),  # while the buffer is filled
+        pytest.param(dream_spi, ["--progressive=linear"], 7, marks=pytest.mark.slow),
+    ],
+)
+def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(script, flags, at, tmp_path, compiled_once, monkeypatch, capsys):
+    of = lambda **more: args_of(script, [*GRIDWORLD, *flags], tmp_path, **more)  # noqa: E731
+    script.main(of(run_name="whole", keep_checkpoints=0))  # saving changes nothing either
+    with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
+        stop_after(patched, at)
+        script.main(of(run_name="stopped"))
+    assert stopped.value.signum == signal.SIGTERM
+    folder = tmp_path / "stopped"
+    assert [int(path.name) for path in (folder / "checkpoints").iterdir()] == [at * 32]
+    assert len(rows(folder)) == at and not (folder / "model").exists()
+    assert "to go on from step" in capsys.readouterr().out
+    script.main(of(run_name="stopped", resume="auto"))
+    assert_same_runs(tmp_path / "whole", folder)
+    with pytest.raises(RunIsFinished, match="finished, after 320 steps"):
+        script.main(of(run_name="stopped", resume="auto"))
+
+
+def test_a_run_of_emulators_goes_on_with_new_games(tmp_path, monkeypatch):
+    """CartPole of envpool's: steps, rates and the optimizer's count go on, and no episode counts before each environment has
+    ended one."""
+    of = lambda **more: args_of(ppo, ["--env-id=CartPole-v1", *SMALL], tmp_path, **more)  # noqa: E731
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        stop_after(patched, 7)
+        ppo.main(of(run_name="a"))
+    seen = []
+    log = Run.log
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", lambda run, state, m: (seen.append(state.env_state.episode), log(run, state, m)))
+        ppo.main(of(run_name="a", resume="auto"))
+    found = rows(tmp_path / "a")
+    assert [row["step"] for row in found] == list(range(32, 321, 32))
+    np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(10) / 10), rtol=1e-5)
+    last = find(tmp_path / "a" / "checkpoints" / "000000000320")
+    assert last.progress["log"]["elapsed"] > 0
+    assert not (tmp_path / "a" / "checkpoints" / "000000000320" / "arrays" / "rest" / "env_state").exists()
+    counted = [name for name in last.progress["structure"] if "env_state" in name or "obs" in name]
+    assert counted == []
+    # the first update after the checkpoint: four environments, eight steps, and the shortest CartPole lasts eight
+    assert all("charts/episodic_return" in row for row in found[10:])
+    assert "charts/episodic_return" not in found[7]
+
+
+def test_episodes_count_from_where_each_environment_has_ended_one():
+    from envs.protocol import EpisodeStats
+
+    ends = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 0], [1, 0, 1]], bool)
+    for midway, expected in ((False, ends), (True, ends & (np.arange(5) > 2)[:, None])):
+        stats, counted = EpisodeStats.zeros(3, midway), []
+        for end in ends:
+            stats = stats.update(jnp.ones(3), jnp.ones(3, bool), jnp.asarray(end))
+            counted.append(stats.to_count())
+        np.testing.assert_array_equal(counted, expected)
+
+
+def step_once(run, env=None):
+    """One update of a script that learns nothing."""
+    with run:
+        state = run.restore(make_state(run.iteration), env or SAVEABLE)
+        run.log(state, metrics(1.0))
+    return state
+
+
+class SAVEABLE:
+    saveable = True
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """Flags of a run of 10 updates that has stopped after 3, with checkpoints of the last two."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=100, save_every=0)
+    with pytest.raises(ZeroDivisionError):
+        with Run(args, "test", 10) as run:
+            run.restore(make_state(), SAVEABLE)
+            for k in range(3):
+                run.log(make_state(k), metrics(float(k)))
+            raise ZeroDivisionError
+    return replace(args, resume="auto")
+
+
+def test_a_name_that_is_taken_and_flags_that_differ_are_refused_by_name(stopped, tmp_path):
+    refused = {
+        "--run-name a: .* exists already; --resume auto continues it": {"resume": "never"},
+        r"--seed 2 \(it was 1\); --env-id Pong-v5 \(it was Breakout-v5\)|"
+        r"--env-id Pong-v5 \(it was Breakout-v5\); --seed 2 \(it was 1\)": {"seed": 2, "env_id": "Pong-v5"},
+        r"--total-timesteps 90 \(it was 100\)": {"total_timesteps": 90},
+        "is no folder of a run": {"run_name": None, "resume": str(tmp_path)},
+        "the run has later checkpoints": {"run_name": None, "resume": str(tmp_path / "a/checkpoints/000000000020")},
+    }
+    before = contents(tmp_path)
+    for message, flags in refused.items():
+        with pytest.raises(UsageError, match=message):
+            Run(replace(stopped, **flags), "test", 10)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds something, and no run.json"):
+        Run(replace(stopped, run_name="other"), "test", 10)
+    assert {path: data for path, data in before.items() if ".lock" not in str(path)}.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize("where", ["auto", "the folder", "the checkpoint"])
+def test_a_run_is_found_by_name_and_by_path(where, stopped, tmp_path):
+    path = {"the folder": tmp_path / "a", "the checkpoint": tmp_path / "a/checkpoints/000000000030"}.get(where)
+    run = Run(stopped if path is None else replace(stopped, run_name=None, resume=str(path)), "test", 10)
+    assert run.iteration == 3
+    assert same(step_once(run), make_state(2))
+    assert [row["step"] for row in rows(tmp_path / "a")] == [10, 20, 30, 40]
+
+
+def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, capsys):
+    run = Run(replace(stopped, total_timesteps=200, save_every=5, wandb_tags=("a",)), "test", 10)
+    step_once(run)
+    out = capsys.readouterr().out
+    assert "a goes on from step 30: 170 steps in 17 updates" in out
+    assert "--total-timesteps 200 instead of 100: nothing is annealed" in out
+    args = args_of(ppo, [], tmp_path, total_timesteps=2_000_000)
+    from utils.runs.stored_flags import stretched, to_store
+
+    said = stretched(args, to_store(replace(args, total_timesteps=1_000_000)), 500_000)
+    assert "--anneal-lr" in said and "from 50% to 25%" in said
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=100, resume="auto")
+    for updates in (3, 2):
+        with pytest.raises(ZeroDivisionError):
+            with Run(args, "test", 10) as run:
+                assert run.iteration == 0
+                run.restore(make_state(), SAVEABLE)
+                for _ in range(updates):
+                    run.log(make_state(), metrics(1.0))
+                raise ZeroDivisionError
+    assert [row["step"] for row in rows(tmp_path / "a")] == [10, 20]
+    assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == [10, 20]
+    with pytest.raises(UsageError, match="--seed 2"):
+        Run(replace(args, seed=2), "test", 10)
+
+
+def test_a_folder_in_use_is_refused(stopped):
+    with Run(stopped, "test", 10):
+        with pytest.raises(UsageError, match=f"process {os.getpid()} on .* is at work on it"):
+            Run(stopped, "test", 10)
+    Run(stopped, "test", 10)
+
+
+def test_a_process_that_died_left_its_folder_free(stopped):
+    code = "import sys, os; from utils.runs.folder import claim; from pathlib import Path; "
+    code += "lock = claim(Path(sys.argv[1])); print('has it', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, f"{stopped.logdir}/a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "has it\n"
+    with pytest.raises(UsageError, match="is at work on it"):
+        Run(stopped, "test", 10)
+    holder.kill()
+    holder.wait()
+    assert Run(stopped, "test", 10).iteration == 3
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(count, stopped, tmp_path, capsys):
+    rng, went_on = np.random.default_rng(count), 0
+    for k in range(count):
+        folder = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{k}")
+        what = damage(folder, rng)
+        try:
+            run = Run(replace(stopped, run_name=folder.name), "test", 10)
+            state = step_once(run)
+        except UsageError as error:
+            assert "\n" not in str(error), what
+        else:
+            went_on += 1
+            assert run.iteration in (3, 4) and same(state, make_state(run.iteration - 2)), what
+            assert rows(folder)[-1]["step"] == 10 * run.iteration
+        shutil.rmtree(folder)
+    assert went_on > count / 2
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, capsys):
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=50, save_every=0, stop_if_not_finite=stop)
+
+    def learn():
+        with Run(args, "test", 10) as run:
+            run.restore(make_state(), SAVEABLE)
+            for k in range(5):
+                state = make_state(k)
+                if k == 2:
+                    state = state._replace(params=jax.tree.map(lambda x: x.at[0].set(np.nan), state.params))
+                run.log(state, metrics(np.inf if k == 3 else 1.0))
+
+    if stop:
+        with pytest.raises(NotFinite) as error:
+            learn()
+        said = str(error.value)
+        assert "update 3 (step 30): the parameters of actor_critic, the parameters of encoder" in said
+        assert "the last checkpoint is of step 20" in said and "--resume auto --debug-nans" in said and "\n" not in said
+        assert list(Run(replace(args, resume="auto"), "test", 10).checkpoints.steps()) == [10, 20]
+    else:
+        learn()
+        assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["000000000020", "000000000050"]
+        out = capsys.readouterr().out
+        assert "not finite at step 30: nothing of it is saved" in out and "step 40: nothing of it is saved" in out
+
+
+def test_a_script_whose_loss_is_not_finite_ends_in_one_line(tmp_path, capsys):
+    args = args_of(ppo, ["--env-id=CartPole-v1", *SMALL, "--learning-rate=1e30"], tmp_path)
+    with pytest.raises(NotFinite, match="losses/policy_loss.*--debug-nans"):
+        ppo.main(args)
+
+
+def test_rows_after_a_step_and_half_a_row_are_cut(tmp_path):
+    lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines) + '\n{"step": 4')
+    assert cut_back(tmp_path, 20) == (2, 30) and path.read_text() == '{"step": 10}\n{"step": 20}\n'
+    assert cut_back(tmp_path, 0) == (0, 20) and path.read_text() == ""
+    path.write_text('{"step": 10}')  # whole, but for the end of the line
+    assert cut_back(tmp_path, 10)[0] == 0
+    assert cut_back(tmp_path / "none", 10) == (0, 0)
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_line(stopped, tmp_path, capsys):
+    mounted = [["mount", "--bind", str(tmp_path), str(tmp_path)], ["mount", "-o", "remount,ro,bind", str(tmp_path)]]
+    if any(subprocess.run(typed, capture_output=True).returncode for typed in mounted):
+        pytest.skip("nothing can be mounted here")
+    try:
+        for run in ({}, {"run_name": "new"}):
+            with pytest.raises(OSError, match="Read-only file system"):
+                with Run(replace(stopped, **run), "test", 10):
+                    raise AssertionError("not reached")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_second_signal_ends_it_at_once_and_a_first_one_what_has_nothing_to_lose(tmp_path):
+    """In processes of their own, whose main thread is where Python heeds no signal."""
+    code = """
+import os, signal, sys, threading, time
+import jax
+from tests.states import make_state
+from tests.utils.runs.test_resume import SAVEABLE
+from tests.utils.runs.test_run import metrics
+from utils.runs.flags import RunArgs
+from utils.runs.run import Run
+updates, times, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+with Run(RunArgs(logdir=sys.argv[4], run_name=name, total_timesteps=100), "test", 10) as run:
+    state = run.restore(make_state(), SAVEABLE)
+    for _ in range(updates):
+        run.log(state, metrics(1.0))
+    def send():
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.7)
+    threading.Thread(target=send, daemon=True).start()
+    busy = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > -1, lambda x: x + 1.0, x))
+    jax.block_until_ready(busy(jax.numpy.zeros(9)))
+"""
+    for name, updates, times in (("nothing-to-lose", 0, 1), ("twice", 3, 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(updates), str(times), name, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert (done.returncode, done.stderr) == (143, ""), done.stderr
+    assert "stopped before an update that could be saved" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["twice"]
+
+
+def test_load_run_takes_other_flags_and_says_what_is_missing(tmp_path):
+    ppo.main(args_of(ppo, ["--env-id=CartPole-v1", *SMALL], tmp_path, run_name="a"))
+    params, agent, env = load_run(tmp_path / "a", num_envs=3)
+    _, obs = env.reset()
+    z = agent.encoder.apply(params.encoder, obs)
+    assert agent.actor_critic.apply(params.actor_critic, z, obs)[0].shape == (3, 2)
+    with pytest.raises(UsageError, match="neither a model nor a checkpoint"):
+        load_run(tmp_path)
+    shutil.rmtree(tmp_path / "a" / "model")
+    assert same(load_run(tmp_path / "a")[0], params)
+    assert same(load_run(tmp_path / "a" / "checkpoints" / "000000000320")[0], params)
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["flags"]["env_id"] == "CartPole-v1" and record["seed"] == 1 and record["finished_at"] == 320
+    (sitting,) = record["sittings"]
+    assert {"command", "git_commit", "git_dirty", "device", "versions"} < set(sitting)
+    assert sitting["versions"]["jax"] == jax.__version__
+
+
+def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, capsys):
+    def main(args):
+        Run(args, "test", 10)
+
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    typed = [f"--logdir={stopped.logdir}", "--run-name=a", "--save-every=0"]
+    for flags, code, words in (
+        (["--resume=auto", "--total-timesteps=30"], 2, "--total-timesteps 30 (it was 100)"),
+        (["--total-timesteps=100"], 2, "exists already"),
+    ):
+        monkeypatch.setattr("sys.argv", ["script", *typed, *flags])
+        with pytest.raises(SystemExit) as end:
+            run_script(main, RunArgs)
+        assert end.value.code == code and words in capsys.readouterr().err
+    with Run(stopped, "test", 10) as run:
+        run.restore(make_state(), SAVEABLE)
+        for k in range(7):
+            run.log(make_state(k), metrics(1.0))
+    monkeypatch.setattr("sys.argv", ["script", *typed, "--resume=auto", "--total-timesteps=100"])
+    run_script(main, RunArgs)
+    assert "finished, after 100 steps" in capsys.readouterr().out
+    for s, handler in before.items():
+        signal.signal(s, handler)
