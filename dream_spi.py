@@ -33,7 +33,6 @@ from networks.discriminator import make_discriminator
 from networks.world_models import make_end_predictor
 from utils.dreams import replay, traces
 from utils.dreams.discriminator import DiscriminatorArgs, transition_distance
-from utils.dreams.replay import ReplayArgs, Replayed, vtrace
 from utils.dreams.traces import DreamTraceArgs, trace_dreams
 from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, smooth_l1_loss, weighted_mean
@@ -45,7 +44,7 @@ from utils.runs.run import Run
 
 
 @dataclass
-class Args(ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
+class Args(replay.ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
     """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
     `drift_formulation` shapes the loss on real data alone."""
 
@@ -223,7 +222,7 @@ def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[A
 
 
 def replayed_minibatch(
-    params: Params, steps: Replayed, agent: Agent, args: Args
+    params: Params, steps: replay.Replayed, agent: Agent, args: Args
 ) -> tuple[Minibatch, Bool[Array, " N"], Float[Array, " N"]]:
     """Replayed steps as a minibatch for the policy of `params`: with it which of them ended, and how much each counts."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
@@ -233,7 +232,7 @@ def replayed_minibatch(
     taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
     ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))
     truncated_ratio = jnp.minimum(ratio, 1.0)
-    advantage, target = vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
+    advantage, target = replay.vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
     weight = truncated_ratio if args.off_policy == "vtrace" else ratio
     obs, steps = flat(steps.obs), jax.tree.map(lambda x: flat(x[:-1]), steps)
     batch = Minibatch(
@@ -471,8 +470,7 @@ def main(args: Args) -> None:
     train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
     with run:
         state = run.restore(init_state(args, env, agent, optimizers), env)
-        for _ in range(replay.to_refill(args, run.iteration)):  # steps that count as none of the run's
-            state = prefill(state)[0]._replace(iteration=jnp.asarray(run.iteration, jnp.int32))
+        state = replay.refill(state, prefill, run.iteration, args)
         for k in range(run.iteration, run.num_iterations):
             state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)
             run.log(state, metrics)

@@ -2,7 +2,7 @@
 
     uv run benchmarks/checkpoints.py            # some 12 minutes on 2 cores
 
-Deep SPI on Breakout, at its default size: runs that save after every update, and runs that save nothing, in turns. The medians of
+Deep SPI on Breakout at its default size, saving after every update and saving nothing, in turns. The medians of
 the time between two updates are compared; the first updates, which compile, are left out.
 """
 

@@ -1,5 +1,6 @@
 """A replay buffer on the device: flashbax's trajectory buffer, the flags that size it, and whether it fits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -89,9 +90,16 @@ def prefill_iterations(args: Any) -> int:
     return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if args.use_replay_buffer else 0
 
 
-def to_refill(args: Any, iteration: int) -> int:
-    """Rollouts to fill the buffer again, of a run that goes on from that iteration with an empty one."""
-    return 0 if args.save_replay else min(iteration, prefill_iterations(args))
+def refill(state: Any, prefill: Callable, iteration: int, args: Any) -> Any:
+    """The state of a run that goes on from that iteration, with its buffer filled again where it was not saved: by as many
+    rollouts of `prefill` as before the first update. They count as none of the run's."""
+    rollouts = 0 if args.save_replay else min(iteration, prefill_iterations(args))
+    if rollouts:
+        steps = rollouts * args.num_envs * args.num_steps
+        print(f"filling the replay buffer again: {steps:,} steps, which count as none of the run's", flush=True)
+    for _ in range(rollouts):
+        state = prefill(state)[0]._replace(iteration=jnp.asarray(iteration, jnp.int32))
+    return state
 
 
 def replay_updates(args: Any) -> int:

@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from utils.runs.flags import UsageError
+from utils.runs.launch import FULL, one_line
 
 FORMAT = 1
 INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
@@ -69,9 +70,9 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Any:
 
     def explained(error):
         shutil.rmtree(partial, ignore_errors=True)
-        full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        why = "the disk is full" if full else getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-        return OSError(errno.ENOSPC if full else errno.EIO, f"the checkpoint could not be written ({why})", str(path))
+        number = getattr(error, "errno", None) or next((n for n in FULL if os.strerror(n) in str(error)), errno.EIO)
+        why = os.strerror(number) if number != errno.EIO else one_line(error)[:300]
+        return OSError(number, f"the checkpoint could not be written ({why}), and the run has stopped", str(path))
 
     progress = progress | {"format": FORMAT, "structure": structure(trees)}
     try:
@@ -163,7 +164,7 @@ def load(saved: Saved, targets: Trees) -> Trees:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             return ocp.load_checkpointables((saved.path / "arrays").absolute(), jax.tree.map(place, targets))
     except Exception as error:
-        raise Damaged(" ".join(str(error).split())[:300]) from error
+        raise Damaged(one_line(error)[:300]) from error
 
 
 class Checkpoints:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
@@ -43,7 +44,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"the log could not be written ({error.strerror}; is the disk full?), and the run has stopped"
+        said = f"the log could not be written ({error.strerror}), and the run has stopped"
         raise OSError(error.errno, said, str(path)) from None
 
 
@@ -203,11 +204,11 @@ class Logger:
         """What a run that goes on needs of this one, as JSON has it."""
         return {"elapsed": self.elapsed, "episodes": list(self.episodes), "warned": sorted(self.warned)}
 
-    def log(self, metrics: dict[str, jax.Array], finite: dict[str, jax.Array]) -> list[str]:
-        """Takes the metrics of the update just dispatched (scalars, grey pictures, histograms, traces of dreams), and of which
+    def log(self, metrics: dict[str, jax.Array], results: list[str], finite: Bool[jax.Array, " results"]) -> list[str]:
+        """Takes the metrics of the update just dispatched (scalars, grey pictures, histograms, traces of dreams), and in which
         of its results all numbers are finite; writes those of the one before, and returns what was not finite there."""
         bad = self.flush()
-        self.pending = metrics, finite
+        self.pending, self.results = (metrics, finite), results
         return bad
 
     def flush(self) -> list[str]:
@@ -250,7 +251,7 @@ class Logger:
         self._write(metrics, pictures, histograms)
         self._show(metrics, now)
         losses = [name for name, value in metrics.items() if name.startswith(STOPPING) and not math.isfinite(value)]
-        return losses + [name for name, value in finite.items() if not value]
+        return losses + [name for name, is_finite in zip(self.results, finite, strict=True) if not is_finite]
 
     def _write(self, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]) -> None:
         self.metrics.add({"step": self.step, "elapsed": self.elapsed} | metrics)

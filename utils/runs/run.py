@@ -35,15 +35,15 @@ REFILLED = "replay"  # a field of a script's state that only `--save-replay` sav
 
 
 @jax.jit
-def finite_parts(params: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """Whether all numbers are finite in the parameters of each network, and in the states of the optimizers."""
+def _all_finite(trees: list[Any]) -> jax.Array:
+    numbers = [[x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)] for tree in trees]
+    return jnp.array([jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in tree])) for tree in numbers])
 
-    def finite(tree):
-        numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-        return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in numbers] or [True]))
 
-    parts = {f"the parameters of {name}": tree for name, tree in params._asdict().items()}
-    return {name: finite(tree) for name, tree in (parts | {"the optimizer's state": opt_state}).items()}
+def finite_parts(params: Any, opt_state: Any) -> tuple[list[str], jax.Array]:
+    """The parameters of each network and the states of the optimizers, by name, and whether all numbers in each are finite."""
+    names = [f"the parameters of {name}" for name in params._fields] + ["the optimizer's state"]
+    return names, _all_finite([*params, opt_state])
 
 
 track_params = jax.jit(lambda params: statistics(params, "params/"))
@@ -287,7 +287,7 @@ class Run:
         with self.busy:
             if self.args.track_params and self.iteration % self.args.track_every == 0:
                 metrics = metrics | track_params(state.params)
-            self._check(self.logger.log(metrics, finite_parts(state.params, state.opt_state)))
+            self._check(self.logger.log(metrics, *finite_parts(state.params, state.opt_state)))
             self.logged = True
             self.iteration += 1
             self.learned = self.learned or "charts/learning_rate" in metrics

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import signal
@@ -20,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.commands import ROOT
 from tests.event_files import scalars
-from tests.wandb_files import exit_codes, records
+from tests.wandb_files import exit_codes, history, records
 from utils.dreams import traces
 from utils.occasionally import MEASURED
 from utils.runs import scores
@@ -216,26 +217,62 @@ with Run(unsaved(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], **e
 """
 
 
-def tracked(folder, flags, **variables):
-    """The W&B run of a few updates logged in a process of its own, started in the folder, and its history."""
+def log_in_a_process(code, folder, *arguments, returns=0, **variables):
+    """Runs the code in a process of its own, started in the folder, with W&B offline."""
     variables = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"} | variables
     variables |= {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    code = [sys.executable, "-c", LOG, ".", repr(flags)]
-    done = subprocess.run(code, capture_output=True, text=True, cwd=folder, env=variables, timeout=120)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    found = records(folder)
-    (run,) = [record.run for record in found if record.HasField("run")][:1]
-    history = [
-        {item.key or "/".join(item.nested_key): item.value_json for item in r.history.item} for r in found if r.history.item
-    ]
-    return run, history
+    typed = [sys.executable, "-c", code, ".", *arguments]
+    done = subprocess.run(typed, capture_output=True, text=True, cwd=folder, env=variables, timeout=120)
+    assert (done.returncode, done.stderr) == (returns, ""), done.stderr
+    return done.stdout
+
+
+def tracked(folder, flags, **variables):
+    """The W&B run of a few updates, and its history."""
+    log_in_a_process(LOG, folder, repr(flags), **variables)
+    (run,) = [record.run for record in records(folder) if record.HasField("run")][:1]
+    return run, history(folder)
+
+
+GO_ON = """
+import os, sys
+from tests.states import make_state
+from tests.utils.runs.test_resume import SAVEABLE
+from tests.utils.runs.test_run import metrics
+from utils.runs.flags import RunArgs
+from utils.runs.run import Run
+with Run(RunArgs(track=True, total_timesteps=60, run_name="a", resume="auto", logdir=sys.argv[1]), "test", 10) as run:
+    run.restore(make_state(), SAVEABLE)
+    for k in range(run.iteration, 6):
+        run.next_save = 0 if k == 1 else float("inf")
+        run.log(make_state(), metrics(float(k)))
+        if len(sys.argv) > 2 and k == int(sys.argv[2]):
+            run.checkpoints.wait()
+            os._exit(9)
+"""
+
+
+def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
+    """Two processes die after their checkpoint of step 20, the first later than the second; a third one ends the run."""
+    for last in (["4"], ["2"], []):
+        out = log_in_a_process(GO_ON, tmp_path, *last, returns=9 if last else 0)
+        time.sleep(1)  # the folders are named after the second
+    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    steps = [int(float(row["global_step"])) for folder in folders for row in history(folder)]
+    assert steps == [10, 20, 30, 40, 50, 60]
+    assert len(folders) == 3 and f"wandb sync {folders[-1]}" in out
+    assert exit_codes(folders[-1]) == [0]
+    read = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in read] == steps
+    assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == steps
 
 
 def test_wandb_defaults_and_history(tmp_path):
     """Started in the log folder itself, so that W&B's folder lies in it: TensorBoard still finds one event file."""
-    run, history = tracked(tmp_path, {})
+    run, logged = tracked(tmp_path, {})
     assert run.project == "deep-spi" and run.display_name.startswith("Breakout-v5__test__5__")
-    assert [(float(row["global_step"]), float(row["losses/policy_loss"])) for row in history] == [(10, 1), (20, 1)]
+    assert [(float(row["global_step"]), float(row["losses/policy_loss"])) for row in logged] == [(10, 1), (20, 1)]
     assert len(list(tmp_path.glob("**/*tfevents*"))) == 1
     assert exit_codes(tmp_path) == [0]
 
