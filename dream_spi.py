@@ -470,7 +470,7 @@ def main(args: Args) -> None:
     train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
     with run:
         state = run.restore(init_state(args, env, agent, optimizers), env)
-        state = replay.refill(state, prefill, run.iteration, args)
+        state = replay.go_on(state, prefill, run.iteration, env, args)
         for k in range(run.iteration, run.num_iterations):
             state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)
             run.log(state, metrics)

@@ -1,14 +1,14 @@
 """Shapes are checked in every test: jaxtyping's import hook wraps all functions of the helper packages."""
 
 import os
+import signal
 
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ["envs", "networks", "utils.dreams", "utils.guarantees"]
-CHECKED += [
-    f"utils.{name}"
-    for name in ("distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
-]
+MODULES = ("distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
+CHECKED += [f"utils.{name}" for name in MODULES]
 install_import_hook(CHECKED, "beartype.beartype")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -18,3 +18,13 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         first = int(worker.removeprefix("gw")) % len(cores)
         os.sched_setaffinity(0, cores[first::workers])
+
+
+@pytest.fixture(autouse=True)
+def heeding():
+    """Signals as Python has them, whatever starts the tests; a script that ends ignores them, the next test does not."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {s: signal.signal(s, handler) for s, handler in defaults.items()}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)

@@ -17,11 +17,13 @@ outermost."""
 
 
 def histogram(x: Num[Array, "..."]) -> Int[Array, " bins"]:
-    """How many of the numbers lie in each of the bins between `EDGES`."""
-    _, exponent = jnp.frexp(x.reshape(-1))  # |x| lies in [2^(exponent - 1), 2^exponent)
-    rank = jnp.where(x.reshape(-1) == 0, 0, jnp.clip(exponent - SMALLEST, 0, len(_POWERS) - 1))
-    middle = len(_POWERS) - 1
-    return jnp.zeros(len(EDGES) - 1, jnp.int32).at[middle + jnp.sign(x.reshape(-1)).astype(jnp.int32) * rank].add(1)
+    """How many of the numbers lie in each of the bins between `EDGES`; NaN lies in none."""
+    x = x.reshape(-1)
+    _, exponent = jnp.frexp(x)  # |x| lies in [2^(exponent - 1), 2^exponent)
+    exponent = jnp.where(jnp.isinf(x), LARGEST, exponent)
+    rank = jnp.where(x == 0, 0, jnp.clip(exponent - SMALLEST, 0, len(_POWERS) - 1))
+    index = len(_POWERS) - 1 + jnp.where(x < 0, -rank, rank)
+    return jnp.zeros(len(EDGES) - 1, jnp.int32).at[index].add((~jnp.isnan(x)).astype(jnp.int32))
 
 
 def statistics(tree: Any, prefix: str) -> dict[str, Array]:

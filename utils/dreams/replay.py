@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from envs.protocol import Env
 from utils.losses import decayed_sums
 from utils.runs.flags import LARGEST, Count, Needs, NotNegative, refuse_unread, require
 from utils.runs.memory import free_memory
@@ -90,16 +91,30 @@ def prefill_iterations(args: Any) -> int:
     return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if args.use_replay_buffer else 0
 
 
-def refill(state: Any, prefill: Callable, iteration: int, args: Any) -> Any:
-    """The state of a run that goes on from that iteration, with its buffer filled again where it was not saved: by as many
-    rollouts of `prefill` as before the first update. They count as none of the run's."""
-    rollouts = 0 if args.save_replay else min(iteration, prefill_iterations(args))
-    if rollouts:
-        steps = rollouts * args.num_envs * args.num_steps
-        print(f"filling the replay buffer again: {steps:,} steps, which count as none of the run's", flush=True)
+def go_on(state: Any, prefill: Callable, iteration: int, env: Env, args: Any) -> Any:
+    """The state of a run that goes on from that iteration, with a buffer to go on with.
+
+    One that was not saved is filled again: by as many rollouts of `prefill` as before the first update. They count as none of
+    the run's. In one that was, the last step of each environment that started anew is marked as none: what will stand after
+    it does not follow from it.
+    """
+    if not (iteration and args.use_replay_buffer):
+        return state
+    if args.save_replay:
+        return state if env.saveable else state._replace(replay=end_last_step(state.replay))
+    rollouts = min(iteration, prefill_iterations(args))
+    steps = rollouts * args.num_envs * args.num_steps
+    print(f"filling the replay buffer again: {steps:,} steps, which count as none of the run's", flush=True)
     for _ in range(rollouts):
         state = prefill(state)[0]._replace(iteration=jnp.asarray(iteration, jnp.int32))
     return state
+
+
+def end_last_step(replay: Any) -> Any:
+    """The buffer, whose last step of each environment is no transition any more."""
+    valid = replay.experience.valid  # [B, T]
+    valid = valid.at[:, (replay.current_index - 1) % valid.shape[1]].set(False)
+    return replay.replace(experience=replay.experience._replace(valid=valid))
 
 
 def replay_updates(args: Any) -> int:

@@ -10,6 +10,7 @@ A checkpoint is written beside its place, under a name that ends in `.incomplete
 process dies, what has a plain number for its name is whole. What was damaged since is found by its checksums.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -17,6 +18,7 @@ import os
 import shutil
 import threading
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +53,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    _to_disk(path.parent)
 
 
 def structure(trees: Trees) -> dict[str, str]:
@@ -59,14 +62,14 @@ def structure(trees: Trees) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
-def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Any:
+def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callable[[], None]:
     """Copies the arrays, which may be donated from then on, and starts writing them. What it returns ends the work, wherever
     it is called: `path` is there and whole after that.
 
     Raises:
         OSError: it cannot be written (from the returned function too).
     """
-    partial = path.with_name(path.name + INCOMPLETE)
+    partial, old = (path.with_name(path.name + ending) for ending in (INCOMPLETE, ".old" + INCOMPLETE))
 
     def explained(error):
         shutil.rmtree(partial, ignore_errors=True)
@@ -89,11 +92,12 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Any:
             write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in _files(partial)})
             for file in (*_files(partial), *(f for f in partial.rglob("*") if f.is_dir()), partial):
                 _to_disk(file)
+            shutil.rmtree(old, ignore_errors=True)
             if path.exists():  # the model of a run that was made longer
-                os.replace(path, path.with_name(path.name + ".old" + INCOMPLETE))
+                os.replace(path, old)
             os.replace(partial, path)
             _to_disk(path.parent)
-            shutil.rmtree(path.with_name(path.name + ".old" + INCOMPLETE), ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             raise explained(error) from error
 
@@ -111,11 +115,16 @@ def checksum(file: Path) -> str:
 
 
 def _to_disk(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    if path.is_file():
+        with open(path, "rb+") as opened:
+            os.fsync(opened.fileno())
+        return
+    with contextlib.suppress(OSError):  # not every system, nor every file system, does it for a folder
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def find(path: Path) -> Saved:
@@ -135,8 +144,12 @@ def find(path: Path) -> Saved:
         progress = json.loads((path / "progress.json").read_text())
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
-    except (ValueError, AttributeError, TypeError, NotADirectoryError, IsADirectoryError):
+    except (ValueError, AttributeError, TypeError, RecursionError, NotADirectoryError, IsADirectoryError):
         raise Damaged("checksums.json is not what was written") from None
+    except PermissionError:
+        raise
+    except OSError as error:  # a bad sector
+        raise Damaged(f"{error.strerror}: {error.filename}") from None
     if progress["format"] != FORMAT:
         raise UsageError(f"{path}: another version of this code wrote it (format {progress['format']}, not {FORMAT})")
     return Saved(path, progress)
@@ -181,34 +194,33 @@ class Checkpoints:
 
     def steps(self) -> dict[int, Path]:
         """Path of each checkpoint, by its step, in order."""
-        return {int(path.name): path for path in sorted(self.folder.glob("[0-9]*")) if path.name.isdecimal()}
+        found = {int(path.name): path for path in self.folder.glob("[0-9]*") if path.name.isdecimal()}
+        return dict(sorted(found.items()))
 
-    def newest(self) -> tuple[Saved | None, list[str]]:
-        """The last checkpoint that is whole, if there is one, and what to say of those after it, which are not: these are set
-        aside under another name.
+    def newest(self) -> tuple[Saved | None, dict[Path, str]]:
+        """The last checkpoint that is whole, if there is one, and those after it, which are not, with what is wrong.
 
         Raises:
             UsageError: there are checkpoints, and none is whole; or another version of this code wrote them.
         """
-        said, damaged = [], []
+        damaged = {}
         for path in reversed(self.steps().values()):
             try:
-                saved = find(path)
+                return find(path), damaged
             except Damaged as error:
-                said.append(f"*** the checkpoint {path} is damaged ({error}): the one before it is used ***")
-                damaged.append(path)
-                continue
-            for other in damaged:
-                os.replace(other, other.with_name(other.name + DAMAGED))
-            return saved, said
+                damaged[path] = str(error)
         if damaged:
             raise UsageError(f"no checkpoint in {self.folder} is whole; remove that folder, and the run starts anew")
-        return None, []
+        return None, {}
 
-    def clean(self) -> None:
-        """Removes what was not finished."""
+    def clean(self, damaged: Iterable[Path]) -> None:
+        """Removes what was not finished, and sets aside under another name what is damaged."""
         for path in self.folder.glob(f"*{INCOMPLETE}"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in damaged:
+            aside = path.with_name(path.name + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
     def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
         """Starts to write a checkpoint, and removes the oldest once it is whole; waits for the one before it. The arrays may
@@ -245,6 +257,10 @@ class Checkpoints:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises OSError if the last one is known not to have been written."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error

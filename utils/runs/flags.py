@@ -149,13 +149,14 @@ class RunArgs:
             close = difflib.get_close_matches(self.env_id, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
-        try:
-            Path(self.logdir).expanduser()
-        except RuntimeError:
-            raise UsageError(f"--logdir {self.logdir}: there is no such user, so no home folder; name another folder") from None
+        for flag, path in (("logdir", self.logdir), ("resume", self.resume)):
+            try:
+                Path(path).expanduser()
+            except RuntimeError:
+                raise UsageError(f"--{flag} {path}: there is no such user, so no home folder; name another folder") from None
         name = self.run_name
         require(
-            name is None or (Path(name).name == name and "\0" not in name),
+            name is None or (name not in ("", "..") and Path(name).name == name and "\0" not in name),
             f"--run-name {name!r}: must be a name, not a path; --logdir says where the run's folder is",
         )
         require(
@@ -239,7 +240,7 @@ def check_flags(args: Any) -> None:
         RunArgs.check(args)
     hints = get_type_hints(type(args), include_extras=True)
     for field in dataclasses.fields(args):
-        value, said = getattr(args, field.name), list(metadata(hints[field.name]))
+        value, said = getattr(args, field.name), list(annotations_of(hints[field.name]))
         for need in (x for x in said if isinstance(x, Needs)):
             if not need.when(args):
                 refuse_unread(args, (field.name,), need.text)
@@ -255,13 +256,13 @@ def check_flags(args: Any) -> None:
         vars(cls)["check"](args)
 
 
-def metadata(hint: Any) -> Iterator[Any]:
+def annotations_of(hint: Any) -> Iterator[Any]:
     """What is annotated to a type, or within it."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     if get_origin(hint) is not Literal:
         for inner in get_args(hint):
-            yield from metadata(inner)
+            yield from annotations_of(inner)
 
 
 WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}

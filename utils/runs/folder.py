@@ -1,5 +1,6 @@
 """A run's folder: where it is, whose it is, and run.json, which says how the run came about."""
 
+import errno
 import json
 import os
 import platform
@@ -16,10 +17,12 @@ from typing import Any
 import filelock
 import jax
 
+from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
+from utils.runs.logs import METRICS
 from utils.runs.stored_flags import to_store
 
-RECORD, LOCK, CHECKPOINTS, MODEL = "run.json", ".lock", "checkpoints", "model"
+RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
 ROOT = Path(__file__).parents[2]
 
@@ -82,25 +85,37 @@ def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
 
 
 def is_new(folder: Path) -> bool:
-    """Whether there is nothing of a run there: no such folder, or one that was only just made."""
-    return not folder.exists() or (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK})
+    """Whether there is nothing of a run there to keep: no such folder, or one whose run has not logged a single update."""
+    if not folder.is_dir():
+        return not folder.exists()
+    left_over = {LOCK, OWNER, RECORD, RECORD + INCOMPLETE}
+    if (folder / RECORD).exists():
+        left_over |= {path.name for path in folder.glob("events.out.tfevents.*")}
+        left_over |= {path.name for path in folder.glob(METRICS) if path.stat().st_size == 0}
+    return {path.name for path in folder.iterdir()} <= left_over
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """run.json.
+def clear(folder: Path) -> None:
+    """Removes what a run that has not logged anything left there."""
+    for path in folder.iterdir():
+        if path.name not in (LOCK, OWNER):
+            path.unlink()
 
-    Raises:
-        UsageError: there is none, or it is damaged.
-    """
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """run.json; None if there is none, or if it is damaged."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        return record | {"flags": dict(record["flags"]), "sittings": list(record["sittings"])}
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{folder}: holds something, and no {RECORD}, so it is no run's; choose another name") from None
-    except (ValueError, TypeError, KeyError):
-        raise UsageError(
-            f"{folder / RECORD}: is damaged; copy it from a run of the same flags, or choose another name"
-        ) from None
+        texts = [record["name"], record["algorithm"], record["script"]]
+        wandb = record.get("wandb")
+        if wandb is not None:
+            texts += [wandb["id"], wandb["project"], wandb["entity"] or ""]
+        numbers = [record["seed"], record.get("finished_at", 0), wandb["logged_to"] if wandb else 0]
+        whole = isinstance(record["flags"], dict) and isinstance(record["sittings"], list)
+        whole = whole and all(isinstance(x, str) for x in texts) and all(isinstance(x, int) for x in numbers)
+        return record if whole else None
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def claim(folder: Path) -> filelock.BaseFileLock:
@@ -109,29 +124,35 @@ def claim(folder: Path) -> filelock.BaseFileLock:
     Raises:
         UsageError: another process has it.
     """
-    lock = filelock.FileLock(folder / LOCK)
+    # not a file that only says by being there that somebody has it: it would outlive a process that is killed
+    lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         try:
-            last = json.loads((folder / RECORD).read_text())["sittings"][-1]
-            whose = f"process {last['process']} on {last['host']}"
-        except (OSError, ValueError, LookupError, TypeError):
+            whose = (folder / OWNER).read_text()
+        except OSError:
             whose = "another process"
         raise UsageError(f"{folder}: {whose} is at work on it; wait for its end, or choose another --run-name") from None
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
         print(f"*** the file system of {folder} has no locks: see to it that no two processes work at one run ***")
+    (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock
 
 
 def command_to_resume(args: Any, folder: Path, *more: str) -> str:
-    """What to type to continue a run with the flags that started it."""
+    """What to type to continue a run with the flags that started it; of a run without checkpoints, to start it again."""
     words, typed = [], list(sys.argv[1:])
+    dropped = {"--resume"} if args.keep_checkpoints else {"--resume", "--run-name"}
     while typed:
         word = typed.pop(0)
         flag, equals, _ = word.partition("=")
-        if flag.replace("_", "-") == "--resume":
+        if flag.replace("_", "-") in dropped:
             typed = typed if equals else typed[1:]
         else:
             words.append(word)
-    return shlex.join(["uv", "run", sys.argv[0], *words, "--resume", "auto" if args.run_name else str(folder), *more])
+    if args.keep_checkpoints:
+        words += ["--resume", "auto" if args.run_name else str(folder)]
+    return shlex.join(["uv", "run", sys.argv[0], *words, *more])

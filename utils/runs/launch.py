@@ -14,7 +14,7 @@ from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.quiet_start import HEEDED
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REMEDIES = dict.fromkeys(FULL, "; is the disk full? make room there, or choose another --logdir")
+REMEDIES = dict.fromkeys(FULL, "; is the disk full? make room there, and type this again")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose another --logdir")
 OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
 

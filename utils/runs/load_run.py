@@ -6,6 +6,7 @@ params, agent, env = load_run("runs/my-run")
 
 import dataclasses
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,25 @@ from utils.runs.stored_flags import from_store
 
 
 def find_params(path: Path) -> Saved:
-    """The final model of a run, or its last checkpoint that is whole; of a model's or a checkpoint's folder, that.
+    """The final model of a run, or its last checkpoint, whichever is later; one that is damaged is left out, with a warning.
+    Of the folder of a model or of a checkpoint, that.
 
     Raises:
-        UsageError: there is neither.
+        UsageError: there is nothing that is whole.
     """
-    try:
-        if (path / "progress.json").exists():
-            return find(path)
-        if (path / MODEL).exists():
-            return find(path / MODEL)
-    except Damaged as error:
-        raise UsageError(f"{path}: is damaged ({error}); name one of the folders in {path / CHECKPOINTS}") from None
-    checkpoints = Checkpoints(path / CHECKPOINTS, 0)
-    for step in reversed(checkpoints.steps().values()):
+    found, of_run = [], not (path / "arrays").exists()
+    for place in [path / MODEL, *reversed(Checkpoints(path / CHECKPOINTS, 0).steps().values())] if of_run else [path]:
         try:
-            return find(step)
-        except Damaged:
+            found.append(find(place))
+        except Damaged as error:
+            if place.exists():
+                warnings.warn(f"{place} is damaged ({error})", stacklevel=3)
             continue
-    raise UsageError(f"{path}: holds neither a model nor a checkpoint that is whole")
+        if place.parent.name == CHECKPOINTS:
+            break
+    if not found:
+        raise UsageError(f"{path}: holds neither a model nor a checkpoint that is whole")
+    return max(found, key=lambda saved: saved.progress["step"])
 
 
 def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:

@@ -28,9 +28,11 @@ from utils.guarantees import monitor
 from utils.histograms import EDGES
 from utils.occasionally import only_measured
 from utils.runs import scores
+from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import RunArgs
 
 METRICS = "metrics.jsonl"
+LEARNING = "charts/learning_rate"  # what every update has, and no rollout that only fills a buffer
 PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
 FLUSH_SECONDS = 10.0  # between two times at which all that was logged is on the disk
 STOPPING = ("losses/", "dreams/")  # prefixes of what stops a run if it is not finite
@@ -61,7 +63,8 @@ class EventFile:
 
     def __init__(self, folder: Path, purge_step: int | None = None):
         # TensorBoard reads a folder's files by name: this one's time must be later, whatever another machine's clock said
-        times = [int(path.name.split(".")[3]) + 1 for path in folder.glob("events.out.tfevents.*")]
+        times = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        times = [int(seconds) + 1 for seconds in times if seconds.isdecimal()]
         self.path = folder / f"events.out.tfevents.{max(int(time.time()), *times, 0)}.{socket.gethostname()}.{os.getpid()}"
         with _explained(self.path):
             self.records = RecordWriter(str(self.path))
@@ -125,23 +128,33 @@ class MetricsFile:
             self.file.close()
 
 
-def cut_back(folder: Path, step: int) -> tuple[int, int]:
-    """Takes the rows after `step`, and what a process that died has not written to the end, from metrics.jsonl. Returns how
-    many rows are left, and the step of the last one that was there."""
-    path, kept, rows, last = folder / METRICS, 0, 0, 0
-    if not path.exists():
-        return 0, 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                last = max(last, int(json.loads(line)["step"]))
-            except (ValueError, LookupError, TypeError):
-                break
-            if last > step or not line.endswith(b"\n"):
-                continue
-            kept, rows = kept + len(line), rows + 1
-    os.truncate(path, kept)
-    return rows, last
+def _steps(folder: Path) -> list[tuple[bytes, int | None]]:
+    """The rows of metrics.jsonl as they stand there, and the step of each; None of what is no row."""
+
+    def step(line):
+        try:
+            return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            return None
+
+    path = folder / METRICS
+    return [(line, step(line)) for line in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+
+
+def last_step(folder: Path) -> int:
+    """The last step in metrics.jsonl; 0 if there is none."""
+    return max((step for _, step in _steps(folder) if step is not None), default=0)
+
+
+def cut_back(folder: Path, step: int) -> int:
+    """Takes the rows after `step`, and what is no row, from metrics.jsonl. Returns how many rows are left."""
+    rows = _steps(folder)
+    kept = [line for line, of in rows if of is not None and of <= step]
+    if len(kept) < len(rows):
+        partial = folder / (METRICS + INCOMPLETE)
+        partial.write_bytes(b"".join(kept))
+        os.replace(partial, folder / METRICS)
+    return len(kept)
 
 
 class Logger:
@@ -174,6 +187,7 @@ class Logger:
         self.warned = set(progress.get("warned", []))  # names of metrics that were no numbers
         self.elapsed = progress.get("elapsed", 0.0)  # seconds of training
         self.pending = None
+        self.learned = False  # an update of this process, and no rollout that only fills a buffer, was taken
         self.first = None  # when the first update of this process had ended
         self.wandb = None
         self.interactive = sys.stdout.isatty()
@@ -209,6 +223,7 @@ class Logger:
         of its results all numbers are finite; writes those of the one before, and returns what was not finite there."""
         bad = self.flush()
         self.pending, self.results = (metrics, finite), results
+        self.learned = self.learned or LEARNING in metrics
         return bad
 
     def flush(self) -> list[str]:
@@ -229,7 +244,7 @@ class Logger:
         if self.first is not None:
             metrics["charts/SPS"] = (self.step - self.first_step) / (now - self.first)
             metrics["charts/SPS_update"] = self.steps_per_iteration / (now - self.last)
-        elif "charts/learning_rate" in metrics:  # and was no rollout that only fills a buffer
+        elif LEARNING in metrics:
             # the rate leaves out what came before the first update: compilation
             self.first, self.first_step = now, self.step
             self.say(f"first update after {now - self.started:.1f} s")

@@ -26,11 +26,13 @@ from utils.runs import folder
 from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
 from utils.runs.flags import RunArgs, UsageError, require
 from utils.runs.launch import NotFinite, RunIsFinished, describe_device
-from utils.runs.logs import METRICS, Logger, cut_back
+from utils.runs.logs import METRICS, Logger, cut_back, last_step
 from utils.runs.signals import Interrupted, Signals
 from utils.runs.stored_flags import check_continued, stretched, to_store
 from utils.runs.wandb_run import WandbRun
 
+BEFORE = ".before"  # ends the name of a record that nothing goes on from
+IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # what run.json and every checkpoint say of a run
 REFILLED = "replay"  # a field of a script's state that only `--save-replay` saves
 
 
@@ -75,60 +77,70 @@ class Run:
         self.args, self.algorithm, self.steps_per_iteration = args, algorithm, steps_per_iteration
         self.num_iterations = args.total_timesteps // steps_per_iteration
         self.saves_replay = getattr(args, "save_replay", False)  # not every script has a buffer
-        self.iteration, self.saved, self.said, self.lock = 0, None, [], None
+        self.iteration, self.saved, self.damaged, self.said = 0, None, {}, []
+        self.lock, self.made, self.complete = None, False, False
         self.folder, named = folder.locate(args, algorithm)
         self.checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, args.keep_checkpoints)
-        self.new = folder.is_new(self.folder)
+        self.new = folder.is_new(self.folder) or (args.resume == "never" and args.run_name is None)
         if not self.new:
             require(
-                args.resume != "never" or args.run_name is None,
+                args.resume != "never",
                 f"--run-name {args.run_name}: {self.folder} exists already; --resume auto continues it, or choose another name",
             )
-            if args.resume != "never":
-                self._find(named)
+            self.lock = folder.claim(self.folder)
+            self._find(named)
 
     def _find(self, named: Path | None) -> None:
-        self.lock = folder.claim(self.folder)
-        self.record = folder.read_record(self.folder)
+        """Where the run stands, and whether it may go on."""
         if named is None:
-            self.saved, self.said = self.checkpoints.newest()
+            self.saved, self.damaged = self.checkpoints.newest()
+            self.said += [
+                f"*** the checkpoint {path} is damaged ({what}): the one before it is used ***"
+                for path, what in self.damaged.items()
+            ]
         else:
-            later = [path for path in self.checkpoints.steps().values() if path.name > named.name]
-            require(
-                not later,
-                f"--resume {named}: the run has later checkpoints (the last: {later and later[-1].name}): move them away first",
-            )
+            later = [path.name for path in self.checkpoints.steps().values() if int(path.name) > int(named.name)]
+            require(not later, f"--resume {named}: the run has later checkpoints ({', '.join(later)}): move them away first")
             try:
                 self.saved = find(named)
             except Damaged as error:
-                raise UsageError(
-                    f"--resume {named}: is damaged ({error}); name the run's folder, and it finds another"
-                ) from None
+                raise UsageError(f"--resume {named}: is damaged ({error}); name the run's folder to use another") from None
+        self.record = folder.read_record(self.folder)
+        if self.record is None:
+            what = f"{self.folder}: holds something, and no {folder.RECORD} that can be read"
+            require(self.saved is not None, f"{what}, so no run can go on there; choose another --run-name")
+            self.record = {name: self.saved.progress[name] for name in IDENTITY} | {"sittings": []}
+            self.said.append(f"*** {what}: it is made anew from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record
         check_continued(self.args, stored["flags"], f"the run {self.record['name']}")
+        done = self.record.get("finished_at", 0)
         if self.saved:
             self.iteration = stored["iteration"]
-            self.said += [line for line in (stretched(self.args, stored["flags"], stored["step"]),) if line]
-            before = {name: version for name, version in stored["versions"].items() if folder.versions().get(name) != version}
-            if before:
-                now = ", ".join(f"{name} {version} -> {folder.versions()[name]}" for name, version in before.items())
-                self.said.append(f"*** other versions than before ({now}): the results may not be the same to the bit ***")
-        steps = self.num_iterations * self.steps_per_iteration
-        done = max(self.iteration * self.steps_per_iteration, self.record.get("finished_at", 0))
-        if done >= steps:
+            done = max(done, stored["step"])
+        if done >= self.num_iterations * self.steps_per_iteration:
             raise RunIsFinished(f"{self.folder}: finished, after {done:,} steps")
+        if self.saved is None:
+            gone = done or self.record["flags"].get("keep_checkpoints") == 0
+            require(not gone, f"{self.folder}: has no checkpoint to go on from; choose another --run-name")
+            self.said.append(f"there is no checkpoint yet: the run starts anew ({METRICS} of before becomes {METRICS}{BEFORE})")
+        else:
+            self.said += [line for line in (stretched(self.args, stored["flags"], stored["step"]),) if line]
+            now, before = folder.versions(), stored["versions"]
+            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+            if changed:
+                self.said.append(f"*** other versions ({', '.join(changed)}): the results may not be the same to the bit ***")
 
     def __enter__(self) -> "Run":
         self.signals = Signals()
         self.signals.raise_at_once()
-        self.wandb, self.logger, self.learned, self.logged = None, None, False, False
+        self.wandb, self.logger, self.logged = None, None, False
         self.busy = threading.Lock()  # held where the main thread writes
         try:
             self._begin()
         except BaseException:
             if self.wandb is not None:
-                self.wandb.run.finish(1)
-            if self.new and self.lock is not None:
+                self.wandb.finish(1)
+            if self.made:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.signals.restore()
             raise
@@ -137,18 +149,20 @@ class Run:
     def _begin(self) -> None:
         if self.new:
             self._make_folder()
-        name = self.record["name"]
-        self.checkpoints.clean()
+        name, flags = self.record["name"], to_store(self.args)
         step = self.iteration * self.steps_per_iteration
-        rows, last = cut_back(self.folder, step)
+        known = self.record.get("wandb")
+        if known and self.record["flags"]["track"]:
+            known["logged_to"] = max(known["logged_to"], last_step(self.folder))
+        self.record["flags"] = flags
+        self.record["sittings"].append(folder.describe_sitting(step))
+        write_json(self.folder / folder.RECORD, self.record)
+        self.checkpoints.clean(self.damaged)
+        if self.saved is None and not self.new and (self.folder / METRICS).exists():
+            os.replace(self.folder / METRICS, self.folder / (METRICS + BEFORE))
+        rows = cut_back(self.folder, step)
         if rows < self.iteration:
             self.said.append(f"*** {self.folder / METRICS} lacks {self.iteration - rows} rows of the past ***")
-        self.record["sittings"].append(folder.describe_sitting(step))
-        known = self.record.get("wandb")
-        if known:
-            known["logged_to"] = max(known["logged_to"], last)
-        write_json(self.folder / folder.RECORD, self.record)
-        flags = to_store(self.args)
         progress = self.saved.progress["log"] if self.saved else None
         self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
@@ -167,7 +181,7 @@ class Run:
         self.signals.watch(self._first_signal)
 
     def _make_folder(self) -> None:
-        named = self.args.run_name is not None
+        named = self.args.run_name is not None or self.args.resume != "never"
         try:
             self.folder.mkdir(parents=True, exist_ok=named)
         except FileExistsError:  # a run of the same flags that started in the same second
@@ -177,18 +191,21 @@ class Run:
             self.checkpoints.folder = self.folder / folder.CHECKPOINTS
         self.lock = folder.claim(self.folder)
         if not folder.is_new(self.folder):
-            self.new = False  # another process's, made since this one looked
             raise UsageError(f"{self.folder}: another run has just made it; choose another --run-name, or type this once more")
+        self.made = True
+        folder.clear(self.folder)
         self.record = folder.describe_run(self.args, self.algorithm, self.folder.name) | {"sittings": []}
 
     def _first_signal(self, signum: int) -> None:
         """In the thread that reads signals."""
-        if self._nothing_to_lose() and self.busy.acquire(blocking=False):  # then neither compilation nor prefill is waited for
-            self._leave_at_once(signum)
+        if self.busy.acquire(blocking=False):
+            if self._nothing_to_lose():  # then neither compilation nor prefill is waited for
+                self._leave_at_once(signum)
+            self.busy.release()
         self.logger.say("stopping after this update ... (once more: at once)")
 
     def _nothing_to_lose(self) -> bool:
-        return not self.learned and not self.saves_replay
+        return not self.logger.learned and not self.saves_replay
 
     def _leave_at_once(self, signum: int) -> NoReturn:
         """Closes what is open and ends the process: the main thread may be in the middle of anything but writing."""
@@ -196,8 +213,8 @@ class Run:
             self.logger.say("stopped before an update that could be saved")
             self.logger.events.close()
             if self.wandb is not None:
-                self.wandb.run.finish(128 + signum)
-            if self.new and not self.logged:
+                self.wandb.finish(128 + signum)
+            if self.made and not self.logged:
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             os._exit(128 + signum)
@@ -222,13 +239,14 @@ class Run:
             attempt(self.logger.metrics.close)
             attempt(self.logger.events.close)
             ended = failure is None and self.iteration == self.num_iterations
-            if ended:
+            if ended and self.complete:
                 self.record["finished_at"] = self.logger.step
             if self.wandb is not None:
-                self.record["wandb"]["logged_to"] = self.wandb.logged_to
+                self.record["wandb"] = self.wandb.identity()
+            attempt(write_json, self.folder / folder.RECORD, self.record)
+            if self.wandb is not None:
                 code = 128 + failure.signum if isinstance(failure, Interrupted) else int(failure is not None)
                 attempt(self.wandb.finish, code)
-            attempt(write_json, self.folder / folder.RECORD, self.record)
             self._say_what_there_is(failure, ended)
             self.signals.restore()
             if self.lock is not None:
@@ -240,7 +258,7 @@ class Run:
         print(f"{'ended' if failure is None else 'stopped'} after {self.logger.step:,} steps")
         logdir = shlex.quote(str(self.folder.parent))
         print(f"logs: {self.folder}   (uv run tensorboard --logdir {logdir})", flush=True)
-        if ended and (self.folder / folder.MODEL).exists():
+        if ended and self.complete and self.args.save_model:
             print(f"model: {self.folder / folder.MODEL}", flush=True)
         if not ended and self.args.keep_checkpoints:
             last = max(self.checkpoints.steps(), default=None)
@@ -262,8 +280,12 @@ class Run:
             self.left_out[REFILLED] = None
         if self.saved is None:
             return state
+        targets = self._split(state)
+        places = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), targets)
+        for x in jax.tree.leaves(targets):
+            x.delete()  # a buffer for replay has no room for a second one beside it
         try:
-            loaded = load(self.saved, self._split(state))
+            loaded = load(self.saved, places)
         except Damaged as error:
             raise UsageError(
                 f"{self.saved.path}: cannot be read ({error}); move it away, and the one before it is used"
@@ -285,17 +307,18 @@ class Run:
             OSError: the log or the checkpoint could not be written.
         """
         with self.busy:
+            self.checkpoints.check()
             if self.args.track_params and self.iteration % self.args.track_every == 0:
                 metrics = metrics | track_params(state.params)
             self._check(self.logger.log(metrics, *finite_parts(state.params, state.opt_state)))
             self.logged = True
             self.iteration += 1
-            self.learned = self.learned or "charts/learning_rate" in metrics
             last, stop = self.iteration == self.num_iterations, self.signals.received
             if last or stop or time.monotonic() >= self.next_save:
                 good = self._check(self.logger.flush())
                 if good and not self._nothing_to_lose():
                     self._save(state, last)
+                    self.complete = last
                 elif not good:
                     self.logger.say(f"*** not finite at step {self.logger.step:,}: nothing of it is saved ***")
                 self.next_save = time.monotonic() + self.args.save_every
@@ -311,7 +334,7 @@ class Run:
             command = folder.command_to_resume(self.args, self.folder, "--debug-nans")
             raise NotFinite(
                 f"not finite in update {update:,} (step {self.logger.step:,}): {', '.join(bad)}; {where}; "
-                f"try a lower --learning-rate, or see where it begins: {command}"
+                f"try a lower --learning-rate, or look for the first NaN: {command}"
             )
         return not bad
 
@@ -322,9 +345,9 @@ class Run:
         step = self.logger.step
         self.logger.to_disk()
         sitting = self.record["sittings"][-1]
-        progress = {name: self.record[name] for name in ("name", "algorithm", "script", "seed")}
+        progress = {name: self.record[name] for name in IDENTITY}
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
-        progress |= {"step": step, "iteration": self.iteration, "flags": to_store(self.args), "log": self.logger.progress()}
+        progress |= {"step": step, "iteration": self.iteration, "log": self.logger.progress()}
         trees = self._split(state)
         if saves_model:  # before the checkpoint that says that the run is finished
             self.checkpoints.wait()

@@ -48,7 +48,7 @@ class Signals:
     def __init__(self):
         self.received = None
         self.before = {s: signal.getsignal(s) for s in heeded()}
-        self.reading = None
+        self.thread = None
 
     def raise_at_once(self) -> None:
         """Where there is nothing to finish."""
@@ -60,14 +60,14 @@ class Signals:
             signal.signal(s, interrupt)
 
     def watch(self, first: Callable[[int], None]) -> None:
-        """From now on signals are noted. `first` is called with the first one, in another thread."""
+        """From now on signals are noted. `first` is called with the first one, in a thread of its own."""
         if not self.before:
             return
         self.reading, self.writing = socket.socketpair()
         self.writing.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.writing.fileno(), warn_on_full_buffer=False)
         for s in self.before:
             signal.signal(s, lambda *_: None)  # or Python's C code would not write it
-        self.wakeup = signal.set_wakeup_fd(self.writing.fileno(), warn_on_full_buffer=False)
         self.thread = threading.Thread(target=self._read, args=(first,), daemon=True)
         self.thread.start()
 
@@ -79,17 +79,18 @@ class Signals:
                 continue
             if self.received is None:
                 self.received, noted = signum, time.monotonic()
-                first(signum)
+                # what it prints or closes may block, and a second signal is to be read all the same
+                threading.Thread(target=first, args=(signum,), daemon=True).start()
             elif signum == signal.SIGINT or time.monotonic() - noted > ECHO_SECONDS:
                 os._exit(128 + signum)
 
     def restore(self) -> None:
         """Signals do again what they did."""
-        if self.reading is not None:
+        if self.thread is not None:
             signal.set_wakeup_fd(self.wakeup)
         for s, handler in self.before.items():
             signal.signal(s, handler)
-        if self.reading is not None:
+        if self.thread is not None:
             self.writing.close()
             self.thread.join()
             self.reading.close()

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, get_type_hints
 
-from utils.runs.flags import MAY_CHANGE, UsageError, as_typed, metadata
+from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed
 
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags that make something depend on how much of the run is left
 
@@ -39,7 +39,7 @@ def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
     args_type = type(args)
     before, now = vars(from_store(args_type, stored)), vars(args)
     hints = get_type_hints(args_type, include_extras=True)
-    free = {name for name, hint in hints.items() if MAY_CHANGE in metadata(hint)}
+    free = {name for name, hint in hints.items() if MAY_CHANGE in annotations_of(hint)}
     if not (before["track"] and now["track"]):
         free |= {name for name in now if name.startswith("wandb_")}
     if now["total_timesteps"] > before["total_timesteps"]:

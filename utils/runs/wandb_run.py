@@ -13,6 +13,8 @@ from utils.histograms import EDGES
 from utils.runs.flags import RunArgs, UsageError
 from utils.runs.launch import one_line
 
+FINISH_SECONDS = 300.0  # for what is not uploaded yet when a run ends
+
 
 class WandbRun:
     """Starts W&B's run, or goes on with it.
@@ -34,7 +36,7 @@ class WandbRun:
     def __init__(self, args: RunArgs, name: str, flags: dict[str, Any], known: dict[str, Any] | None, say: Callable):
         import wandb  # here, because it takes a second to import and most first runs do without
 
-        self.wandb, self.say, self.failed = wandb, say, False
+        self.wandb, self.say, self.known, self.failed = wandb, say, known, False
         self.logged_to = known["logged_to"] if known else 0
         # what was not typed is left to W&B's own environment variables, and to our defaults where these say nothing either
         given = {
@@ -48,22 +50,34 @@ class WandbRun:
         if known:
             given |= {key: known[key] for key in ("id", "project", "entity")}
         given |= {"config": flags, "resume": "allow"}
+        if "WANDB_FINISH_TIMEOUT" not in os.environ:  # without a network it would wait for ever at the end
+            given |= {"settings": wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)}
+        self.run, self.folder, self.offline = None, None, False
         try:
-            self.run = wandb.init(**given)
-        except wandb.errors.CommError as error:
-            say(f"*** W&B cannot be reached ({one_line(error)}); its run is kept on this machine ***")
-            self.run = wandb.init(**given | {"mode": "offline"})
-        except (wandb.errors.Error, ValueError) as error:  # ValueError: of its environment variables
+            self._start(given)
+        except (wandb.errors.AuthenticationError, wandb.errors.UsageError, ValueError) as error:
+            # ValueError: of its environment variables
             remedy = "run `wandb login`, set WANDB_MODE=offline, or mend what it names"
             raise UsageError(f"--track: W&B did not start ({one_line(error)}); {remedy}") from error
+        except Exception as error:  # of whatever kind: that W&B is not there ends no run
+            say(f"*** W&B cannot be reached ({one_line(error)}); its run is kept on this machine ***")
+            try:
+                self._start(given | {"mode": "offline"})
+            except Exception as failure:
+                say(f"*** nor can W&B be started offline ({one_line(failure)}): this goes on without it ***")
+                self.failed = True
+
+    def _start(self, given: dict[str, Any]) -> None:
+        self.run = self.wandb.init(**given)
         self.run.define_metric("*", step_metric="global_step")
         settings = self.run.settings
-        self.folder = Path(settings.sync_dir)
-        self.offline = settings.mode in ("offline", "dryrun")
+        self.folder, self.offline = Path(settings.sync_dir), settings.mode in ("offline", "dryrun")
+        if settings.mode != "disabled":
+            self.known = {"id": self.run.id, "project": self.run.project, "entity": self.run.entity or None}
 
-    def identity(self) -> dict[str, Any]:
-        """What continues the run."""
-        return {"id": self.run.id, "project": self.run.project, "entity": self.run.entity or None, "logged_to": self.logged_to}
+    def identity(self) -> dict[str, Any] | None:
+        """What continues the run; None if there is nothing to continue."""
+        return self.known and self.known | {"logged_to": self.logged_to}
 
     def log(
         self, step: int, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]
@@ -82,6 +96,8 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """Tells W&B how the run ended, and says what is left to upload."""
+        if self.run is None:
+            return
         try:
             self.run.finish(exit_code)
         except Exception as error:

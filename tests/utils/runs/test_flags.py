@@ -1,7 +1,6 @@
 """Flags: mistakes get one line that says what to do, and booleans may be typed as sweeps type them."""
 
 import dataclasses
-import signal
 import sys
 from typing import Annotated
 
@@ -50,6 +49,16 @@ MISTAKES = [
     (["--decoupled-layers", "--decoupled-repr"], "--decoupled-layers", "leave it out"),
     (["--env-id=ConfoundingGridworld-v0", "--env-step=callback"], "--env-step", "leave it out"),
     (["--logdir=~nobodyatall/runs"], "--logdir", "no such user"),
+    (["--resume=~nobodyatall/runs/a"], "--resume", "no such user"),
+    (["--resume=auto"], "--run-name", "the path of its folder"),
+    (["--resume=auto", "--run-name="], "--run-name", "must be a name"),
+    (["--run-name=.."], "--run-name", "must be a name"),
+    (["--run-name=a/b"], "--logdir", "must be a name"),
+    (["--resume=auto", "--run-name=a", "--keep-checkpoints=0"], "--keep-checkpoints", "drop one"),
+    (["--resume=nowhere/at/all"], "--resume", "no folder of a run"),
+    (["--resume=nowhere", "--run-name=a"], "--run-name", "leave out"),
+    (["--save-every=-1"], "--save-every", "0 or more"),
+    (["--track-every=5"], "--track-every", "--track-params or --track-grads"),
 ]
 WORLD_MODEL_MISTAKES = [
     (["--world-model=transformer"], "--world-model", "--latent categorical"),
@@ -82,6 +91,7 @@ DREAM_MISTAKES = [
     (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
     (["--target-kl=0.1"], "--target-kl", "leave it out"),
     (["--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
+    (["--save-replay"], "--save-replay", "--use-replay-buffer"),
     (["--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
     (["--use-replay-buffer", "--update-epochs=2"], "--update-epochs", "leave it out"),
     (["--use-replay-buffer", "--replay-length=0"], "--replay-length", "at least 1"),
@@ -111,14 +121,6 @@ DREAM_MISTAKES = [
 ]
 
 
-@pytest.fixture
-def signals():
-    """A script that ends ignores Ctrl-C; the tests do not."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def assert_refused(code, out, err, name, remedy):
     assert code == 2
     assert out == ""  # nothing was started
@@ -131,7 +133,7 @@ def assert_refused(code, out, err, name, remedy):
     + [(script, *mistake) for script in (deep_mdp, deep_spi) for mistake in WORLD_MODEL_MISTAKES]
     + [(dream_spi, *mistake) for mistake in DREAM_MISTAKES],
 )
-def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys, signals):
+def test_mistakes_get_one_line_and_exit_code_2(script, flags, name, remedy, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     with pytest.raises(SystemExit) as end:
         run_script(script.main, script.Args)

@@ -16,18 +16,21 @@ import pytest
 import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
+from envs.protocol import EpisodeStats
+from envs.registry import make_env
 from tests.commands import command
 from tests.event_files import scalars
 from tests.states import make_state, same
 from tests.utils.runs.test_checkpoints import contents, damage
 from tests.utils.runs.test_run import metrics, wait_for
-from utils.runs.checkpoints import find
-from utils.runs.flags import RunArgs, UsageError
+from utils.runs.checkpoints import begin_writing, find
+from utils.runs.flags import RunArgs, UsageError, parse_flags
 from utils.runs.launch import NotFinite, RunIsFinished, run_script
-from utils.runs.load_run import load_run
-from utils.runs.logs import cut_back
+from utils.runs.load_run import find_params, load_run
+from utils.runs.logs import cut_back, last_step
 from utils.runs.run import Run
 from utils.runs.signals import Interrupted
+from utils.runs.stored_flags import stretched, to_store
 
 TIMES = ("elapsed", "charts/SPS", "charts/SPS_update")
 SMALL = ["--num-envs=4", "--num-steps=8", "--num-minibatches=1", "--update-epochs=1", "--total-timesteps=320", "--fc-layers=8"]
@@ -53,8 +56,6 @@ def assert_same_runs(a, b):
 
 def args_of(script, flags, tmp_path, **more):
     """The flags as typed, and others by name."""
-    from utils.runs.flags import parse_flags
-
     return replace(parse_flags(script.Args, [*flags, f"--logdir={tmp_path}"]), **more)
 
 
@@ -127,33 +128,54 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(script, flags, at, tmp_pa
 
 
 def test_a_run_of_emulators_goes_on_with_new_games(tmp_path, monkeypatch):
-    """CartPole of envpool's: steps, rates and the optimizer's count go on, and no episode counts before each environment has
-    ended one."""
-    of = lambda **more: args_of(ppo, ["--env-id=CartPole-v1", *SMALL], tmp_path, **more)  # noqa: E731
+    """CartPole of envpool's: steps, rates and the log go on, and no episode counts before each environment has ended one."""
+    of = lambda **more: args_of(ppo, ["--env-id=CartPole-v1", *SMALL, "--total-timesteps=960"], tmp_path, **more)  # noqa: E731
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         stop_after(patched, 7)
         ppo.main(of(run_name="a"))
-    seen = []
-    log = Run.log
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "log", lambda run, state, m: (seen.append(state.env_state.episode), log(run, state, m)))
-        ppo.main(of(run_name="a", resume="auto"))
+    ppo.main(of(run_name="a", resume="auto"))
     found = rows(tmp_path / "a")
-    assert [row["step"] for row in found] == list(range(32, 321, 32))
-    np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(10) / 10), rtol=1e-5)
-    last = find(tmp_path / "a" / "checkpoints" / "000000000320")
-    assert last.progress["log"]["elapsed"] > 0
-    assert not (tmp_path / "a" / "checkpoints" / "000000000320" / "arrays" / "rest" / "env_state").exists()
-    counted = [name for name in last.progress["structure"] if "env_state" in name or "obs" in name]
-    assert counted == []
-    # the first update after the checkpoint: four environments, eight steps, and the shortest CartPole lasts eight
-    assert all("charts/episodic_return" in row for row in found[10:])
-    assert "charts/episodic_return" not in found[7]
+    assert [row["step"] for row in found] == list(range(32, 961, 32))
+    np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(30) / 30), rtol=1e-5)
+    last = find(tmp_path / "a" / "checkpoints" / "000000000960")
+    assert [name for name in last.progress["structure"] if "env_state" in name or "obs" in name] == []
+    # a mean return stands where episodes ended that count, which is not before each of the four environments has ended one:
+    # the same games again say when that is
+    env = make_env(of(), 7)
+    state, obs = env.reset()
+    assert env.midway and not state.episode.counts.any()
+    with_return = [k for k, row in enumerate(found) if "charts/episodic_return" in row]
+    assert min(with_return) < 7 and [k for k in with_return if k >= 7][0] > 7
+
+
+def test_a_policy_that_goes_on_is_not_seen_to_get_worse():
+    """CartPole's random policy: what ends in the first steps of environments that begin together is too short, and is not
+    counted."""
+    fresh, going_on = (mean_returns(ppo.Args(env_id="CartPole-v1", num_envs=64, num_minibatches=1), at) for at in (0, 5))
+    settled = np.mean(fresh[4:])
+    assert fresh[0] < 0.75 * settled  # the dip
+    assert min(going_on) > 0.8 * settled
+
+
+def mean_returns(args, iteration):
+    """Mean return of the episodes that count in each ten steps of a random policy, where there are any."""
+    env = make_env(args, iteration)
+    state, _ = env.reset()
+
+    @jax.jit
+    def run(state):
+        def step(state, key):
+            state, after = env.step(state, jax.random.randint(key, (args.num_envs,), 0, 2))
+            return state, after.episode
+
+        return jax.lax.scan(step, state, jax.random.split(jax.random.key(0), 200))[1]
+
+    episode = run(state)
+    counts, returns = (np.asarray(x).reshape(20, -1) for x in (episode.to_count(), episode.episode_return))
+    return [returns[k][counts[k]].mean() for k in range(20) if counts[k].any()]
 
 
 def test_episodes_count_from_where_each_environment_has_ended_one():
-    from envs.protocol import EpisodeStats
-
     ends = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1], [0, 1, 0], [1, 0, 1]], bool)
     for midway, expected in ((False, ends), (True, ends & (np.arange(5) > 2)[:, None])):
         stats, counted = EpisodeStats.zeros(3, midway), []
@@ -163,10 +185,10 @@ def test_episodes_count_from_where_each_environment_has_ended_one():
         np.testing.assert_array_equal(counted, expected)
 
 
-def step_once(run, env=None):
+def step_once(run):
     """One update of a script that learns nothing."""
     with run:
-        state = run.restore(make_state(run.iteration), env or SAVEABLE)
+        state = run.restore(make_state(run.iteration), SAVEABLE)
         run.log(state, metrics(1.0))
     return state
 
@@ -224,8 +246,6 @@ def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, 
     assert "a goes on from step 30: 170 steps in 17 updates" in out
     assert "--total-timesteps 200 instead of 100: nothing is annealed" in out
     args = args_of(ppo, [], tmp_path, total_timesteps=2_000_000)
-    from utils.runs.stored_flags import stretched, to_store
-
     said = stretched(args, to_store(replace(args, total_timesteps=1_000_000)), 500_000)
     assert "--anneal-lr" in said and "from 50% to 25%" in said
 
@@ -244,6 +264,90 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path)
     assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == [10, 20]
     with pytest.raises(UsageError, match="--seed 2"):
         Run(replace(args, seed=2), "test", 10)
+
+
+def test_what_has_no_checkpoint_is_not_started_over_unless_none_was_due(stopped, tmp_path):
+    """Runs that were to write none, or were finished; what was logged stays."""
+    shutil.rmtree(tmp_path / "a" / "checkpoints")
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    for change in ({"finished_at": 90}, {"flags": record["flags"] | {"keep_checkpoints": 0}}):
+        (tmp_path / "a" / "run.json").write_text(json.dumps(record | change))
+        with pytest.raises(UsageError, match="has no checkpoint to go on from"):
+            Run(stopped, "test", 10)
+    assert len(rows(tmp_path / "a")) == 3
+
+
+@pytest.mark.parametrize("lost", ["name", "algorithm", "script", "seed", "flags", "sittings", None])
+def test_a_damaged_record_is_made_anew_from_the_checkpoint(lost, stopped, tmp_path, capsys):
+    path = tmp_path / "a" / "run.json"
+    record = json.loads(path.read_text())
+    if lost is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps({name: value for name, value in record.items() if name != lost}))
+    step_once(Run(stopped, "test", 10))
+    assert "is made anew from the checkpoint" in capsys.readouterr().out
+    made = json.loads(path.read_text())
+    assert [made[name] for name in ("name", "algorithm", "script", "seed")] == ["a", "test", "flags", 1]
+    assert [sitting["from_step"] for sitting in made["sittings"]] == [30]
+
+
+def test_a_name_whose_run_did_nothing_yet_is_free(tmp_path):
+    """Out of memory in its first update, say: the next try has other flags."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=100)
+    with pytest.raises(MemoryError):
+        with Run(args, "test", 10):
+            raise MemoryError
+    (tmp_path / "a" / "run.json.incomplete").write_text("")  # and killed while it wrote that
+    for resume in ("never", "auto"):
+        run = Run(replace(args, seed=2, resume=resume), "test", 10)
+        with pytest.raises(MemoryError):
+            with run:
+                raise MemoryError
+    step_once(Run(replace(args, seed=3), "test", 10))
+    assert len(list((tmp_path / "a").glob("events*"))) == 1
+    with pytest.raises(UsageError, match="exists already"):
+        Run(args, "test", 10)
+
+
+def test_a_run_that_was_continued_is_asked_to_stop(stopped, tmp_path):
+    with pytest.raises(Interrupted):
+        with Run(stopped, "test", 10) as run:
+            state = run.restore(make_state(), SAVEABLE)
+            for k in range(2):
+                run.log(state, metrics(1.0))
+                if k == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    wait_for(lambda: run.signals.received)
+            raise AssertionError("not reached")
+    assert list(run.checkpoints.steps()) == [40, 50]
+
+
+def test_a_checkpoint_that_could_not_be_written_stops_the_run_an_update_later(stopped, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="the checkpoint could not be written .No space left on device"):
+        with Run(stopped, "test", 10) as run:
+            state = run.restore(make_state(), SAVEABLE)
+            monkeypatch.setattr("utils.runs.checkpoints.checksum", full)
+            run.log(state, metrics(1.0))
+            run.checkpoints.thread.join()
+            run.next_save = float("inf")
+            run.log(state, metrics(1.0))
+            raise AssertionError("not reached")
+    monkeypatch.undo()
+    assert Run(stopped, "test", 10).iteration == 3
+
+
+def test_a_run_whose_end_is_not_finite_is_not_finished(tmp_path):
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=20, save_every=0, stop_if_not_finite=False)
+    with Run(args, "test", 10) as run:
+        run.restore(make_state(), SAVEABLE)
+        for k in range(2):
+            run.log(make_state(k), metrics(np.nan if k else 1.0))
+    assert not (tmp_path / "a" / "model").exists()
+    assert Run(replace(args, resume="auto"), "test", 10).iteration == 1
 
 
 def test_a_folder_in_use_is_refused(stopped):
@@ -268,7 +372,7 @@ def test_a_process_that_died_left_its_folder_free(stopped):
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
-def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(count, stopped, tmp_path, capsys):
+def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(count, stopped, tmp_path):
     rng, went_on = np.random.default_rng(count), 0
     for k in range(count):
         folder = shutil.copytree(tmp_path / "a", tmp_path / f"copy-{k}")
@@ -303,7 +407,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, capsy
         with pytest.raises(NotFinite) as error:
             learn()
         said = str(error.value)
-        assert "update 3 (step 30): the parameters of actor_critic, the parameters of encoder" in said
+        assert "update 3 (step 30): the parameters of encoder, the parameters of actor_critic" in said
         assert "the last checkpoint is of step 20" in said and "--resume auto --debug-nans" in said and "\n" not in said
         assert list(Run(replace(args, resume="auto"), "test", 10).checkpoints.steps()) == [10, 20]
     else:
@@ -313,7 +417,7 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, capsy
         assert "not finite at step 30: nothing of it is saved" in out and "step 40: nothing of it is saved" in out
 
 
-def test_a_script_whose_loss_is_not_finite_ends_in_one_line(tmp_path, capsys):
+def test_a_script_whose_loss_is_not_finite_stops(tmp_path):
     args = args_of(ppo, ["--env-id=CartPole-v1", *SMALL, "--learning-rate=1e30"], tmp_path)
     with pytest.raises(NotFinite, match="losses/policy_loss.*--debug-nans"):
         ppo.main(args)
@@ -323,11 +427,14 @@ def test_rows_after_a_step_and_half_a_row_are_cut(tmp_path):
     lines = [json.dumps({"step": step}) for step in (10, 20, 30)]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + '\n{"step": 4')
-    assert cut_back(tmp_path, 20) == (2, 30) and path.read_text() == '{"step": 10}\n{"step": 20}\n'
-    assert cut_back(tmp_path, 0) == (0, 20) and path.read_text() == ""
+    assert last_step(tmp_path) == 30
+    assert cut_back(tmp_path, 20) == 2 and path.read_text() == '{"step": 10}\n{"step": 20}\n'
+    assert cut_back(tmp_path, 0) == 0 and path.read_text() == ""
     path.write_text('{"step": 10}')  # whole, but for the end of the line
-    assert cut_back(tmp_path, 10)[0] == 0
-    assert cut_back(tmp_path / "none", 10) == (0, 0)
+    assert cut_back(tmp_path, 10) == 0
+    assert (cut_back(tmp_path / "none", 10), last_step(tmp_path / "none")) == (0, 0)
+    path.write_text('{"step": 10}\n{"step": 1e999}\nnull\n{"step": 40}\n{"step": 50}\n')  # what is no row costs no other
+    assert cut_back(tmp_path, 40) == 2 and path.read_text() == '{"step": 10}\n{"step": 40}\n'
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(stopped, tmp_path, capsys):
@@ -388,7 +495,14 @@ def test_load_run_takes_other_flags_and_says_what_is_missing(tmp_path):
         load_run(tmp_path)
     shutil.rmtree(tmp_path / "a" / "model")
     assert same(load_run(tmp_path / "a")[0], params)
-    assert same(load_run(tmp_path / "a" / "checkpoints" / "000000000320")[0], params)
+    last = tmp_path / "a" / "checkpoints" / "000000000320"
+    assert same(load_run(last)[0], params)
+    # a run that was made longer and did not end: not the model of the shorter one
+    begin_writing(tmp_path / "a" / "model", {"params": params}, find(last).progress | {"step": 160})()
+    assert find_params(tmp_path / "a").path == last
+    (last / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match="000000000320 is damaged"):
+        assert find_params(tmp_path / "a").path.name == "model"
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["flags"]["env_id"] == "CartPole-v1" and record["seed"] == 1 and record["finished_at"] == 320
     (sitting,) = record["sittings"]
@@ -400,7 +514,6 @@ def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, 
     def main(args):
         Run(args, "test", 10)
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     typed = [f"--logdir={stopped.logdir}", "--run-name=a", "--save-every=0"]
     for flags, code, words in (
         (["--resume=auto", "--total-timesteps=30"], 2, "--total-timesteps 30 (it was 100)"),
@@ -417,5 +530,3 @@ def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["script", *typed, "--resume=auto", "--total-timesteps=100"])
     run_script(main, RunArgs)
     assert "finished, after 100 steps" in capsys.readouterr().out
-    for s, handler in before.items():
-        signal.signal(s, handler)

@@ -53,9 +53,8 @@ def fake_wandb(run, log=lambda *_, **__: None, finish=lambda _: None):
     """A W&B run that does what it is given."""
     fake = object.__new__(WandbRun)
     vars(fake).update(wandb=None, run=SimpleNamespace(log=log, finish=finish), folder=Path("w"))
-    vars(fake).update(say=print, failed=False, offline=False, logged_to=0)
+    vars(fake).update(say=print, failed=False, offline=False, logged_to=0, known=None)
     run.wandb = run.logger.wandb = fake
-    run.record["wandb"] = {}
 
 
 TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
@@ -196,14 +195,6 @@ def test_the_home_folder_and_a_folder_to_quote(tmp_path, monkeypatch, capsys):
     assert shlex.split(closing) == ["tensorboard", "--logdir", str(tmp_path / "my runs")]
 
 
-@pytest.fixture(autouse=True)
-def heeding():
-    """Ctrl-C as Python has it, whatever starts the tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 LOG = """
 import sys
 import jax.numpy as jnp
@@ -235,7 +226,7 @@ def tracked(folder, flags, **variables):
 
 
 GO_ON = """
-import os, sys
+import sys
 from tests.states import make_state
 from tests.utils.runs.test_resume import SAVEABLE
 from tests.utils.runs.test_run import metrics
@@ -247,13 +238,12 @@ with Run(RunArgs(track=True, total_timesteps=60, run_name="a", resume="auto", lo
         run.next_save = 0 if k == 1 else float("inf")
         run.log(make_state(), metrics(float(k)))
         if len(sys.argv) > 2 and k == int(sys.argv[2]):
-            run.checkpoints.wait()
-            os._exit(9)
+            sys.exit(9)
 """
 
 
 def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
-    """Two processes die after their checkpoint of step 20, the first later than the second; a third one ends the run."""
+    """Two processes fail after their checkpoint of step 20, the first later than the second; a third one ends the run."""
     for last in (["4"], ["2"], []):
         out = log_in_a_process(GO_ON, tmp_path, *last, returns=9 if last else 0)
         time.sleep(1)  # the folders are named after the second
@@ -261,8 +251,8 @@ def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
     steps = [int(float(row["global_step"])) for folder in folders for row in history(folder)]
     assert steps == [10, 20, 30, 40, 50, 60]
-    assert len(folders) == 3 and f"wandb sync {folders[-1]}" in out
-    assert exit_codes(folders[-1]) == [0]
+    assert len(folders) == 3 and f"wandb sync {folders[-1]}" in out.replace(f"{tmp_path}/./", f"{tmp_path}/")
+    assert [exit_codes(folder) for folder in folders] == [[1], [1], [0]]
     read = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in read] == steps
     assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == steps
@@ -310,6 +300,29 @@ def test_wandb_that_cannot_start_leaves_nothing(fault, tmp_path, monkeypatch):
     assert not any((tmp_path / "runs").iterdir()) and signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("offline_too", [False, True])
+def test_wandb_that_cannot_be_reached_ends_no_run(offline_too, tmp_path, monkeypatch, capsys):
+    """Its service does not start; then not even offline."""
+    import wandb
+
+    modes, run = [], SimpleNamespace(id="i", project="p", entity="", finish=lambda _: None, define_metric=lambda *_, **__: None)
+    run.settings, run.log = SimpleNamespace(sync_dir="w", mode="offline"), lambda *_, **__: None
+
+    def init(mode=None, **_):
+        modes.append(mode)
+        if mode is None or offline_too:
+            raise TimeoutError("no answer")
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", lambda _: None)
+    with Run(unsaved(logdir=str(tmp_path), total_timesteps=10, track=True), "test", 10) as started:
+        started.log(STATE, metrics(1.0))
+    out = capsys.readouterr().out
+    assert modes == [None, "offline"] and "ended after 10 steps" in out and out.count("cannot be reached (no answer)") == 1
+    assert ("goes on without it" in out) == offline_too and ("wandb sync w" in out) != offline_too
+
+
 @pytest.mark.parametrize("when", ["in the run", "at its end"])
 def test_wandb_that_dies_is_said_once_and_training_goes_on(when, tmp_path, capsys):
     def gone(*_, **__):
@@ -340,12 +353,19 @@ def test_a_folder_that_cannot_be_made_leaves_signals_as_they_were(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_runs_of_the_same_flags_in_the_same_second_keep_apart(tmp_path, monkeypatch):
+@pytest.mark.parametrize("entered", [False, True])
+def test_runs_of_the_same_flags_in_the_same_second_keep_apart(entered, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.runs.folder.time.time", lambda: 1_700_000_000.0)
-    runs = [Run(unsaved(logdir=str(tmp_path), total_timesteps=10), "test", 10) for _ in range(2)]
-    for run in runs:
-        with run:
-            run.log(STATE, metrics(1.0))
+    args = unsaved(logdir=str(tmp_path), total_timesteps=10)
+    runs = [Run(args, "test", 10)]
+    if not entered:
+        runs.append(Run(args, "test", 10))
+    with runs[0]:
+        runs[0].log(STATE, metrics(1.0))
+    if entered:
+        runs.append(Run(args, "test", 10))
+    with runs[1]:
+        runs[1].log(STATE, metrics(1.0))
     assert runs[0].folder != runs[1].folder
     assert [len(scalars(run.folder)["losses/policy_loss"]) for run in runs] == [1, 1]
 
