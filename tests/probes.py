@@ -21,6 +21,7 @@ class CueEnv:
     dummy step after each episode that emulators have."""
 
     reward_range = (0.0, 1.0)
+    saveable = True
 
     def __init__(self, num_envs, num_actions=3):
         self.num_envs, self.num_actions = num_envs, num_actions

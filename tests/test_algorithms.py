@@ -357,7 +357,7 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
     "density, lipschitz",
     [
         ("mixture_normal", True),
-        ("mixture_normal", False),
+        pytest.param("mixture_normal", False, marks=pytest.mark.slow),
         pytest.param("normal", True, marks=pytest.mark.slow),
         pytest.param("deterministic", False, marks=pytest.mark.slow),
     ],
@@ -462,7 +462,7 @@ def test_ppo_solves_cartpole():
     assert max(np.convolve(returns, np.ones(3) / 3, "valid")) > 400
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [ppo, pytest.param(deep_spi, marks=pytest.mark.slow)])
 def test_end_to_end_is_reproducible(script):
     """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors and codes, which compile faster."""
     env_id, num_actions = ("Pong-v5", 6) if script is ppo else ("CartPole-v1", 2)

@@ -256,7 +256,8 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
     assert_allclose(picture[8::16, 8::16] / 255, policy[~env.model.terminal], atol=0.003)
 
 
-@pytest.mark.parametrize("script", [ppo, pytest.param(deep_spi, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo, deep_spi])
 def test_benchmark_trains_as_the_script_does(script):
     """Its short cut, the encoder evaluated once for each cell, changes no parameter by more than rounding."""
     from benchmarks import confounding_gridworld as benchmark

@@ -77,9 +77,9 @@ def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
         name = args.run_name or f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
         return Path(args.logdir).expanduser() / name, None
     path = Path(args.resume).expanduser()
-    if (path / RECORD).is_file():
+    if (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir():
         return path, None
-    if path.is_dir() and path.absolute().parent.name == CHECKPOINTS:
+    if path.is_dir() and path.name.isdecimal() and path.absolute().parent.name == CHECKPOINTS:
         return path.absolute().parents[1], path.absolute()
     raise UsageError(f"--resume {args.resume}: is no folder of a run, nor one of its checkpoints; see --logdir, or say auto")
 

@@ -87,11 +87,13 @@ class Run:
                 args.resume != "never",
                 f"--run-name {args.run_name}: {self.folder} exists already; --resume auto continues it, or choose another name",
             )
-            self.lock = folder.claim(self.folder)
             self._find(named)
 
     def _find(self, named: Path | None) -> None:
         """Where the run stands, and whether it may go on."""
+        is_run = (self.folder / folder.RECORD).exists() or self.checkpoints.folder.exists()
+        require(is_run, f"{self.folder}: is no run's folder, and not empty; choose another --run-name")
+        self.lock = folder.claim(self.folder)
         if named is None:
             self.saved, self.damaged = self.checkpoints.newest()
             self.said += [
@@ -107,8 +109,8 @@ class Run:
                 raise UsageError(f"--resume {named}: is damaged ({error}); name the run's folder to use another") from None
         self.record = folder.read_record(self.folder)
         if self.record is None:
-            what = f"{self.folder}: holds something, and no {folder.RECORD} that can be read"
-            require(self.saved is not None, f"{what}, so no run can go on there; choose another --run-name")
+            what = f"{self.folder / folder.RECORD} is missing or damaged"
+            require(self.saved is not None, f"{what}, and there is no checkpoint; choose another --run-name")
             self.record = {name: self.saved.progress[name] for name in IDENTITY} | {"sittings": []}
             self.said.append(f"*** {what}: it is made anew from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record

@@ -217,7 +217,7 @@ MODEL = {"encoder", "transition", "reward", "end"}
 REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_batch_size": 16, "replay_length": 4}
 REAL = [
     pytest.param({}, set(), marks=pytest.mark.slow),
-    ({"progressive": "linear"}, {"actor_critic"}),
+    pytest.param({"progressive": "linear"}, {"actor_critic"}, marks=pytest.mark.slow),
     (REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}),
 ]
 

@@ -254,16 +254,15 @@ def test_what_an_older_policy_did_is_weighed(off_policy):
 def test_a_buffer_that_outlived_its_games_marks_the_last_step_of_each_as_none():
     """Three rollouts of two steps in a buffer of five: whether it has wrapped around or not."""
     sizes = Sizes(num_envs=2, num_steps=2, replay_capacity=10, replay_batch_size=4, replay_length=1)
-    buffer, env = replay.init_replay(jax.ShapeDtypeStruct((3,), jnp.uint8), 4, sizes), SimpleNamespace(saveable=False)
+    buffer = replay.init_replay(jax.ShapeDtypeStruct((3,), jnp.uint8), 4, sizes)
+    emulators, in_jax = make_pool("CartPole-v1", 2, 1), CueEnv(2)
     for k in range(3):
         steps = random_steps(deep_spi, jax.random.key(k), 2, 2, obs_shape=(3,))
         buffer = replay.add(buffer, steps._replace(valid=jnp.ones((2, 2), bool)), sizes)
         args = SimpleNamespace(use_replay_buffer=True, save_replay=True)
         state = SimpleNamespace(replay=buffer, _replace=lambda replay: SimpleNamespace(replay=replay))
-        marked = replay.go_on(state, None, 1, env, args).replay
-        last = (2 * k + 1) % 5
-        assert_array_equal(
-            np.asarray(buffer.experience.valid) & ~np.asarray(marked.experience.valid), [np.arange(5) == last] * 2
-        )
-        assert replay.go_on(state, None, 1, SimpleNamespace(saveable=True), args) is state
-        assert replay.go_on(state, None, 0, env, args) is state
+        marked = replay.go_on(state, print, 1, emulators, args).replay
+        newly = np.asarray(buffer.experience.valid) & ~np.asarray(marked.experience.valid)
+        assert_array_equal(newly, [np.arange(5) == (2 * k + 1) % 5] * 2)
+        assert replay.go_on(state, print, 1, in_jax, args) is state
+        assert replay.go_on(state, print, 0, emulators, args) is state

@@ -146,7 +146,8 @@ def test_out_of_memory_in_the_last_update_is_one_line_and_a_failure(tmp_path):
 
 @pytest.mark.parametrize(
     "size, steps",
-    [(20_000, 64_000), (3_000, 96)],  # while it runs; and when all it wrote is flushed at the end
+    # while it runs; and when all it wrote is flushed at the end
+    [(20_000, 64_000), pytest.param(3_000, 96, marks=pytest.mark.slow)],
 )
 def test_a_full_disk_is_one_line_and_a_failure(size, steps, tmp_path):
     flags = ["--env-id=CartPole-v1", "--num-envs=4", "--num-steps=8", f"--total-timesteps={steps}", "--fc-layers=8"]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import deep_spi
 import dream_spi
@@ -83,8 +84,12 @@ def compiled_once(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_path, compiled_once):
-    """kill -9, twice: before the second checkpoint, and later; it saves after every update."""
+    """kill -9, twice: before the second checkpoint, and later; it saves after every update. And what is known of the gridworld
+    exactly is logged."""
     ppo.main(args_of(ppo, GRIDWORLD, tmp_path, run_name="whole"))
+    written = scalars(tmp_path / "whole")
+    assert {"charts/init_value", "charts/representation_distance", "values/2_0", "values/3_5"} <= set(written)
+    assert written["values/2_0"] == written["charts/init_value"] and len(written["values/2_0"]) == 10
     typed = command("ppo_atari_envpool_xla_jax_scan.py", *GRIDWORLD, f"--logdir={tmp_path}", "--run-name=killed")
     typed += ["--resume=auto", "--save-every=0", "--keep-checkpoints=3"]
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -99,12 +104,17 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_pa
     assert len(json.loads((tmp_path / "killed" / "run.json").read_text())["sittings"]) == 3
     assert len(list((tmp_path / "killed").glob("events*"))) == 3
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
+    events = EventAccumulator(str(tmp_path / "killed"), size_guidance={"images": 0})
+    events.Reload()
+    pictures = events.Images("charts/policy_matrix")
+    assert [(p.step, p.height, p.width) for p in pictures] == [(step, 192, 64) for step in range(32, 321, 32)]
 
 
 @pytest.mark.parametrize(
     "script, flags, at",
     [
-        (deep_spi, [], 7),
+        (ppo, [], 7),
+        pytest.param(deep_spi, [], 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 1, marks=pytest.mark.slow),  # while the buffer is filled
         pytest.param(dream_spi, ["--progressive=linear"], 7, marks=pytest.mark.slow),
@@ -225,8 +235,9 @@ def test_a_name_that_is_taken_and_flags_that_differ_are_refused_by_name(stopped,
             Run(replace(stopped, **flags), "test", 10)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="holds something, and no run.json"):
+    with pytest.raises(UsageError, match="is no run's folder, and not empty"):
         Run(replace(stopped, run_name="other"), "test", 10)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
     assert {path: data for path, data in before.items() if ".lock" not in str(path)}.items() <= contents(tmp_path).items()
 
 

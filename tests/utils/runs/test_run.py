@@ -243,16 +243,15 @@ with Run(RunArgs(track=True, total_timesteps=60, run_name="a", resume="auto", lo
 
 
 def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
-    """Two processes fail after their checkpoint of step 20, the first later than the second; a third one ends the run."""
-    for last in (["4"], ["2"], []):
+    """A process fails long after its checkpoint of step 20, and another one ends the run."""
+    for last in (["4"], []):
         out = log_in_a_process(GO_ON, tmp_path, *last, returns=9 if last else 0)
-        time.sleep(1)  # the folders are named after the second
     folders = sorted(tmp_path.glob("wandb/offline-run-*"))
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
     steps = [int(float(row["global_step"])) for folder in folders for row in history(folder)]
     assert steps == [10, 20, 30, 40, 50, 60]
-    assert len(folders) == 3 and f"wandb sync {folders[-1]}" in out.replace(f"{tmp_path}/./", f"{tmp_path}/")
-    assert [exit_codes(folder) for folder in folders] == [[1], [1], [0]]
+    assert len(folders) == 2 and f"wandb sync {folders[-1]}" in out.replace(f"{tmp_path}/./", f"{tmp_path}/")
+    assert [exit_codes(folder) for folder in folders] == [[1], [0]]
     read = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in read] == steps
     assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == steps
