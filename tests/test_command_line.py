@@ -50,7 +50,9 @@ def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):
     if set(WATCHED) <= set(flags):
         assert [step for step, _ in written["spi/bound/reward_error"]] == [32, 96]
         assert [value for _, value in written["spi/outside_fraction"]] == [0, 0, 0]
-        assert_tracked(folder, written, "params/encoder/Dense_0/kernel", "grads/transition/logits/kernel", "params/actor_critic")
+        assert_tracked(
+            folder, written, "params/encoder/Dense_0/kernel", "grads/transition/logits/kernel", "params/actor_critic"
+        )
 
 
 def test_dreams_with_replay_a_critic_and_pictures(tmp_path):

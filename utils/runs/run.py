@@ -87,7 +87,12 @@ class Run:
                 args.resume != "never",
                 f"--run-name {args.run_name}: {self.folder} exists already; --resume auto continues it, or choose another name",
             )
-            self._find(named)
+            try:
+                self._find(named)
+            except BaseException:
+                if self.lock is not None:
+                    self.lock.release()
+                raise
 
     def _find(self, named: Path | None) -> None:
         """Where the run stands, and whether it may go on."""
