@@ -297,6 +297,8 @@ class Run:
             raise UsageError(
                 f"{self.saved.path}: cannot be read ({error}); move it away, and the one before it is used"
             ) from None
+        if not env.saveable:
+            self.logger.say("the environments start anew: there is no mean return before each of them has ended an episode")
         started = {name: getattr(state, name) for name in self.left_out}
         return loaded["rest"]._replace(params=loaded["params"], **started)
 
