@@ -23,7 +23,7 @@ from tests.commands import command
 from tests.event_files import scalars
 from tests.states import make_state, same
 from tests.utils.runs.test_checkpoints import contents, damage
-from tests.utils.runs.test_run import metrics, wait_for
+from tests.utils.runs.test_run import fake_wandb_init, metrics, wait_for
 from utils.runs.checkpoints import begin_writing, find
 from utils.runs.flags import RunArgs, UsageError, parse_flags
 from utils.runs.launch import NotFinite, RunIsFinished, run_script
@@ -147,6 +147,8 @@ def test_a_run_of_emulators_goes_on_with_new_games(tmp_path, monkeypatch):
     found = rows(tmp_path / "a")
     assert [row["step"] for row in found] == list(range(32, 961, 32))
     np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(30) / 30), rtol=1e-5)
+    times = [json.loads(line)["elapsed"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert np.all(np.diff(times) > 0)
     last = find(tmp_path / "a" / "checkpoints" / "000000000960")
     assert [name for name in last.progress["structure"] if "env_state" in name or "obs" in name] == []
     # a mean return stands where episodes ended that count, which is not before each of the four environments has ended one:
@@ -248,6 +250,22 @@ def test_a_run_is_found_by_name_and_by_path(where, stopped, tmp_path):
     assert run.iteration == 3
     assert same(step_once(run), make_state(2))
     assert [row["step"] for row in rows(tmp_path / "a")] == [10, 20, 30, 40]
+
+
+def test_after_a_kill_wandb_is_told_nothing_twice(stopped, tmp_path, monkeypatch):
+    """A process that was killed at step 30 has told W&B so far, and not said so in run.json; it goes on from step 20."""
+    shutil.rmtree(tmp_path / "a/checkpoints/000000000030")
+    record = json.loads((tmp_path / "a/run.json").read_text())
+    known = {"id": "i", "project": "p", "entity": None, "logged_to": 10}
+    record |= {"wandb": known, "flags": record["flags"] | {"track": True}}
+    (tmp_path / "a/run.json").write_text(json.dumps(record))
+    given, steps = fake_wandb_init(monkeypatch)
+    with Run(replace(stopped, track=True), "test", 10) as run:
+        run.restore(make_state(), SAVEABLE)
+        for _ in range(3):
+            run.log(make_state(), metrics(1.0))
+    assert (given["id"], given["resume"], steps) == ("i", "allow", [40, 50])
+    assert json.loads((tmp_path / "a/run.json").read_text())["wandb"]["logged_to"] == 50
 
 
 def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, capsys):

@@ -299,26 +299,39 @@ def test_wandb_that_cannot_start_leaves_nothing(fault, tmp_path, monkeypatch):
     assert not any((tmp_path / "runs").iterdir()) and signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("offline_too", [False, True])
-def test_wandb_that_cannot_be_reached_ends_no_run(offline_too, tmp_path, monkeypatch, capsys):
-    """Its service does not start; then not even offline."""
+def fake_wandb_init(monkeypatch, refused=()):
+    """W&B, which starts in any mode but those refused. What it was given last, and the steps logged."""
     import wandb
 
-    modes, run = [], SimpleNamespace(id="i", project="p", entity="", finish=lambda _: None, define_metric=lambda *_, **__: None)
-    run.settings, run.log = SimpleNamespace(sync_dir="w", mode="offline"), lambda *_, **__: None
+    given, steps = {}, []
 
-    def init(mode=None, **_):
-        modes.append(mode)
-        if mode is None or offline_too:
+    def init(mode=None, **others):
+        given.update(others, modes=[*given.get("modes", []), mode])
+        if mode in refused:
             raise TimeoutError("no answer")
-        return run
+        settings = SimpleNamespace(sync_dir="w", mode=mode or "online")
+        log, nothing = lambda _, step: steps.append(step), lambda *_, **__: None
+        return SimpleNamespace(
+            id="i", project="p", entity="", settings=settings, log=log, finish=nothing, define_metric=nothing
+        )
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(wandb, "teardown", lambda _: None)
+    return given, steps
+
+
+@pytest.mark.parametrize("offline_too", [False, True])
+def test_wandb_that_cannot_be_reached_ends_no_run(offline_too, tmp_path, monkeypatch, capsys):
+    """Its service does not start; then not even offline."""
+    given, _ = fake_wandb_init(monkeypatch, refused=(None, "offline") if offline_too else (None,))
     with Run(unsaved(logdir=str(tmp_path), total_timesteps=10, track=True), "test", 10) as started:
         started.log(STATE, metrics(1.0))
     out = capsys.readouterr().out
-    assert modes == [None, "offline"] and "ended after 10 steps" in out and out.count("cannot be reached (no answer)") == 1
+    assert (
+        given["modes"] == [None, "offline"]
+        and "ended after 10 steps" in out
+        and out.count("cannot be reached (no answer)") == 1
+    )
     assert ("goes on without it" in out) == offline_too and ("wandb sync w" in out) != offline_too
 
 
