@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import jax
@@ -143,12 +144,13 @@ def test_a_run_of_emulators_goes_on_with_new_games(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         stop_after(patched, 7)
         ppo.main(of(run_name="a"))
+    stopped_at = find(tmp_path / "a" / "checkpoints" / "000000000224").progress["log"]["elapsed"]
     ppo.main(of(run_name="a", resume="auto"))
     found = rows(tmp_path / "a")
     assert [row["step"] for row in found] == list(range(32, 961, 32))
     np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(30) / 30), rtol=1e-5)
     times = [json.loads(line)["elapsed"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert np.all(np.diff(times) > 0)
+    assert np.all(np.diff(times) > 0) and stopped_at == times[6]
     last = find(tmp_path / "a" / "checkpoints" / "000000000960")
     assert [name for name in last.progress["structure"] if "env_state" in name or "obs" in name] == []
     # a mean return stands where episodes ended that count, which is not before each of the four environments has ended one:
@@ -420,7 +422,9 @@ def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, capsys):
+def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, monkeypatch, capsys):
+    # a disk that is slow: the checkpoint before is named though it was still being written
+    monkeypatch.setattr("utils.runs.checkpoints._to_disk", lambda _: time.sleep(0.01))
     args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=50, save_every=0, stop_if_not_finite=stop)
 
     def learn():
