@@ -27,7 +27,7 @@ from utils.occasionally import MEASURED
 from utils.runs import scores
 from utils.runs.flags import RunArgs, UsageError
 from utils.runs.run import Run
-from utils.runs.signals import Interrupted
+from utils.runs.signals import Interrupted, Signals
 from utils.runs.wandb_run import WandbRun
 
 
@@ -142,6 +142,24 @@ def test_a_signal_is_acted_on_between_updates(signum, tmp_path, capsys):
     assert raised.value.signum == signum and signal.getsignal(signum) is before
     assert len(scalars(run.folder)["losses/policy_loss"]) == 3
     assert "stopping after this update" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "signum, seconds, leaves",
+    [(signal.SIGTERM, 600.0, []), (signal.SIGTERM, -1.0, [143]), (signal.SIGINT, 600.0, [130]), (signal.SIGHUP, 600.0, [])],
+)
+def test_an_echo_is_no_second_signal(signum, seconds, leaves, monkeypatch):
+    """`uv run` sends on the SIGTERM that the script has had already; nobody echoes Ctrl-C."""
+    left, noted, signals = [], [], Signals()
+    monkeypatch.setattr("utils.runs.signals.ECHO_SECONDS", seconds)
+    monkeypatch.setattr("utils.runs.signals.os._exit", left.append)
+    signals.watch(noted.append)
+    for _ in range(2):
+        os.kill(os.getpid(), signum)
+        wait_for(lambda: noted)
+    wait_for(lambda: left == leaves)
+    signals.restore()
+    assert left == leaves and noted == [signum] == [signals.received]
 
 
 def wait_for(condition, seconds=60):
