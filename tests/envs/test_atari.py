@@ -49,6 +49,8 @@ def test_different_seeds_share_no_environment_stream():
     seeds = [env_seeds(seed, 128) for seed in range(20)]
     assert len(set(sum(seeds, []))) == 20 * 128
     assert seeds[3] == env_seeds(3, 128)
+    later = [env_seeds(3, 128, iteration) for iteration in (1, 2, 3)]  # where a run goes on
+    assert len({*seeds[3], *sum(later, [])}) == 4 * 128
     # and the games follow the seeds: the stochastic protocol starts each of them differently
     (a, one), (_, same), (_, other) = (play("Pong-v5", 30, seed, stochastic=True) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.obs, same.obs)
