@@ -1,11 +1,15 @@
 """What is logged of updates and rollouts, by hand."""
 
+from types import SimpleNamespace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from utils.metrics import explained_variance, summarize
+from envs.protocol import EpisodeStats
+from utils.metrics import explained_variance, rollout_metrics, summarize
 from utils.occasionally import MEASURED, only_measured
 
 NAME = "losses/explained_variance"
@@ -53,3 +57,27 @@ def test_summary_leaves_out_what_was_skipped():
     found = summarize(metrics, jnp.array([True, True, True, False]), 2)
     expected = {"losses/x": 3.0, "spi/ratio_max": 1.2, "spi/ratio_min": 0.8, "spi/outside_fraction": 0.375}
     assert {name: pytest.approx(float(value)) for name, value in found.items()} == expected
+
+
+def test_summary_of_histograms_is_of_each_bin():
+    ratios = {name: jnp.ones(3) for name in ("spi/ratio_max", "spi/ratio_min", "spi/outside_fraction")}
+    found = summarize(
+        ratios | {"grads/w": jnp.array([[1.0, 0.0], [3.0, 4.0], [50.0, 50.0]])}, jnp.array([True, True, False]), 2
+    )
+    assert_allclose(found["grads/w"], [2.0, 2.0])
+
+
+def test_mean_returns_are_of_the_episodes_that_count():
+    """Two environments that began anew in the middle of a run: the first ends three episodes, the second its first one between
+    the first's second and third."""
+    episode, steps = EpisodeStats.zeros(2, midway=True), []
+    for ends in ([1, 0], [1, 0], [0, 1], [1, 0]):
+        episode = episode.update(jnp.array([5.0, 1.0]), jnp.ones(2, bool), jnp.array(ends, bool))
+        steps.append(episode)
+    flags = jnp.ones((4, 2), bool)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *steps)
+    rollout = SimpleNamespace(episode=stacked, value=jnp.zeros((5, 2)), valid=flags)
+    env = SimpleNamespace(exact_metrics=lambda _: {})
+    found = rollout_metrics(None, rollout, jnp.ones((4, 2)), env, None)
+    assert float(found["episodes"]) == 1 and float(found["charts/episodic_return"]) == 10.0  # two steps of 5
+    assert float(found["charts/episodic_length"]) == 2.0

@@ -543,6 +543,17 @@ def test_load_run_takes_other_flags_and_says_what_is_missing(tmp_path):
     assert sitting["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_script_that_was_asked_to_stop_says_so_by_its_exit_code(signum, code, monkeypatch):
+    def main(args):
+        raise Interrupted(signum)
+
+    monkeypatch.setattr("sys.argv", ["script"])
+    with pytest.raises(SystemExit) as end:
+        run_script(main, RunArgs)
+    assert end.value.code == code
+
+
 def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, capsys):
     def main(args):
         Run(args, "test", 10)
