@@ -28,9 +28,8 @@ def env_seeds(seed: int, num_envs: int, iteration: int = 0) -> list[int]:
     envpool would otherwise seed environment i with seed + i, and the runs with seeds s and s + 1 would share all
     environments but one.
     """
-    seeds = (
-        np.random.SeedSequence([seed, iteration] if iteration else seed).generate_state(num_envs) >> 1
-    )  # envpool takes 31 bits
+    entropy = [seed, iteration] if iteration else seed
+    seeds = np.random.SeedSequence(entropy).generate_state(num_envs) >> 1  # envpool takes 31 bits
     return [int(s) for s in seeds]
 
 

@@ -17,9 +17,7 @@ class EpisodeStats(NamedTuple):
     finished: Bool[Array, " B"]  # true where the last step ended the episode: the two above are then its totals
     age: Int[Array, " B"]  # steps since the environment started anew for the agent
     previous_age: Int[Array, " B"]  # what it was when that happened; 0 before the first time
-    counts: Bool[
-        Array, " B"
-    ]  # false where all began anew in the middle of a run, until the environment's first episode is over
+    counts: Bool[Array, " B"]  # false if it began anew in the middle of a run, until its first episode is over
 
     @classmethod
     def zeros(cls, num_envs: int, midway: bool = False) -> "EpisodeStats":

@@ -89,9 +89,10 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
         try:
             writing.result()
             write_json(partial / "progress.json", progress)
-            write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in _files(partial)})
-            for file in (*_files(partial), *(f for f in partial.rglob("*") if f.is_dir()), partial):
-                _to_disk(file)
+            files = sorted(f for f in partial.rglob("*") if f.is_file())
+            write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in files})
+            for written in (*partial.rglob("*"), partial):
+                _to_disk(written)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():  # the model of a run that was made longer
                 os.replace(path, old)
@@ -102,10 +103,6 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
             raise explained(error) from error
 
     return end
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
 def checksum(file: Path) -> str:
@@ -190,7 +187,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.thread = self.error = self.last = None
+        self.thread = self.error = None
 
     def steps(self) -> dict[int, Path]:
         """Path of each checkpoint, by its step, in order."""
@@ -230,14 +227,13 @@ class Checkpoints:
             OSError: this one or the one before it could not be written.
         """
         self.wait()
-        if not self.keep or step == self.last:
+        if not self.keep:
             return
         end = begin_writing(self.folder / f"{step:012d}", trees, progress)
 
         def work():
             try:
                 end()
-                self.last = step
                 for path in list(self.steps().values())[: -self.keep]:
                     going = path.with_name(path.name + INCOMPLETE)
                     os.replace(path, going)

@@ -25,6 +25,7 @@ from utils.runs.stored_flags import to_store
 RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
 ROOT = Path(__file__).parents[2]
+IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # of what `describe_run` says; every checkpoint says it too
 
 
 def versions() -> dict[str, str]:

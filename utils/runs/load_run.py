@@ -1,7 +1,9 @@
 """What a run left behind, for a notebook or a script:
 
-from utils.runs.load_run import load_run
-params, agent, env = load_run("runs/my-run")
+    from utils.runs.load_run import load_run
+    params, agent, env = load_run("runs/my-run")
+
+The scripts, and what they import, have to be on Python's path: a notebook that is started beside them finds them.
 """
 
 import dataclasses

@@ -193,7 +193,6 @@ class Logger:
         self.interactive = sys.stdout.isatty()
         self.metrics = MetricsFile(folder)
         self.events = EventFile(folder, None if anew else self.step + 1)
-        self.started = self.last = self.printed = time.perf_counter()
         self.bar = None
 
     def describe(self, flags: dict[str, Any]) -> None:
@@ -276,17 +275,9 @@ class Logger:
             self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
         for name, counts in histograms.items():
             centres = (EDGES[1:] + EDGES[:-1]) / 2
-            total, squares = float(counts @ centres), float(counts @ centres**2)
-            limits = [
-                float(EDGES[0]),
-                float(EDGES[-1]),
-                float(counts.sum()),
-                total,
-                squares,
-                EDGES[1:].tolist(),
-                counts.tolist(),
-            ]
-            self.events.add(summary.histogram_raw(name, *limits), self.step)
+            sums = float(counts.sum()), float(counts @ centres), float(counts @ centres**2)
+            drawn = summary.histogram_raw(name, float(EDGES[0]), float(EDGES[-1]), *sums, EDGES[1:].tolist(), counts.tolist())
+            self.events.add(drawn, self.step)
         if self.wandb is not None:
             self.wandb.log(self.step, metrics, pictures, histograms)
 

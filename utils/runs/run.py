@@ -1,13 +1,15 @@
 """A run: what a script does around its algorithm. It starts or goes on, logs, saves, and ends properly whatever happens.
 
-run = Run(args, "ppo", steps_per_iteration)
-env = make_env(args, run.iteration)
-...
-with run:
-    state = run.restore(init_state(...), env)
-    for _ in range(run.iteration, run.num_iterations):
-        state, metrics = train_iteration(state)
-        run.log(state, metrics)
+    run = Run(args, "ppo", steps_per_iteration)
+    env = make_env(args, run.iteration)
+    ...
+    with run:
+        state = run.restore(init_state(...), env)
+        for _ in range(run.iteration, run.num_iterations):
+            state, metrics = train_iteration(state)
+            run.log(state, metrics)
+
+The state may be donated to the next iteration as soon as it was logged.
 """
 
 import os
@@ -32,7 +34,6 @@ from utils.runs.stored_flags import check_continued, stretched, to_store
 from utils.runs.wandb_run import WandbRun
 
 BEFORE = ".before"  # ends the name of a record that nothing goes on from
-IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # what run.json and every checkpoint say of a run
 REFILLED = "replay"  # a field of a script's state that only `--save-replay` saves
 
 
@@ -116,7 +117,7 @@ class Run:
         if self.record is None:
             what = f"{self.folder / folder.RECORD} is missing or damaged"
             require(self.saved is not None, f"{what}, and there is no checkpoint; choose another --run-name")
-            self.record = {name: self.saved.progress[name] for name in IDENTITY} | {"sittings": []}
+            self.record = {name: self.saved.progress[name] for name in folder.IDENTITY} | {"sittings": []}
             self.said.append(f"*** {what}: it is made anew from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record
         check_continued(self.args, stored["flags"], f"the run {self.record['name']}")
@@ -354,7 +355,7 @@ class Run:
         step = self.logger.step
         self.logger.to_disk()
         sitting = self.record["sittings"][-1]
-        progress = {name: self.record[name] for name in IDENTITY}
+        progress = {name: self.record[name] for name in folder.IDENTITY}
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
         progress |= {"step": step, "iteration": self.iteration, "log": self.logger.progress()}
         trees = self._split(state)

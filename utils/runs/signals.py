@@ -14,9 +14,7 @@ from collections.abc import Callable
 
 from utils.runs.quiet_start import HEEDED
 
-ECHO_SECONDS = (
-    0.5  # `uv run` passes on a SIGTERM that the scheduler has sent to every process of the job: that is no second one
-)
+ECHO_SECONDS = 0.5  # `uv run` passes on the SIGTERM that a scheduler sends to all processes of a job: that is no second one
 
 
 class Interrupted(KeyboardInterrupt):
