@@ -289,11 +289,10 @@ class Run:
         if self.saved is None:
             return state
         targets = self._split(state)
-        places = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), targets)
         for x in jax.tree.leaves(targets):
-            x.delete()  # a buffer for replay has no room for a second one beside it
+            x.delete()  # a buffer for replay has no room for a second one beside it; shape, type and place are still known
         try:
-            loaded = load(self.saved, places)
+            loaded = load(self.saved, targets)
         except Damaged as error:
             raise UsageError(
                 f"{self.saved.path}: cannot be read ({error}); move it away, and the one before it is used"
