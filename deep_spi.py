@@ -36,7 +36,9 @@ from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighbourhood import backtrack, gradient_steps, ratio_metrics
 from utils.runs.flags import (
+    LAYERS,
     Count,
+    Default,
     InsideUnit,
     Needs,
     NotNegative,
@@ -57,9 +59,9 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     """Flags of the algorithm."""
 
     # rollout
-    num_envs: Count = 128
+    num_envs: Annotated[Count, Default(minatar=64)] = 128
     """environments that step together (B)"""
-    num_steps: Count = 8
+    num_steps: Annotated[Count, Default(minatar=128)] = 8
     """steps of each environment between two updates (T)"""
     # networks
     latent: Literal["continuous", "categorical"] = "continuous"
@@ -70,11 +72,11 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     """classes of each of them"""
     activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
     """activation of encoder, actor and critic"""
-    fc_layers: Sizes = (512,)
+    fc_layers: Annotated[Sizes, Default(minatar=())] = (512,)
     """sizes of the dense layers between latent and heads"""
-    use_layer_norm: bool = False
+    use_layer_norm: Annotated[bool, LAYERS] = False
     """layer normalisation in those dense layers, before the activation"""
-    decoupled_layers: Annotated[bool, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
+    decoupled_layers: Annotated[bool, LAYERS, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
     """actor and critic each have their own dense layers; the encoder is shared"""
     decoupled_repr: bool = False
     """the critic has an encoder of its own, and dense layers of its own after it; nothing is shared"""
@@ -90,13 +92,13 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     drift_coef: Annotated[Share, Needs(drift_formulation=True)] = 1.0
     """weight of that penalty, in [0, 1]; at 1 the loss equals the clipped one"""
     # optimisation
-    learning_rate: Positive = 2.5e-4
+    learning_rate: Annotated[Positive, Default(minatar=1e-3)] = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0 over the run"""
     update_epochs: Count = 4
     """passes over the rollout in one update"""
-    num_minibatches: Count = 4
+    num_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches in each pass"""
     minibatch_by: Literal["env", "transition"] = "env"
     """what is shuffled into minibatches: whole environments (T steps stay together, so that a world model's frames are encoded

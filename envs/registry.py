@@ -5,17 +5,25 @@ from typing import Any
 from envs.atari import CLASSIC, atari_ids, make_pool
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.confounding_gridworld import ConfoundingGridworld, build_model
+from envs.minatar import GAMES as MINATAR
+from envs.minatar import MinAtar
 from envs.protocol import Env
 
 
 def env_ids() -> list[str]:
     """The ids that `--env-id` takes."""
-    return [*atari_ids(), *CLASSIC, GRIDWORLD]
+    return [*atari_ids(), *MINATAR, GRIDWORLD, *CLASSIC]
 
 
-def is_atari(env_id: str) -> bool:
-    """Whether the id is that of a game."""
-    return env_id in atari_ids()
+def family(env_id: str) -> str | None:
+    """Of what kind the environment is: atari, minatar, gridworld or classic; None if there is no such id."""
+    kinds = {"minatar": MINATAR, "gridworld": (GRIDWORLD,), "classic": CLASSIC, "atari": atari_ids()}
+    return next((kind for kind, ids in kinds.items() if env_id in ids), None)
+
+
+def pays_beyond_one(env_id: str) -> bool:
+    """Whether a step may pay an agent more than 1 or less than -1, where nothing clips it; Atari aside."""
+    return env_id == GRIDWORLD or (env_id in MINATAR and MINATAR[env_id].reward_range[1] > 1.0)
 
 
 def check_gridworld(args: Any) -> None:
@@ -28,4 +36,6 @@ def make_env(args: Any, iteration: int = 0) -> Env:
     start anew there, with other streams than at the beginning."""
     if args.env_id == GRIDWORLD:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
+    if args.env_id in MINATAR:
+        return MinAtar(args.env_id, args.num_envs, args.seed)
     return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env, args.env_step, iteration)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from networks.convolution import conv2d
+from networks.convolution import conv2d, grid_layer
 from utils.distributions import straight_through
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu,
     "tanh": nn.tanh,
 }
+SMALLEST = 36  # pixels along an axis from which the convolutions for frames leave anything
 STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # slope of each, rounded up
 
 
@@ -38,6 +39,20 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return conv2d(x, kernel, self.stride) + bias
+
+
+class GridLayer(nn.Module):
+    """A VALID convolution of a small map and its activation, orthogonal initialisation."""
+
+    features: int
+    size: int
+    activation: Callable
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w O"]:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
+        return grid_layer(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)), self.activation)
 
 
 def dense(features: int, scale: float = float(np.sqrt(2)), name: str | None = None) -> nn.Dense:
@@ -60,11 +75,14 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
-        if obs.ndim == 4:  # stacked grey frames, channels first, as emulators return them
+        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, channels first, as emulators return them
             x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
             x = activation(Conv(32, 8, 4)(x))
             x = activation(Conv(64, 4, 2)(x))
             x = activation(Conv(64, 3, 1)(x))
+        elif obs.ndim == 4:  # a grid of cells, channels last
+            x = GridLayer(16, 3, activation)(obs.astype(jnp.float32))
+            x = activation(dense(128)(x.reshape(x.shape[0], -1)))[:, None, None, :]
         else:
             x = obs.reshape(obs.shape[0], -1).astype(jnp.float32)
             x = activation(dense(64)(x))[:, None, None, :]

@@ -6,6 +6,8 @@ forward layout. So there the gradient is written with what the loop keeps fast: 
 gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,6 +31,9 @@ def conv2d(
         ValueError: an unknown padding.
     """
     if padding == "SAME":
+        if x.shape[1:3] == (1, 1) and stride == 1:  # all but one pixel of what the kernel sees are zeros
+            h, w = ((k - 1) // 2 for k in kernel.shape[:2])
+            return jnp.einsum("nhwc,co->nhwo", x, kernel[h, w])
         pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     elif padding != "VALID":
@@ -38,6 +43,34 @@ def conv2d(
         kernel,
         cpu=lambda x, kernel: cpu_conv(x, kernel, stride),
         default=lambda x, kernel: valid_conv(x, kernel, stride),
+    )
+
+
+def grid_layer(
+    x: Float[Array, "N H W C"],
+    kernel: Float[Array, "kh kw C O"],
+    bias: Float[Array, " O"],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "N h w O"]:
+    """activation(convolution + bias), VALID and of stride 1, for maps of few pixels and channels.
+
+    A CPU computes it for the whole batch at once, samples in the last axis, as one product of kernel and patches: twice as
+    fast as `conv2d`, whose loops over channels are too short there.
+    """
+
+    def cpu(x, kernel, bias):
+        kh, kw, c, o = kernel.shape
+        n, rows, cols = x.shape[0], x.shape[1] - kh + 1, x.shape[2] - kw + 1
+        x = x.transpose(3, 1, 2, 0)
+        patches = jnp.concatenate([x[:, i : i + rows, j : j + cols] for i in range(kh) for j in range(kw)])
+        patches = lax.optimization_barrier(patches.reshape(kh * kw * c, -1))
+        y = (kernel.reshape(-1, o).T @ patches).reshape(o, rows, cols, n).transpose(1, 2, 0, 3)
+        # the barrier keeps that layout: a dense layer that follows reads it as it is
+        y = lax.optimization_barrier(activation(y + bias[:, None]))
+        return y.reshape(-1, n).T.reshape(n, rows, cols, o)
+
+    return lax.platform_dependent(
+        x, kernel, bias, cpu=cpu, default=lambda x, kernel, bias: activation(valid_conv(x, kernel) + bias)
     )
 
 

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-GROUPS = 16  # of the channels, in the last convolution of the transition
+
+def groups(channels: int) -> int:
+    """How many groups a map's channels form in the last convolution of the transition: 16, as in the paper, of up to 4."""
+    return max(16, channels // 4)
 
 
 def by_group(x: Float[Array, "N h w C"]) -> Float[Array, "N h w c G"]:
     """Maps in groups. Channels C / 2 apart, which `group_sort` pairs, are in the same group."""
-    return x.reshape(*x.shape[:3], -1, GROUPS)
+    return x.reshape(*x.shape[:3], -1, groups(x.shape[-1] // 2))
 
 
 def shift(x: Float[Array, "N h w c G"], rows: int, cols: int) -> Float[Array, "N h w c G"]:

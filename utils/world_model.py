@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from envs.registry import GRIDWORLD
+from envs.registry import pays_beyond_one
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
 from utils.runs.flags import Count, Needs, NotNegative, Positive, Share, require
@@ -67,8 +67,8 @@ class WorldModelArgs:
             "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
         )
         require(
-            not self.clip_reward_net_output or self.env_id != GRIDWORLD,
-            f"--clip-reward-net-output: cannot predict the rewards of {GRIDWORLD}; leave it out",
+            not (self.clip_reward_net_output and pays_beyond_one(self.env_id)),
+            f"--clip-reward-net-output: cannot predict the rewards of {self.env_id}; leave it out",
         )
 
 

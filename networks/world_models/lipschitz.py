@@ -21,7 +21,7 @@ from networks.lipschitz import (
     projection,
     still_init,
 )
-from networks.per_action import GROUPS, by_group, of_action, product, shift
+from networks.per_action import by_group, groups, of_action, product, shift
 from utils.distributions import Deterministic, Normal, average_scale, positive_scale
 
 SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
@@ -68,23 +68,28 @@ class Transition(nn.Module):
         num_actions, channels = self.num_actions, z.shape[-1]
         hidden = group_sort(LipschitzConv(2 * channels, mirror_init, still_init, name="hidden")(z))
 
-        c, o = 2 * channels // GROUPS, channels // GROUPS
-        h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, GROUPS))
-        p = self.param("vertical", still_init, (c, c // 2, num_actions, GROUPS))
-        q = self.param("horizontal", still_init, (c, c // 2, num_actions, GROUPS))
+        g = groups(channels)
+        c, o = 2 * channels // g, channels // g
+        h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, g))
+        single = z.shape[1:3] == (1, 1)
+        if not single:
+            p = self.param("vertical", still_init, (c, c // 2, num_actions, g))
+            q = self.param("horizontal", still_init, (c, c // 2, num_actions, g))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
-        h, p, q = orthogonal(h), projection(p), projection(q)
+        h = orthogonal(h)
         h = h.transpose(2, 3, 1, 0, 4)  # [A, maps, o, c, G]
-        p, q = p.transpose(2, 0, 1, 3), q.transpose(2, 0, 1, 3)  # [A, c, c, G], symmetric
         taken = partial(of_action, action=action)
         # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
         x = by_group(hidden)
-        x = x + product(taken(q), shift(x, 0, 1) - x)
-        x = x + product(taken(p), shift(x, 1, 0) - x)
+        if not single:
+            p, q = projection(p), projection(q)
+            p, q = p.transpose(2, 0, 1, 3), q.transpose(2, 0, 1, 3)  # [A, c, c, G], symmetric
+            x = x + product(taken(q), shift(x, 0, 1) - x)
+            x = x + product(taken(p), shift(x, 1, 0) - x)
 
         # the locations enter through their average alone, so their kernels are averaged before the product
         average = partial(jnp.einsum, precision="highest")
@@ -92,7 +97,7 @@ class Transition(nn.Module):
         loc = loc.reshape(z.shape) + taken(average("amc,am->ac", bias[:, :components], weights))[:, None, None]
         if self.density == "deterministic":
             return Deterministic(self.constant * loc)
-        scales = product(taken(h[:, components:].reshape(num_actions, -1, c, GROUPS)), x)
+        scales = product(taken(h[:, components:].reshape(num_actions, -1, c, g)), x)
         scales = scales.reshape(*z.shape[:3], components, channels) + taken(bias[:, components:])[:, None, None]
         scale = average_scale(taken(weights)[:, None, None, :, None], positive_scale(scales), axis=3)
         return Normal((1 - SCALE_SHARE) * self.constant * loc, SCALE_SHARE * self.constant * scale, 1.0)
@@ -108,7 +113,8 @@ class Reward(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Float[Array, " N"]:
         x = z.reshape(z.shape[0], -1)
-        x = group_sort(LipschitzDense(self.features)(x))
-        x = group_sort(LipschitzDense(self.features)(x))
+        features = min(self.features, x.shape[1])
+        x = group_sort(LipschitzDense(features)(x))
+        x = group_sort(LipschitzDense(features)(x))
         rewards = self.constant * LipschitzScalars(self.num_actions)(x)
         return jnp.take_along_axis(rewards, action[:, None], axis=1)[:, 0]

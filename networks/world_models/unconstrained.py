@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from networks.architectures import ACTIVATIONS, dense
 from networks.convolution import conv2d
-from networks.per_action import GROUPS, by_group, of_action, product, shift
+from networks.per_action import by_group, groups, of_action, product, shift
 from utils.distributions import Deterministic, Normal, positive_scale, soft_mixture
 
 
@@ -31,9 +31,10 @@ class Transition(nn.Module):
         bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
         hidden = ACTIVATIONS[self.activation](conv2d(z, kernel, padding="SAME") + bias)
 
-        c, o = 2 * channels // GROUPS, channels // GROUPS
+        g = groups(channels)
+        c, o = 2 * channels // g, channels // g
         per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=2, out_axis=1, batch_axis=(0, 3))
-        kernels = self.param("kernels", per_action, (num_actions, maps * o, 4 * c, GROUPS))
+        kernels = self.param("kernels", per_action, (num_actions, maps * o, 4 * c, g))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
         x = by_group(hidden)
         x = jnp.concatenate([shift(x, i, j) for i in (0, 1) for j in (0, 1)], axis=3)

@@ -6,7 +6,11 @@ A flag's range, what it needs, and whether a continued run may change it stand a
     num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
     save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
 
-`check_flags` reads them there. What concerns several flags stands in a method `check` of the class that declares them.
+`check_flags` reads them there, and `defaults` a default that an environment's family has of its own:
+
+    num_envs: Annotated[Count, Default(minatar=64)] = 128
+
+What concerns several flags stands in a method `check` of the class that declares them.
 """
 
 import dataclasses
@@ -20,7 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 
 import tyro
 
-from envs.registry import GRIDWORLD, check_gridworld, env_ids, is_atari
+from envs import minatar
+from envs.registry import GRIDWORLD, check_gridworld, env_ids, family
 
 LARGEST = 2**31 - 1  # JAX counts in 32 bits
 
@@ -52,12 +57,21 @@ class Needs:
         self.text = text or " ".join(as_typed(name, *values) for name, values in self.flags.items())
 
 
+class Default:
+    """What a flag is if not given, in environments of these families (`envs.registry.family`), whatever stands behind it."""
+
+    def __init__(self, **families: Any):
+        self.families = families
+
+
 MAY_CHANGE = "a continued run may change it: what is computed does not depend on it"
 
 
 def as_typed(name: str, *values: Any) -> str:
     """A flag as it is typed, with any of the values."""
     name = name.replace("_", "-")
+    if isinstance(values[0], tuple):
+        return " ".join(map(str, (f"--{name}", *values[0])))
     if isinstance(values[0], bool):
         return f"--{'' if values[0] else 'no-'}{name}"
     return f"--{name} {' or '.join(map(str, values))}"
@@ -79,10 +93,11 @@ Seed = Annotated[int, Range(lambda x: x >= 0, "choose a seed of 0 or more", 2**3
 Steps = Annotated[int, Range(lambda x: x >= 1, "must be at least 1", 2**53)]
 Switch = Annotated[bool, MAY_CHANGE]
 
-ATARI = Needs("an Atari game", lambda args: is_atari(args.env_id))
-POOL = Needs("an environment of envpool's", lambda args: args.env_id != GRIDWORLD)
+ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
+POOL = Needs("an environment of envpool's", lambda args: family(args.env_id) in ("atari", "classic"))
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
+LAYERS = Needs("dense layers, which --fc-layers names", lambda args: len(args.fc_layers) > 0)
 WATCHED = Needs("--track-params or --track-grads", lambda args: args.track_params or args.track_grads)
 
 
@@ -91,7 +106,8 @@ class RunArgs:
     """Flags of a run, whatever its algorithm."""
 
     env_id: str = "Breakout-v5"
-    """the environment: an Atari game as envpool names it; ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
+    """the environment: an Atari game as envpool names it; one of MinAtar's, which have defaults of their own (--help
+    --env-id=Breakout-MinAtar shows them); ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
     reward_clip: Annotated[bool, ATARI] = True
     """Atari: train on the sign of the rewards (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
@@ -105,7 +121,7 @@ class RunArgs:
     """ConfoundingGridworld-v0: probability of the lower path"""
     seed: Seed = 1
     """seed of everything random: parameters, environments, actions, minibatches"""
-    total_timesteps: Steps = 10_000_000
+    total_timesteps: Annotated[Steps, Default(minatar=5_000_000)] = 10_000_000
     """environment steps of the whole run (agent steps; an Atari step is 4 frames)"""
     logdir: Annotated[str, MAY_CHANGE] = "runs"
     """where each run has a folder of its own: logs, checkpoints, the model, and run.json, which says how it came about"""
@@ -149,6 +165,10 @@ class RunArgs:
             close = difflib.get_close_matches(self.env_id, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
+        require(
+            self.env_id not in minatar.GAMES or minatar.is_installed(),
+            f"--env-id {self.env_id}: needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both",
+        )
         for flag, path in (("logdir", self.logdir), ("resume", self.resume)):
             try:
                 Path(path).expanduser()
@@ -222,9 +242,33 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
 
     `needed` says with what they would be.
     """
+    default = defaults(type(args), args.env_id)
     for flag in flags:
-        value, default = getattr(args, flag), type(args).__dataclass_fields__[flag].default
-        require(value == default, f"{as_typed(flag, value)}: is read only with {needed}; leave it out")
+        value = getattr(args, flag)
+        require(value == default[flag], f"{as_typed(flag, value)}: is read only with {needed}; leave it out")
+
+
+def defaults(args_type: type, env_id: str) -> dict[str, Any]:
+    """What each flag is if it is not given, in that environment."""
+    values = {field.name: field.default for field in dataclasses.fields(args_type)} | {"env_id": env_id}
+    kind = family(env_id)
+    for name, hint in get_type_hints(args_type, include_extras=True).items():
+        for said in annotations_of(hint):
+            if isinstance(said, Default) and kind in said.families:
+                values[name] = said.families[kind]
+    return values
+
+
+def make_args(args_type: type, **flags: Any) -> Any:
+    """The flags as the command line would give them: those that are not named have the environment's defaults."""
+    return args_type(**defaults(args_type, flags.get("env_id", args_type.env_id)) | flags)
+
+
+def own_defaults(args: Any) -> list[str]:
+    """The flags, as they are typed, that are what they are because the environment's family has a default of its own."""
+    usual, own = defaults(type(args), ""), defaults(type(args), args.env_id)
+    names = [name for name in own if name != "env_id" and usual[name] != own[name] == getattr(args, name)]
+    return [as_typed(name, getattr(args, name)) for name in names]
 
 
 def check_flags(args: Any) -> None:
@@ -270,13 +314,16 @@ WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 
 def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
     """The flags on the command line. Switches are typed `--track` and `--no-anneal-lr`, or as sweeps pass them,
-    `--track=True`, `--anneal_lr False`."""
+    `--track=True`, `--anneal_lr False`. What is not typed is the environment's default."""
+    env_id = args_type.env_id
     switches = {field.name for field in dataclasses.fields(args_type) if isinstance(field.default, bool)}
     typed, tokens = [], list(sys.argv[1:] if argv is None else argv)
     while tokens:
         token = tokens.pop(0)
         name, equals, value = token.partition("=")
         flag = name.removeprefix("--").replace("-", "_") if name.startswith("--") else ""
+        if flag == "env_id":
+            env_id = value if equals else next(iter(tokens), "")
         on = flag in switches
         if not on and flag.removeprefix("no_") not in switches:
             typed.append(token)
@@ -287,4 +334,4 @@ def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
             require(value.lower() in WORDS, f"{name} {value}: say True or False")
             on = on == WORDS[value.lower()]
         typed.append(f"--{'' if on else 'no-'}{flag if flag in switches else flag.removeprefix('no_')}".replace("_", "-"))
-    return tyro.cli(args_type, args=typed)
+    return tyro.cli(args_type, args=typed, default=make_args(args_type, env_id=env_id))

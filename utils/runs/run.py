@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from utils.histograms import statistics
 from utils.runs import folder
 from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
-from utils.runs.flags import RunArgs, UsageError, require
+from utils.runs.flags import RunArgs, UsageError, own_defaults, require
 from utils.runs.launch import NotFinite, RunIsFinished, describe_device
 from utils.runs.logs import METRICS, Logger, cut_back, last_step
 from utils.runs.signals import Interrupted, Signals
@@ -178,6 +178,9 @@ class Run:
             self.wandb = self.logger.wandb = WandbRun(self.args, name, flags, known, self.logger.say)
             self.record["wandb"] = self.wandb.identity()
             write_json(self.folder / folder.RECORD, self.record)
+        own = own_defaults(self.args)
+        if own:
+            self.said.append(f"defaults of environments like {self.args.env_id}: {' '.join(own)}")
         for line in self.said:
             print(line)
         left = self.num_iterations - self.iteration

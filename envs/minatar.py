@@ -1,0 +1,111 @@
+"""MinAtar: five Atari games on a grid of 10 x 10 cells (Young & Tian, 2019), in JAX, by pgx.
+
+The games are the library pgx-minatar's, an extra for its licence (GPL-3): `uv run --extra minatar ...`. Their rules are the
+paper's: an action is replaced by the one before with probability 0.1 (sticky actions), a game gets harder as it goes on, the
+agent chooses among the actions that do something, and what it sees is a map of zeros and ones for each kind of object. Ours are
+the convention for ends (`envs.protocol.Timestep`) and a time limit that truncates. docs/minatar.md says where the library
+differs from the original.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
+
+from envs.protocol import EpisodeStats, Timestep
+
+TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends after 2,500
+PACKAGES = ("pgx", "pgx_minatar")
+
+
+class Game(NamedTuple):
+    """What the library calls a game, and the range of the rewards of a step."""
+
+    name: str
+    reward_range: tuple[float, float]
+
+
+GAMES = {
+    "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # no two objects are in one row
+    "Breakout-MinAtar": Game("minatar-breakout", (0.0, 1.0)),
+    "Freeway-MinAtar": Game("minatar-freeway", (0.0, 1.0)),
+    "Seaquest-MinAtar": Game("minatar-seaquest", (0.0, 11.0)),  # up to 9 for oxygen; two bullets fly at a time, here and below
+    "SpaceInvaders-MinAtar": Game("minatar-space_invaders", (0.0, 2.0)),
+}
+
+
+def is_installed() -> bool:
+    """Whether the packages of the extra are there."""
+    return all(importlib.util.find_spec(name) for name in PACKAGES)
+
+
+class MinAtarState(NamedTuple):
+    """B games."""
+
+    game: Any  # the library's state, each array [B, ...]
+    steps: Int[Array, " B"]  # of the running episode
+    over: Bool[Array, " B"]  # the last step ended the episode
+    key: jax.Array
+    episode: EpisodeStats
+
+
+class MinAtar:
+    """A game, behind the protocol of `envs.protocol.Env`. Rewards are never clipped.
+
+    Args:
+        env_id: one of `GAMES`.
+        num_envs: how many games are played together.
+        seed: of what is random in them.
+
+    Raises:
+        ImportError: the extra is not installed.
+    """
+
+    saveable = True
+
+    def __init__(self, env_id: str, num_envs: int, seed: int):
+        import pgx  # an extra
+
+        self.num_envs = num_envs
+        name, self.reward_range = GAMES[env_id]
+        self.game = pgx.make(name)
+        self.num_actions = self.game.num_actions
+        self.obs_spec = jax.ShapeDtypeStruct(self.game.observation_shape, jnp.uint8)
+        # a seed of its own, or the games' numbers would be those that the script draws from the same seed
+        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+    def _start(self, key: jax.Array) -> Any:
+        return jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))
+
+    def reset(self) -> tuple[MinAtarState, UInt8[Array, "B 10 10 C"]]:
+        """A new game in each environment."""
+        key, draw = jax.random.split(jax.random.key(self.seed))
+        game = jax.jit(self._start)(draw)
+        none = jnp.zeros(self.num_envs, jnp.int32), jnp.zeros(self.num_envs, bool)
+        return MinAtarState(game, *none, key, EpisodeStats.zeros(self.num_envs)), game.observation.astype(jnp.uint8)
+
+    def step(self, state: MinAtarState, action: Int[Array, " B"]) -> tuple[MinAtarState, Timestep]:
+        """One step of every game; see `envs.protocol.Timestep`."""
+        key, draw, draw_start = jax.random.split(state.key, 3)
+        valid = ~state.over
+        stepped = jax.vmap(self.game.step)(state.game, action, jax.random.split(draw, self.num_envs))
+
+        def choose(stepped, fresh):
+            return jnp.where(valid.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
+
+        game = jax.tree.map(choose, stepped, self._start(draw_start))
+        reward = jnp.where(valid, game.rewards[:, 0], 0.0)
+        steps = jnp.where(valid, state.steps + 1, 0)
+        terminated = game.terminated
+        truncated = (steps == TIME_LIMIT) & ~terminated
+        episode = state.episode.update(reward, valid, terminated | truncated)
+        timestep = Timestep(game.observation.astype(jnp.uint8), reward, terminated, truncated, valid, episode)
+        return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
+
+    def exact_metrics(self, policy: Callable) -> dict[str, Array]:
+        """Nothing: a game's dynamics are a program, not a table."""
+        return {}
