@@ -54,24 +54,18 @@ def grid_layer(
 ) -> Float[Array, "N h w O"]:
     """activation(convolution + bias), VALID and of stride 1, for maps of few pixels and channels.
 
-    A CPU computes it for the whole batch at once, samples in the last axis, as one product of kernel and patches: twice as
-    fast as `conv2d`, whose loops over channels are too short there.
+    One product of kernel and patches for the whole batch, samples in the last axis: on a CPU twice as fast as `conv2d`, whose
+    loops over channels are too short there; and of many networks at once (`vmap` over their parameters) a batched product.
     """
-
-    def cpu(x, kernel, bias):
-        kh, kw, c, o = kernel.shape
-        n, rows, cols = x.shape[0], x.shape[1] - kh + 1, x.shape[2] - kw + 1
-        x = x.transpose(3, 1, 2, 0)
-        patches = jnp.concatenate([x[:, i : i + rows, j : j + cols] for i in range(kh) for j in range(kw)])
-        patches = lax.optimization_barrier(patches.reshape(kh * kw * c, -1))
-        y = (kernel.reshape(-1, o).T @ patches).reshape(o, rows, cols, n).transpose(1, 2, 0, 3)
-        # the barrier keeps that layout: a dense layer that follows reads it as it is
-        y = lax.optimization_barrier(activation(y + bias[:, None]))
-        return y.reshape(-1, n).T.reshape(n, rows, cols, o)
-
-    return lax.platform_dependent(
-        x, kernel, bias, cpu=cpu, default=lambda x, kernel, bias: activation(valid_conv(x, kernel) + bias)
-    )
+    kh, kw, c, o = kernel.shape
+    n, rows, cols = x.shape[0], x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    x = x.transpose(3, 1, 2, 0)
+    patches = jnp.concatenate([x[:, i : i + rows, j : j + cols] for i in range(kh) for j in range(kw)])
+    patches = lax.optimization_barrier(patches.reshape(kh * kw * c, -1))
+    y = (kernel.reshape(-1, o).T @ patches).reshape(o, rows, cols, n).transpose(1, 2, 0, 3)
+    # the barrier keeps that layout: a dense layer that follows reads it as it is
+    y = lax.optimization_barrier(activation(y + bias[:, None]))
+    return y.reshape(-1, n).T.reshape(n, rows, cols, o)
 
 
 def valid_conv(x: Array, kernel: Array, stride: int = 1) -> Array:
