@@ -177,9 +177,17 @@ def test_trained_layers_keep_singular_values_near_one():
     assert np.median(conv_values) > 0.9
 
 
-@pytest.mark.parametrize("density", ["deterministic", pytest.param("normal", marks=pytest.mark.slow), "mixture_normal"])
-def test_transition_is_k_lipschitz_with_noise_fixed(density):
-    z_shape, constant = (2, 2, 32), 1.5
+@pytest.mark.parametrize(
+    "density, z_shape",
+    [
+        ("deterministic", (2, 2, 32)),
+        pytest.param("normal", (2, 2, 32), marks=pytest.mark.slow),
+        ("mixture_normal", (2, 2, 32)),
+        ("mixture_normal", (1, 1, 128)),  # a vector: nothing is shifted, and there are more groups
+    ],
+)
+def test_transition_is_k_lipschitz_with_noise_fixed(density, z_shape):
+    constant = 1.5
     module = Transition(3, density, constant=constant)
     initial = module.init(jax.random.key(0), jnp.ones((1, *z_shape)), jnp.zeros(1, jnp.int32))
     keys = jax.random.split(jax.random.key(3), 5)
@@ -205,10 +213,13 @@ def test_transition_is_k_lipschitz_with_noise_fixed(density):
     assert largest > 0.3 * constant  # the bound is no vacuous one
 
 
-@pytest.mark.parametrize("density", ["deterministic", "normal", "mixture_normal"])
-def test_transition_starts_near_the_identity(density):
+@pytest.mark.parametrize(
+    "density, shape",
+    [("deterministic", (5, 5, 32)), ("normal", (5, 5, 32)), ("mixture_normal", (5, 5, 32)), ("mixture_normal", (1, 1, 128))],
+)
+def test_transition_starts_near_the_identity(density, shape):
     module = Transition(3, density)
-    z = nn.relu(jax.random.normal(jax.random.key(0), (6, 5, 5, 32)))
+    z = nn.relu(jax.random.normal(jax.random.key(0), (6, *shape)))
     action = jnp.arange(6) % 3
     predicted = module.apply(module.init(jax.random.key(1), z, action), z, action)
     share = 1.0 if density == "deterministic" else 0.9

@@ -12,6 +12,7 @@ import deep_mdp_ppo as deep_mdp
 import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
+from envs import minatar
 from envs.atari import env_seeds
 from tests.commands import ROOT, run
 from utils.runs.flags import (
@@ -23,6 +24,8 @@ from utils.runs.flags import (
     Sizes,
     UsageError,
     check_flags,
+    make_args,
+    own_defaults,
     parse_flags,
     require,
 )
@@ -200,7 +203,7 @@ def test_every_range_and_need_is_checked_on_its_own():
     refused = {
         "--count 0: must be at least 1": {"count": 0},
         "--share 1.5: must lie in [0, 1]": {"share": 1.5},
-        "--sizes (1, 0): sizes must be positive": {"sizes": (1, 0)},
+        "--sizes 1 0: sizes must be positive": {"sizes": (1, 0)},
         "--needy 0.7: is read only with --mode b or c; leave it out": {"needy": 0.7},
         "--needy -1: must be 0 or more": {"mode": "b", "needy": -1},
         "--mode d: own check": {"mode": "d"},
@@ -229,6 +232,39 @@ def test_every_range_and_need_is_checked_on_its_own():
 def test_booleans_as_sweeps_pass_them(typed, expected):
     args = parse_flags(ppo.Args, ["--seed", "3", *typed, "--learning_rate=0.5"])
     assert (args.norm_adv, args.seed, args.learning_rate) == (expected, 3, 0.5)
+
+
+def test_an_environments_family_has_defaults_of_its_own():
+    """Whatever is typed overrides them; in other environments those behind the flags hold."""
+    atari, game = parse_flags(ppo.Args, []), parse_flags(ppo.Args, ["--env-id=Breakout-MinAtar"])
+    assert (atari.num_envs, atari.num_steps, atari.fc_layers) == (128, 8, (512,))
+    assert (game.num_envs, game.num_steps, game.fc_layers, game.learning_rate) == (64, 128, (), 1e-3)
+    assert game == make_args(ppo.Args, env_id="Breakout-MinAtar") and atari == ppo.Args()
+    overridden = ["--env-id=Pong-v5", "--env-id=Asterix-MinAtar", "--num_envs", "128"]
+    for typed in (["--num-envs=128", "--env_id", "Asterix-MinAtar"], overridden):
+        mixed = parse_flags(ppo.Args, typed)
+        assert (mixed.env_id, mixed.num_envs, mixed.num_steps) == ("Asterix-MinAtar", 128, 128)
+        assert own_defaults(mixed) == [
+            "--total-timesteps 5000000", "--num-steps 128", "--fc-layers", "--learning-rate 0.001", "--num-minibatches 8"
+        ]  # fmt: skip
+    assert own_defaults(atari) == []
+    # dreams have a rate of their own, whatever the environment
+    assert parse_flags(dream_spi.Args, ["--env-id=Breakout-MinAtar"]).learning_rate == dream_spi.Args.learning_rate
+    for script in (ppo, deep_mdp, deep_spi, dream_spi):
+        check_flags(make_args(script.Args, env_id="Seaquest-MinAtar"))
+    with pytest.raises(UsageError, match="--decoupled-layers: is read only with dense layers, which --fc-layers names"):
+        check_flags(make_args(ppo.Args, env_id="Seaquest-MinAtar", decoupled_layers=True))
+    with pytest.raises(UsageError, match="--clip-reward-net-output: cannot predict the rewards of Seaquest-MinAtar"):
+        check_flags(make_args(deep_spi.Args, env_id="Seaquest-MinAtar", clip_reward_net_output=True))
+    check_flags(make_args(deep_spi.Args, env_id="Breakout-MinAtar", clip_reward_net_output=True))
+
+
+def test_without_the_extra_its_environments_are_refused(monkeypatch):
+    monkeypatch.setattr(minatar, "PACKAGES", ("pgx", "no_such_package"))
+    with pytest.raises(
+        UsageError, match="--env-id Breakout-MinAtar: needs the packages pgx and pgx-minatar: uv run --extra minatar"
+    ):
+        check_flags(make_args(ppo.Args, env_id="Breakout-MinAtar"))
 
 
 def test_a_word_that_is_no_boolean_is_refused():

@@ -1,0 +1,79 @@
+"""All scripts and world models on MinAtar's games, and many runs in one program."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+import deep_mdp_ppo as deep_mdp
+import deep_spi
+import dream_spi
+import ppo_atari_envpool_xla_jax_scan as ppo
+from benchmarks import seeds
+from benchmarks.throughput import WORLD_MODELS
+from envs.minatar import GAMES
+from envs.registry import make_env
+from utils.runs.flags import check_flags, make_args
+
+SMALL = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128}
+
+
+def train(script, args, run_seeds=(1,)):
+    """The metrics of three updates, for each seed."""
+    check_flags(args)
+    env = make_env(args)
+    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    iteration = jax.jit(lambda state: script.train_iteration(state, env, agent, optimizer, args), donate_argnums=0)
+    logged = []
+    for seed in run_seeds:
+        seeded = replace(args, seed=seed)
+        state = script.init_state(seeded, make_env(seeded), agent, optimizer)
+        for _ in range(3):
+            state, metrics = iteration(state)
+            logged.append(jax.device_get(metrics))
+    return logged
+
+
+QUICK = {(deep_spi, "Asterix-MinAtar"), (dream_spi, "Breakout-MinAtar")}
+
+
+@pytest.mark.parametrize(
+    "script, env_id",
+    [
+        pytest.param(script, env_id, marks=[] if (script, env_id) in QUICK else pytest.mark.slow)
+        for script in (ppo, deep_mdp, deep_spi, dream_spi)
+        for env_id in GAMES
+    ],
+)
+def test_every_script_runs_on_every_game(script, env_id):
+    for metrics in train(script, make_args(script.Args, env_id=env_id, **SMALL)):
+        losses = {name: value for name, value in metrics.items() if name.startswith(("losses/", "dreams/"))}
+        assert losses and all(np.isfinite(value).all() for value in losses.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", WORLD_MODELS)
+@pytest.mark.parametrize("script", [deep_mdp, deep_spi])
+def test_every_world_model_runs(script, flags):
+    logged = train(script, make_args(script.Args, env_id="SpaceInvaders-MinAtar", **SMALL, **flags))
+    assert all(np.isfinite(metrics["losses/transition_loss"]) for metrics in logged)
+
+
+def test_runs_in_one_program_are_those_of_the_script():
+    """The same episodes and returns as one run after the other; those with another learning rate are others."""
+    args = make_args(ppo.Args, env_id="Breakout-MinAtar", **SMALL)
+    returns, episodes = seeds.train(ppo, args, (1, 7), {"learning_rate": [args.learning_rate, 0.1]})
+    assert returns.shape == episodes.shape == (3, 4)
+    logged = train(ppo, args, (1, 7))
+    for i, metrics in enumerate((logged[:3], logged[3:])):
+        np.testing.assert_array_equal(episodes[:, i], [row["episodes"] for row in metrics])
+        np.testing.assert_allclose(returns[:, i], [row["charts/episodic_return"] for row in metrics], rtol=1e-5)
+    assert np.any(episodes[:, :2] != episodes[:, 2:]) and np.any(episodes[:, 0] != episodes[:, 1])
+
+
+def test_rows_of_a_table_are_means_of_episodes():
+    returns, episodes = np.array([2.0, np.nan, 5.0, 0.0]), np.array([3, 0, 1, 0])
+    assert seeds.rows_of(returns, episodes, 100, 2) == [(200, 2.0, 3), (400, 5.0, 1)]
+    assert seeds.rows_of(returns, episodes, 100, 1) == [(400, 2.75, 4)]
+    assert seeds.rows_of(returns[1:2], episodes[1:2], 100, 5) == []
