@@ -49,7 +49,7 @@ class Args:
     """further flags of the script, in one string"""
     vary: tuple[str, ...] = ()
     """a flag that takes numbers, and its values: all seeds run with each"""
-    points: int = 50
+    points: int = 20
     """stretches of a run that have a row each"""
     output: Path = Path("seeds.csv")
     """the table, which is added to"""
@@ -142,7 +142,8 @@ def main(args: Args) -> None:
             last = [
                 rows_of(returns[:, i], episodes[:, i], 1, args.points)[-1][1] for i, run in enumerate(runs) if run[2] == label
             ]
-            print(f"{env_id} {label}: {np.mean(last):.2f} +- {np.std(last):.2f} in the last stretch", flush=True)
+            spread = f" +- {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
+            print(f"{env_id} {label}: {np.mean(last):.2f}{spread} in the last stretch", flush=True)
 
 
 if __name__ == "__main__":

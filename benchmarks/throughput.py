@@ -2,9 +2,10 @@
 
     uv run benchmarks/throughput.py
     uv run benchmarks/throughput.py --world-models    # Deep SPI with each of its world models instead
+    uv run --extra minatar benchmarks/throughput.py --env-ids Breakout-MinAtar Seaquest-MinAtar --rejax
 
-In one run, on whatever device is there: the rate of a float32 matrix product, envpool's own rate with random actions, and for
-each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start to
+In one run, on whatever device is there: the rate of a float32 matrix product, that of random actions in the environments, and
+for each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start to
 first update and the peak memory. All settings take turns, round after round, so that a busy machine slows them alike; the
 medians over rounds are printed and written as JSON. Compare ratios within one run, not seconds between runs.
 """
@@ -34,9 +35,8 @@ import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
-from envs.atari import make_pool  # noqa: E402
-from envs.registry import make_env  # noqa: E402
-from utils.runs.flags import check_flags  # noqa: E402
+from envs.registry import family, make_env  # noqa: E402
+from utils.runs.flags import check_flags, make_args  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
 MATRIX = 4096
@@ -68,14 +68,16 @@ class Args:
     """iterations of each setting that are timed"""
     env_ids: tuple[str, ...] = ("Breakout-v5", "Seaquest-v5")
     """games; the first has 4 actions and the second 18"""
-    num_envs: int = 128
-    """environments"""
-    num_steps: int = 8
-    """steps of a rollout"""
+    num_envs: int | None = None
+    """environments; if not given, the scripts' default for each game"""
+    num_steps: int | None = None
+    """steps of a rollout; likewise"""
     world_models: bool = False
     """time Deep SPI with each world model, instead of all scripts; only on the first game"""
     startup: bool = True
     """also start each script as a user does, for the time to the first update and the peak memory"""
+    rejax: bool = False
+    """also time another public JAX PPO, rejax's, on the first game, one of MinAtar's: see benchmarks/rejax_ppo.py"""
     output: str = "throughput.json"
     """where the JSON goes"""
 
@@ -111,12 +113,13 @@ class Setting:
 
     def __init__(self, name: str, **flags):
         module = SCRIPTS[name]
-        self.args = module.Args(**flags)
+        self.args = make_args(module.Args, **flags)
         check_flags(self.args)
         self.env = make_env(self.args)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
-        self.counted = name != "dream_spi" and not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step"}
+        plain = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step"}
+        self.counted = plain and name != "dream_spi" and family(self.args.env_id) == "atari"
         agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
         iterate = lambda state: module.train_iteration(state, self.env, agent, optimizer, self.args)  # noqa: E731
@@ -137,7 +140,7 @@ class Setting:
         took, (self.state, _) = seconds(self.iteration, state)
         self.total.append(took)
 
-    def report(self, matrix_rate: float, env_rate: float) -> dict:
+    def report(self, matrix_rate: float, env_rates: dict[str, float]) -> dict:
         """The medians."""
         total, rolling = statistics.median(self.total), statistics.median(self.rolling)
         rate = self.args.num_envs * self.args.num_steps / total
@@ -148,8 +151,41 @@ class Setting:
             "update_seconds": total - rolling,
             "compile_seconds": self.compile_seconds,
             "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate if self.counted else None,
-            "share_of_env_rate": rate / env_rate,
+            "share_of_env_rate": rate / env_rates[self.args.env_id],
         }
+
+
+class Alone:
+    """A game's environments without any training."""
+
+    def __init__(self, args):
+        env = make_env(args)
+        self.steps, self.seconds, generator = args.num_envs * args.num_steps, [], np.random.default_rng(0)
+        actions = generator.integers(0, env.num_actions, (args.num_steps, args.num_envs)).astype(np.int32)
+        state, _ = env.reset()
+        if env.saveable:  # in JAX
+            scan = jax.jit(lambda state: jax.lax.scan(env.step, state, actions))
+            self.play = lambda: jax.block_until_ready(scan(state))
+        else:
+            self.play = lambda: [env.pool.step(action) for action in actions]
+        self.play()
+
+    def run(self) -> None:
+        """Times one rollout's random steps."""
+        start = time.perf_counter()
+        self.play()
+        self.seconds.append(time.perf_counter() - start)
+
+    def rate(self) -> float:
+        """Steps per second, the median."""
+        return self.steps / statistics.median(self.seconds)
+
+
+def time_rejax(env_id: str, rounds: int) -> list[dict]:
+    """Rows of rejax's PPO, in an environment of its own."""
+    command = [os.environ.get("UV", "uv"), "run", "--script", str(ROOT / "benchmarks" / "rejax_ppo.py"), env_id, str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_memory(pid: int) -> int:
@@ -188,39 +224,37 @@ def main(args: Args) -> None:
     print(describe_device())
     matrix = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(lambda a: a @ a)
-    pool = make_pool(args.env_ids[0], args.num_envs, 0).pool
-    pool.reset()
-    generator = np.random.default_rng(0)
-    shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
+    shape = {name: value for name, value in (("num_envs", args.num_envs), ("num_steps", args.num_steps)) if value}
+    alone = {env_id: Alone(make_args(ppo.Args, env_id=env_id, **shape)) for env_id in args.env_ids}
     if args.world_models:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
     else:
         by_transition = {"minibatch_by": "transition"}
-        kinds = [(name, {}) for name in SCRIPTS] + [("ppo", by_transition), ("deep_spi", by_transition)]
-        kinds += [("ppo", {"env_step": "callback"})]
-        wanted = [(name, {"env_id": env_id} | flags) for env_id in args.env_ids for name, flags in kinds]
+        kinds = [(name, {}) for name in SCRIPTS]
+        of_pools = [("ppo", by_transition), ("deep_spi", by_transition), ("ppo", {"env_step": "callback"})]
+        wanted = []
+        for env_id in args.env_ids:
+            more = of_pools if family(env_id) == "atari" else []
+            wanted += [(name, {"env_id": env_id} | flags) for name, flags in kinds + more]
     settings = []
     for name, flags in wanted:
         settings.append(Setting(name, **shape, **flags))
         print(f"compiled {settings[-1].label} in {settings[-1].compile_seconds:.1f} s", flush=True)
 
-    matrix_seconds, env_seconds = [], []
+    matrix_seconds = []
     seconds(product, matrix)
     for _ in range(args.rounds):
         matrix_seconds.append(seconds(product, matrix)[0])
-        start = time.perf_counter()
-        for _ in range(args.num_steps):
-            pool.step(generator.integers(0, pool.action_space.n, args.num_envs).astype(np.int32))
-        env_seconds.append(time.perf_counter() - start)
-        for setting in settings:
-            setting.run()
+        for each in (*alone.values(), *settings):
+            each.run()
     matrix_rate = 2 * MATRIX**3 / statistics.median(matrix_seconds)
-    env_rate = args.num_envs * args.num_steps / statistics.median(env_seconds)
-    rows = [setting.report(matrix_rate, env_rate) for setting in settings]
+    env_rates = {env_id: each.rate() for env_id, each in alone.items()}
+    rows = [setting.report(matrix_rate, env_rates) for setting in settings]
 
-    print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; envpool, random actions: {env_rate:,.0f} steps/s\n")
+    print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; random actions alone, steps/s: ", end="")
+    print(", ".join(f"{env_id} {rate:,.0f}" for env_id, rate in env_rates.items()) + "\n")
     width = max(len(setting.label) for setting in settings)
-    print(f"{'':{width}s} steps/s  of first of matrix  of envpool  rollout   update  compile")
+    print(f"{'':{width}s} steps/s  of first of matrix    of games  rollout   update  compile")
     for setting, row in zip(settings, rows, strict=True):
         base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
         row["relative_to_first"] = row["steps_per_second"] / base["steps_per_second"]
@@ -231,6 +265,10 @@ def main(args: Args) -> None:
             f"{row['update_seconds']:6.2f} s {row['compile_seconds']:6.1f} s"
         )
     started = []
+    others = time_rejax(args.env_ids[0], args.rounds) if args.rejax else []
+    for row in others:
+        row["relative_to_first"] = row["steps_per_second"] / rows[0]["steps_per_second"]
+        print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}")
     if args.startup and not args.world_models:
         for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py"):
             started.append(startup(name, args.env_ids[0]))
@@ -244,8 +282,8 @@ def main(args: Args) -> None:
         "jax": jax.__version__,
         "args": asdict(args),
         "matrix_flops_per_second": matrix_rate,
-        "env_steps_per_second": env_rate,
-        "settings": rows,
+        "env_steps_per_second": env_rates,
+        "settings": rows + others,
         "startup": started,
     }
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n")

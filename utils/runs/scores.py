@@ -5,6 +5,8 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+from envs.registry import family
+
 # human play of games that the table of 57 lacks: random, and the best score known
 MORE_HUMANS = {
     "Kaboom": (2.49, 39101.0),
@@ -40,7 +42,8 @@ def _table(name: str) -> dict[str, dict[str, str]]:
 
 @functools.cache
 def reference(env_id: str, stochastic: bool = False) -> Reference | None:
-    """The reference scores of an environment id such as `Breakout-v5`; None for a game of which no human score is known.
+    """The reference scores of an environment id such as `Breakout-v5`; None for a game of which no human score is known, and
+    for what only has an Atari game's name.
 
     Args:
         env_id: the environment.
@@ -48,6 +51,8 @@ def reference(env_id: str, stochastic: bool = False) -> Reference | None:
             protocol, on average over 3 runs (the official code's table, 61 games); otherwise CleanRL's PPO after 10M steps,
             the mean return (57 games).
     """
+    if family(env_id) != "atari":
+        return None
     game = env_id.rpartition("-")[0]
     ale57 = _table("ale57_scores.csv").get(game)
     if ale57 is None and game not in MORE_HUMANS:

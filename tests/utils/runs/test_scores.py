@@ -9,7 +9,8 @@ def test_human_normalized():
     pong = reference("Pong-v5")
     assert pong.human_normalized(pong.random) == 0 and pong.human_normalized(pong.human) == 1
     assert reference("Breakout-v5").human_normalized(1.7 + 28.8) == pytest.approx(1.0)  # random 1.7, human 30.5
-    assert reference("CartPole-v1") is None and reference("ConfoundingGridworld-v0") is None
+    for env_id in ("CartPole-v1", "ConfoundingGridworld-v0", "Breakout-MinAtar"):
+        assert reference(env_id) is None
 
 
 def test_relative_improvement_is_over_the_baselines_absolute_value():
