@@ -1,6 +1,7 @@
 """A run's folder: where it is, whose it is, and run.json, which says how the run came about."""
 
 import errno
+import importlib.util
 import json
 import os
 import platform
@@ -24,13 +25,15 @@ from utils.runs.stored_flags import to_store
 
 RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
+EXTRAS = ("pgx", "pgx-minatar")
 ROOT = Path(__file__).parents[2]
 IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # of what `describe_run` says; every checkpoint says it too
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that what is computed depends on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    """Of Python, and of the packages that what is computed depends on, extras where they are installed."""
+    extras = [name for name in EXTRAS if importlib.util.find_spec(name.replace("-", "_"))]
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in (*PACKAGES, *extras)}
 
 
 def git_commit() -> dict[str, Any]:

@@ -134,7 +134,8 @@ class Run:
         else:
             self.said += [line for line in (stretched(self.args, stored["flags"], stored["step"]),) if line]
             now, before = folder.versions(), stored["versions"]
-            changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
+            both = [name for name in now if name in before]  # an extra may have come since, or have gone
+            changed = [f"{name} {before[name]} -> {now[name]}" for name in both if before[name] != now[name]]
             if changed:
                 self.said.append(f"*** other versions ({', '.join(changed)}): the results may not be the same to the bit ***")
 
