@@ -5,8 +5,8 @@
     uv run --extra minatar benchmarks/throughput.py --env-ids Breakout-MinAtar Seaquest-MinAtar --rejax
 
 In one run, on whatever device is there: the rate of a float32 matrix product, that of random actions in the environments, and
-for each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start to
-first update and the peak memory. All settings take turns, round after round, so that a busy machine slows them alike; the
+for each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start
+to first update and the peak memory. All settings take turns, round after round, so that a busy machine slows them alike; the
 medians over rounds are printed and written as JSON. Compare ratios within one run, not seconds between runs.
 """
 

@@ -20,6 +20,7 @@ from envs.protocol import EpisodeStats, Timestep
 
 TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends after 2,500
 PACKAGES = ("pgx", "pgx_minatar")
+NEEDED = "needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both"
 
 
 class Game(NamedTuple):
@@ -68,7 +69,9 @@ class MinAtar:
     saveable = True
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
-        import pgx  # an extra
+        if not is_installed():
+            raise ImportError(f"{env_id}: {NEEDED}")
+        import pgx
 
         self.num_envs = num_envs
         name, self.reward_range = GAMES[env_id]

@@ -1,6 +1,7 @@
 """Encoder, actor and critic: what PPO and every world-model method share.
 
-A continuous latent is a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 64 for vector observations.
+A continuous latent is a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 128 for grids of cells, 1 x 1 x 64 for
+vector observations.
 A categorical one is a code of V variables with C classes each, [N, V, C]: one-hot in the last axis.
 """
 
@@ -42,7 +43,7 @@ class Conv(nn.Module):
 
 
 class GridLayer(nn.Module):
-    """A VALID convolution of a small map and its activation, orthogonal initialisation."""
+    """A VALID convolution of a small map and its activation, initialised as `Conv`."""
 
     features: int
     size: int
@@ -61,7 +62,9 @@ def dense(features: int, scale: float = float(np.sqrt(2)), name: str | None = No
 
 
 class Encoder(nn.Module):
-    """phi: observation -> latent. The convolutions of the Nature DQN for pixels; one dense layer for vectors.
+    """phi: observation -> latent. What it is made of, the shape of an observation says: the convolutions of the Nature DQN for
+    frames, channels first, of at least 36 pixels an axis; for smaller ones, grids of cells with channels last, one convolution
+    and a dense layer (the network that is usual on MinAtar; Young & Tian, 2019); one dense layer for vectors.
 
     A categorical latent is read off them by a dense layer of logits: of each variable the likeliest class, with the gradient
     of the softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling).

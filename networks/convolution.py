@@ -31,9 +31,6 @@ def conv2d(
         ValueError: an unknown padding.
     """
     if padding == "SAME":
-        if x.shape[1:3] == (1, 1) and stride == 1:  # all but one pixel of what the kernel sees are zeros
-            h, w = ((k - 1) // 2 for k in kernel.shape[:2])
-            return jnp.einsum("nhwc,co->nhwo", x, kernel[h, w])
         pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     elif padding != "VALID":

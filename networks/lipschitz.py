@@ -204,7 +204,8 @@ class LipschitzScalars(nn.Module):
 
 
 class LipschitzConv(nn.Module):
-    """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between whole feature maps."""
+    """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between whole feature maps; of a map of one pixel
+    a matrix, for its other factors could do nothing but shrink it."""
 
     features: int
     dense_init: Callable = orthogonal_init
@@ -215,7 +216,9 @@ class LipschitzConv(nn.Module):
         m, n = x.shape[-1], self.features
         wide = max(m, n)
         dense = self.param("dense", self.dense_init, (m, n))
+        bias = self.param("bias", nn.initializers.zeros, (n,))
+        if x.shape[1:3] == (1, 1):  # a vector: nothing is shifted
+            return x @ orthogonal(dense) + bias
         vertical = self.param("vertical", self.shift_init, (wide, wide // 2))
         horizontal = self.param("horizontal", self.shift_init, (wide, wide // 2))
-        bias = self.param("bias", nn.initializers.zeros, (n,))
         return conv2d(x, orthogonal_conv_kernel(dense, vertical, horizontal), padding="SAME") + bias

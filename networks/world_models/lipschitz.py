@@ -71,8 +71,8 @@ class Transition(nn.Module):
         g = groups(channels)
         c, o = 2 * channels // g, channels // g
         h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, g))
-        single = z.shape[1:3] == (1, 1)
-        if not single:
+        vector = z.shape[1:3] == (1, 1)  # of which nothing is shifted
+        if not vector:
             p = self.param("vertical", still_init, (c, c // 2, num_actions, g))
             q = self.param("horizontal", still_init, (c, c // 2, num_actions, g))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
@@ -85,7 +85,7 @@ class Transition(nn.Module):
         taken = partial(of_action, action=action)
         # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
         x = by_group(hidden)
-        if not single:
+        if not vector:
             p, q = projection(p), projection(q)
             p, q = p.transpose(2, 0, 1, 3), q.transpose(2, 0, 1, 3)  # [A, c, c, G], symmetric
             x = x + product(taken(q), shift(x, 0, 1) - x)

@@ -27,17 +27,19 @@ class Transition(nn.Module):
         maps = components if self.density == "deterministic" else 2 * components
         num_actions, channels = self.num_actions, z.shape[-1]
         init = nn.initializers.lecun_normal()
-        kernel = self.param("hidden_kernel", init, (2, 2, channels, 2 * channels))
+        taps = 1 if z.shape[1:3] == (1, 1) else 2  # kernels of a vector see it alone
+        kernel = self.param("hidden_kernel", init, (taps, taps, channels, 2 * channels))
         bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
-        hidden = ACTIVATIONS[self.activation](conv2d(z, kernel, padding="SAME") + bias)
+        hidden = z @ kernel[0, 0] if taps == 1 else conv2d(z, kernel, padding="SAME")
+        hidden = ACTIVATIONS[self.activation](hidden + bias)
 
         g = groups(channels)
         c, o = 2 * channels // g, channels // g
         per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=2, out_axis=1, batch_axis=(0, 3))
-        kernels = self.param("kernels", per_action, (num_actions, maps * o, 4 * c, g))
+        kernels = self.param("kernels", per_action, (num_actions, maps * o, taps**2 * c, g))
         bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
         x = by_group(hidden)
-        x = jnp.concatenate([shift(x, i, j) for i in (0, 1) for j in (0, 1)], axis=3)
+        x = jnp.concatenate([shift(x, i, j) for i in range(taps) for j in range(taps)], axis=3)
         raw = product(of_action(kernels, action), x)
         raw = raw.reshape(*z.shape[:3], maps, channels) + of_action(bias, action)[:, None, None]
         if self.density == "deterministic":

@@ -167,7 +167,7 @@ class RunArgs:
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
         require(
             self.env_id not in minatar.GAMES or minatar.is_installed(),
-            f"--env-id {self.env_id}: needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both",
+            f"--env-id {self.env_id}: {minatar.NEEDED}",
         )
         for flag, path in (("logdir", self.logdir), ("resume", self.resume)):
             try:
