@@ -41,7 +41,8 @@ def seconds_between(folder: Path) -> list[float]:
 
 def main(args: Args) -> None:
     """Prints the two medians, their difference, and its share of 900 seconds."""
-    flags = [f"--env-id={args.env_id}", f"--total-timesteps={1024 * args.updates}", "--no-save-model"]
+    shape = ["--num-envs=128", "--num-steps=8"]  # in every environment
+    flags = [f"--env-id={args.env_id}", *shape, f"--total-timesteps={1024 * args.updates}", "--no-save-model"]
     kinds = {"saves": ["--save-every=0"], "does not": ["--keep-checkpoints=0"]}
     times = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as logdir:

@@ -14,9 +14,9 @@ A second row has our network instead (a 3 x 3 convolution of 16 channels, dense 
 which share nothing in rejax.
 """
 
+import argparse
 import json
 import statistics
-import sys
 import time
 
 import jax
@@ -77,5 +77,8 @@ def measure(convolutional: bool, env_id: str, rounds: int) -> dict:
 
 
 if __name__ == "__main__":
-    env_id, rounds = (*sys.argv[1:], *("Breakout-MinAtar", 5)[len(sys.argv) - 1 :])
-    print(json.dumps([measure(convolutional, env_id, int(rounds)) for convolutional in (False, True)]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env_id", nargs="?", default="Breakout-MinAtar")
+    parser.add_argument("rounds", nargs="?", type=int, default=5)
+    args = parser.parse_args()
+    print(json.dumps([measure(convolutional, args.env_id, args.rounds) for convolutional in (False, True)]))

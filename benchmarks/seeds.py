@@ -4,17 +4,18 @@
     uv run --extra minatar benchmarks/seeds.py --vary learning-rate 5e-4 1e-3 --seeds 901 902 --flags="--clip-coef 0.2"
 
 It is for environments in JAX, and for GPUs: there one run leaves most of the device idle. Each run is what the script computes
-from the same flags, up to rounding. The table has a row for each run and each of `--points` stretches of it, the mean return of
-the episodes that ended there, and is written after each environment: typed again, the command leaves out what is there.
+from the same flags, up to rounding. The table has a row for each run and each of `--points` stretches of it: the mean return of
+the episodes that ended there. It is written after each environment; typed again, the command trains the runs that it lacks.
 """
 
 import csv
+import os
 import shlex
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,14 @@ sys.path.insert(0, str(ROOT))
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
-from envs.registry import make_env  # noqa: E402
+from envs.registry import family, make_env  # noqa: E402
 from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi}
 COLUMNS = ("script", "env_id", "flags", "seed", "step", "episodic_return", "episodes")
+# what an update reads as a number wherever it reads it, so that it may differ between the runs of one program
+VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef")
 
 
 @dataclass
@@ -48,25 +51,29 @@ class Args:
     flags: str = ""
     """further flags of the script, in one string"""
     vary: tuple[str, ...] = ()
-    """a flag that takes numbers, and its values: all seeds run with each"""
+    """a flag that takes a number, and its values: all seeds run with each"""
     points: int = 20
     """stretches of a run that have a row each"""
     output: Path = Path("seeds.csv")
     """the table, which is added to"""
 
 
-def train(module, args, seeds: tuple[int, ...], values: dict[str, list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean return and the number of the episodes that ended in each update, [updates, runs]; the runs of all seeds with the
-    first value come first."""
+def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean return and the number of the episodes that ended in each update, [updates, runs].
+
+    Args:
+        module: the script.
+        args: its flags.
+        runs: in what each run's flags differ: the seed, and the same flags of `VARIABLE` in all.
+    """
     env = make_env(args)
     agent, optimizer = module.make_agent(args, env.num_actions), module.make_optimizer(args)
     states = []
-    for seed in seeds:
-        seeded = replace(args, seed=seed)
+    for run in runs:
+        seeded = replace(args, seed=run["seed"])
         states.append(module.init_state(seeded, make_env(seeded), agent, optimizer))
-    copies = max(map(len, values.values()), default=1)
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves * copies), *states)
-    varied = {name: jnp.repeat(jnp.asarray(each), len(seeds)) for name, each in values.items()}
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    varied = {name: jnp.array([run[name] for run in runs]) for name in runs[0] if name != "seed"}
 
     def iterate(state, varied):
         state, metrics = module.train_iteration(state, env, agent, optimizer, replace(args, **varied))
@@ -75,7 +82,7 @@ def train(module, args, seeds: tuple[int, ...], values: dict[str, list[float]]) 
     iteration = jax.jit(jax.vmap(iterate), donate_argnums=0)
     start = time.perf_counter()
     iteration = iteration.lower(state, varied).compile()
-    print(f"{args.env_id}: {copies * len(seeds)} runs, compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{args.env_id}: {len(runs)} runs, compiled in {time.perf_counter() - start:.0f} s", flush=True)
     logged, steps = [], args.num_envs * args.num_steps
     updates = args.total_timesteps // steps
     start = time.perf_counter()
@@ -84,66 +91,115 @@ def train(module, args, seeds: tuple[int, ...], values: dict[str, list[float]]) 
         logged.append(jax.device_get(metrics))
         if update % max(1, updates // 10) == 0:
             elapsed = time.perf_counter() - start
-            rate = update * steps / elapsed
-            print(
-                f"  {update * steps:,} steps of each, {rate * copies * len(seeds):,.0f} steps/s of all, {elapsed:.0f} s",
-                flush=True,
-            )
+            rate = update * steps * len(runs) / elapsed
+            print(f"  {update * steps:,} steps of each, {rate:,.0f} steps/s of all, {elapsed:.0f} s", flush=True)
     returns, episodes = zip(*logged, strict=True)
     return np.stack(returns), np.stack(episodes)
 
 
-def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) -> list[tuple[int, float, int]]:
-    """Step, mean return and number of the episodes of each stretch of one run in which an episode ended."""
+def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) -> list[tuple[int, float | None, int]]:
+    """Step, mean return and number of the episodes of each stretch of one run; None where none ended."""
     rows = []
     for stretch in np.array_split(np.arange(len(returns)), min(points, len(returns))):
         count = int(episodes[stretch].sum())
-        if count:
-            mean = float(np.dot(np.where(episodes[stretch] > 0, returns[stretch], 0.0), episodes[stretch]) / count)
-            rows.append((int(stretch[-1] + 1) * steps, mean, count))
+        total = np.dot(np.where(episodes[stretch] > 0, returns[stretch], 0.0), episodes[stretch])
+        rows.append((int(stretch[-1] + 1) * steps, float(total / count) if count else None, count))
     return rows
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows that there are.
+
+    Raises:
+        UsageError: the file is no such table.
+    """
+    if not path.exists():
+        require(path.parent.is_dir(), f"--output {path}: there is no folder {path.parent}; make it first")
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    require(tuple(reader.fieldnames or ()) == COLUMNS, f"--output {path}: is a table of another kind; choose another name")
+    return rows
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """All rows, or after a fault those that were there."""
+    incomplete = path.with_name(path.name + ".incomplete")
+    with incomplete.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(incomplete, path)
+
+
+def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
+    """For each environment the script's flags, and in what those of each run differ.
+
+    Raises:
+        UsageError: the first mistake found in any of the flags.
+    """
+    module = SCRIPTS[args.script]
+    require(args.points > 0, f"--points {args.points}: must be at least 1")
+    require(len(args.seeds) > 0, "--seeds: name at least one")
+    require(len(set(args.seeds)) == len(args.seeds), f"--seeds {' '.join(map(str, args.seeds))}: names one twice")
+    typed = shlex.split(args.flags)
+    for flag in ("env-id", "seed"):
+        given = any(word.replace("_", "-").partition("=")[0] == f"--{flag}" for word in typed)
+        require(not given, f"--flags: --{flag} is not one of them; there is --{flag}s")
+    values = [{}]
+    if args.vary:
+        name, *words = args.vary
+        name = name.removeprefix("--").replace("-", "_")
+        known = [flag for flag in VARIABLE if hasattr(module.Args, flag)]
+        require(name in known, f"--vary {args.vary[0]}: must be one of {', '.join(known)}")
+        try:
+            values = [{name: float(word)} for word in words]
+        except ValueError:
+            raise UsageError(f"--vary {' '.join(args.vary)}: the values must be numbers") from None
+        require(len(values) > 0, f"--vary {args.vary[0]}: needs values after the flag")
+    planned = {}
+    for env_id in args.env_ids:
+        flags = parse_flags(module.Args, [f"--env-id={env_id}", *typed])
+        for value in values:
+            for seed in args.seeds:
+                check_flags(replace(flags, seed=seed, **value))
+        in_jax = family(env_id) in ("minatar", "gridworld")
+        require(in_jax, f"--env-ids {env_id}: its emulators serve one run each; start the script for every seed")
+        planned[env_id] = flags, [{"seed": seed} | value for value in values for seed in args.seeds]
+    return planned
 
 
 def main(args: Args) -> None:
     """Trains what the table lacks, and adds it."""
-    module = SCRIPTS[args.script]
+    module, planned, rows = SCRIPTS[args.script], plan(args), read_table(args.output)
     print(describe_device())
-    name = args.vary[0].removeprefix("--").replace("-", "_") if args.vary else ""
-    require(len(args.vary) != 1, f"--vary {' '.join(args.vary)}: needs values after the flag")
-    require(not name or hasattr(module.Args, name), f"--vary {args.vary[0] if name else ''}: {args.script} has no such flag")
-    values = {name: [float(value) for value in args.vary[1:]]} if name else {}
-    done = set()
-    if args.output.exists():
-        with args.output.open() as file:
-            done = {(row["script"], row["env_id"], row["flags"], row["seed"]) for row in csv.DictReader(file)}
-    for env_id in args.env_ids:
-        typed = [f"--env-id={env_id}", *shlex.split(args.flags)]
-        flags = parse_flags(module.Args, typed)
-        check_flags(flags)
-        require(
-            make_env(flags).saveable, f"--env-ids {env_id}: is not an environment in JAX; its emulators step one program alone"
-        )
-        labels = (
-            [" ".join(filter(None, (args.flags, as_typed(name, value)))) for value in values[name]] if name else [args.flags]
-        )
-        runs = [(args.script, env_id, label, str(seed)) for label in labels for seed in args.seeds]
-        if done.issuperset(runs):
-            print(f"{env_id}: done before")
-            continue
-        returns, episodes = train(module, flags, args.seeds, values)
-        new = not args.output.exists()
-        with args.output.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([COLUMNS] * new)
-            for i, run in enumerate(runs):
+    for env_id, (flags, runs) in planned.items():
+
+        def identity(run, env_id=env_id):
+            varied = [as_typed(name, value) for name, value in run.items() if name != "seed"]
+            said = " ".join(filter(None, (args.flags, *varied)))
+            return {"script": args.script, "env_id": env_id, "flags": said, "seed": str(run["seed"])}
+
+        done = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
+        missing = [run for run in runs if tuple(identity(run).values()) not in done]
+        if missing:
+            returns, episodes = train(module, flags, missing)
+            for i, run in enumerate(missing):
                 for step, mean, count in rows_of(returns[:, i], episodes[:, i], flags.num_envs * flags.num_steps, args.points):
-                    writer.writerow((*run, step, f"{mean:.4f}", count))
-        for label in labels:
-            last = [
-                rows_of(returns[:, i], episodes[:, i], 1, args.points)[-1][1] for i, run in enumerate(runs) if run[2] == label
-            ]
-            spread = f" +- {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
-            print(f"{env_id} {label}: {np.mean(last):.2f}{spread} in the last stretch", flush=True)
+                    said = "" if mean is None else f"{mean:.4f}"
+                    rows.append(identity(run) | {"step": step, "episodic_return": said, "episodes": count})
+            write_table(args.output, rows)
+        print(f"{env_id}: {len(runs) - len(missing)} runs were there, {len(missing)} added; mean return of the last episodes:")
+        for said in dict.fromkeys(identity(run)["flags"] for run in runs):
+            mine = {identity(run)["seed"]: identity(run) for run in runs if identity(run)["flags"] == said}
+            last = {}
+            for row in rows:
+                if mine.get(row["seed"], {}).items() <= row.items() and row["seed"] in mine and row["episodic_return"]:
+                    last[row["seed"]] = float(row["episodic_return"])
+            spread = f" +- {np.std(list(last.values()), ddof=1):.2f}" if len(last) > 1 else ""
+            mean = f"{np.mean(list(last.values())):.2f}{spread}" if last else "no episode has ended"
+            print(f"  {said or 'defaults'}: {mean} ({len(last)} seeds)", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,10 +37,11 @@ import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from utils.runs.flags import check_flags, make_args  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, make_args, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
 MATRIX = 4096
+UV = os.environ.get("UV", "uv")  # `uv run` says which one it is
 SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi, "dream_spi": dream_spi}
 WORLD_MODELS = (
     {},
@@ -77,7 +79,7 @@ class Args:
     startup: bool = True
     """also start each script as a user does, for the time to the first update and the peak memory"""
     rejax: bool = False
-    """also time another public JAX PPO, rejax's, on the first game, one of MinAtar's: see benchmarks/rejax_ppo.py"""
+    """afterwards time another public JAX PPO, rejax's, on the first game, one of MinAtar's: see benchmarks/rejax_ppo.py"""
     output: str = "throughput.json"
     """where the JSON goes"""
 
@@ -183,7 +185,7 @@ class Alone:
 
 def time_rejax(env_id: str, rounds: int) -> list[dict]:
     """Rows of rejax's PPO, in an environment of its own."""
-    command = [os.environ.get("UV", "uv"), "run", "--script", str(ROOT / "benchmarks" / "rejax_ppo.py"), env_id, str(rounds)]
+    command = [UV, "run", "--script", str(ROOT / "benchmarks" / "rejax_ppo.py"), env_id, str(rounds)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -204,7 +206,9 @@ def peak_memory(pid: int) -> int:
 def startup(script: str, env_id: str) -> dict:
     """Starts a script as a user does and reads off the time to the first update and the peak memory."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", "--total-timesteps=3072", f"--logdir={folder}"]
+        args = make_args(ppo.Args, env_id=env_id)
+        steps = f"--total-timesteps={3 * args.num_envs * args.num_steps}"
+        command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", steps, f"--logdir={folder}"]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         first, peak, output = None, 0, ""
@@ -221,10 +225,17 @@ def startup(script: str, env_id: str) -> dict:
 
 def main(args: Args) -> None:
     """Measures, prints and writes."""
+    require(
+        not args.rejax or (family(args.env_ids[0]) == "minatar" and shutil.which(UV)),
+        "--rejax: needs one of MinAtar's games as the first of --env-ids, and uv",
+    )
     print(describe_device())
     matrix = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(lambda a: a @ a)
-    shape = {name: value for name, value in (("num_envs", args.num_envs), ("num_steps", args.num_steps)) if value}
+    shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    for env_id in args.env_ids:
+        check_flags(make_args(ppo.Args, env_id=env_id, **shape))
     alone = {env_id: Alone(make_args(ppo.Args, env_id=env_id, **shape)) for env_id in args.env_ids}
     if args.world_models:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
@@ -254,7 +265,7 @@ def main(args: Args) -> None:
     print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; random actions alone, steps/s: ", end="")
     print(", ".join(f"{env_id} {rate:,.0f}" for env_id, rate in env_rates.items()) + "\n")
     width = max(len(setting.label) for setting in settings)
-    print(f"{'':{width}s} steps/s  of first of matrix    of games  rollout   update  compile")
+    print(f"{'':{width}s} steps/s  of first of matrix  of its env  rollout   update  compile")
     for setting, row in zip(settings, rows, strict=True):
         base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
         row["relative_to_first"] = row["steps_per_second"] / base["steps_per_second"]
@@ -264,17 +275,6 @@ def main(args: Args) -> None:
             f"{share:>9s} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
             f"{row['update_seconds']:6.2f} s {row['compile_seconds']:6.1f} s"
         )
-    started = []
-    others = time_rejax(args.env_ids[0], args.rounds) if args.rejax else []
-    for row in others:
-        row["relative_to_first"] = row["steps_per_second"] / rows[0]["steps_per_second"]
-        print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}")
-    if args.startup and not args.world_models:
-        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py"):
-            started.append(startup(name, args.env_ids[0]))
-            row = started[-1]
-            wait, memory = row["first_update_seconds"], row["peak_memory_gib"]
-            print(f"{name}: first update {wait:.0f} s after the start, peak memory {memory:.1f} GiB")
     result = {
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
@@ -283,12 +283,30 @@ def main(args: Args) -> None:
         "args": asdict(args),
         "matrix_flops_per_second": matrix_rate,
         "env_steps_per_second": env_rates,
-        "settings": rows + others,
-        "startup": started,
+        "settings": rows,
+        "startup": [],
     }
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+
+    def write():
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+
+    write()  # other processes follow, which may fail
+    for row in time_rejax(args.env_ids[0], args.rounds) if args.rejax else []:
+        row["relative_to_first"] = row["steps_per_second"] / rows[0]["steps_per_second"]
+        result["settings"].append(row)
+        print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}")
+    if args.startup and not args.world_models:
+        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py"):
+            row = startup(name, args.env_ids[0])
+            result["startup"].append(row)
+            wait, memory = row["first_update_seconds"], row["peak_memory_gib"]
+            print(f"{name}: first update {wait:.0f} s after the start, peak memory {memory:.1f} GiB")
+    write()
     print(f"written: {args.output}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    try:
+        main(tyro.cli(Args))
+    except UsageError as error:
+        sys.exit(f"error: {error}")

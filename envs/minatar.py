@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from envs.protocol import EpisodeStats, Timestep
 
-TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends after 2,500
+TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends with step 2,501
 PACKAGES = ("pgx", "pgx_minatar")
 NEEDED = "needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both"
 
@@ -34,7 +34,8 @@ GAMES = {
     "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # no two objects are in one row
     "Breakout-MinAtar": Game("minatar-breakout", (0.0, 1.0)),
     "Freeway-MinAtar": Game("minatar-freeway", (0.0, 1.0)),
-    "Seaquest-MinAtar": Game("minatar-seaquest", (0.0, 11.0)),  # up to 9 for oxygen; two bullets fly at a time, here and below
+    # up to 9 for oxygen, or -1 where there is none; at most two bullets fly at a time, here and below
+    "Seaquest-MinAtar": Game("minatar-seaquest", (-1.0, 11.0)),
     "SpaceInvaders-MinAtar": Game("minatar-space_invaders", (0.0, 2.0)),
 }
 
@@ -82,7 +83,9 @@ class MinAtar:
         self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
 
     def _start(self, key: jax.Array) -> Any:
-        return jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))
+        game = jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))
+        # Asterix has an array of no elements, which nothing reads, and which no checkpoint could hold
+        return jax.tree.map(lambda x: x if x.size else jnp.zeros(self.num_envs, x.dtype), game)
 
     def reset(self) -> tuple[MinAtarState, UInt8[Array, "B 10 10 C"]]:
         """A new game in each environment."""

@@ -68,6 +68,9 @@ class Encoder(nn.Module):
 
     A categorical latent is read off them by a dense layer of logits: of each variable the likeliest class, with the gradient
     of the softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling).
+
+    Raises:
+        ValueError: observations have three axes, and are neither frames nor a grid.
     """
 
     activation: str = "relu"
@@ -78,12 +81,17 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
-        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, channels first, as emulators return them
+        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, as emulators return them
             x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
             x = activation(Conv(32, 8, 4)(x))
             x = activation(Conv(64, 4, 2)(x))
             x = activation(Conv(64, 3, 1)(x))
-        elif obs.ndim == 4:  # a grid of cells, channels last
+        elif obs.ndim == 4:  # a grid of cells
+            if min(obs.shape[1:3]) < 3 or max(obs.shape[1:3]) >= SMALLEST:
+                raise ValueError(
+                    f"observations of shape {obs.shape[1:]} are neither frames, [channels, height, width], of {SMALLEST} "
+                    f"pixels or more along each axis, nor a grid, [height, width, channels], of 3 to {SMALLEST - 1} cells"
+                )
             x = GridLayer(16, 3, activation)(obs.astype(jnp.float32))
             x = activation(dense(128)(x.reshape(x.shape[0], -1)))[:, None, None, :]
         else:

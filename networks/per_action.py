@@ -3,7 +3,7 @@
 Each sample gathers its action's kernels, and a few sums of products do the rest. Computing all A actions to select one would
 cost A times as much, in time and in memory.
 
-The convolutions are grouped, and the groups are the last axis of a map: channel k * GROUPS + g is the k-th of group g. They
+The convolutions are grouped, and the groups are the last axis of a map: channel k * G + g is the k-th of group g. They
 fill a vector register of a CPU, so that tiny products of kernels and pixels need neither batched matrix products, which are
 several times slower there, nor any rearrangement.
 """
@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 
 def groups(channels: int) -> int:
-    """How many groups a map's channels form in the last convolution of the transition: 16, as in the paper, of up to 4."""
+    """How many groups the channels of a latent form in the last convolution of the transition: 16, as in the paper, or more
+    where a group would have more than 4 of them."""
     return max(16, channels // 4)
 
 

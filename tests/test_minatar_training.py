@@ -1,6 +1,7 @@
 """All scripts and world models on MinAtar's games, and many runs in one program."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from benchmarks import seeds
 from benchmarks.throughput import WORLD_MODELS
 from envs.minatar import GAMES
 from envs.registry import make_env
-from utils.runs.flags import check_flags, make_args
+from utils.runs.flags import UsageError, check_flags, make_args
 
 SMALL = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128}
 
@@ -63,7 +64,8 @@ def test_every_world_model_runs(script, flags):
 def test_runs_in_one_program_are_those_of_the_script():
     """The same episodes and returns as one run after the other; those with another learning rate are others."""
     args = make_args(ppo.Args, env_id="Breakout-MinAtar", **SMALL)
-    returns, episodes = seeds.train(ppo, args, (1, 7), {"learning_rate": [args.learning_rate, 0.1]})
+    runs = [{"seed": seed, "learning_rate": rate} for rate in (args.learning_rate, 0.1) for seed in (1, 7)]
+    returns, episodes = seeds.train(ppo, args, runs)
     assert returns.shape == episodes.shape == (3, 4)
     logged = train(ppo, args, (1, 7))
     for i, metrics in enumerate((logged[:3], logged[3:])):
@@ -76,4 +78,57 @@ def test_rows_of_a_table_are_means_of_episodes():
     returns, episodes = np.array([2.0, np.nan, 5.0, 0.0]), np.array([3, 0, 1, 0])
     assert seeds.rows_of(returns, episodes, 100, 2) == [(200, 2.0, 3), (400, 5.0, 1)]
     assert seeds.rows_of(returns, episodes, 100, 1) == [(400, 2.75, 4)]
-    assert seeds.rows_of(returns[1:2], episodes[1:2], 100, 5) == []
+    assert seeds.rows_of(returns[1:2], episodes[1:2], 100, 5) == [(100, None, 0)]
+
+
+def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
+    """What it holds is not trained again, whatever else is asked for; its rows are kept."""
+    trained = []
+
+    def train(module, args, runs):
+        trained.append([(args.env_id, run["seed"], run["ent_coef"]) for run in runs])
+        seeds_of = np.array([[run["seed"] for run in runs]] * 6, float)
+        return seeds_of, np.ones_like(seeds_of, int)
+
+    monkeypatch.setattr(seeds, "train", train)
+    args = seeds.Args(
+        env_ids=("Breakout-MinAtar",), seeds=(3, 1), vary=("ent-coef", "0.1"), points=2, output=tmp_path / "t.csv"
+    )
+    seeds.main(args)
+    assert args.output.read_text().splitlines()[1:3] == [
+        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,24576,3.0000,3",
+        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,49152,3.0000,3",
+    ]
+    seeds.main(replace(args, env_ids=("Breakout-MinAtar", "Asterix-MinAtar"), seeds=(1, 2, 3), vary=("ent-coef", "0.1", "0.2")))
+    breakout, asterix = trained[1:]
+    assert breakout == [("Breakout-MinAtar", *x) for x in ((2, 0.1), (1, 0.2), (2, 0.2), (3, 0.2))] and len(asterix) == 6
+    assert len(args.output.read_text().splitlines()) == 1 + 2 * 12
+    assert "--ent-coef 0.1: 2.00 +- 1.00 (3 seeds)" in capsys.readouterr().out
+    seeds.main(args)
+    assert len(trained) == 3
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"vary": ("ent-coef",)}, "--vary ent-coef: needs values"),
+        ({"vary": ("max-grad-norm", "1")}, "--vary max-grad-norm: must be one of learning_rate, "),
+        ({"vary": ("ent-coef", "x")}, "must be numbers"),
+        ({"vary": ("learning-rate", "-1")}, "--learning-rate -1.0: must be positive"),
+        ({"seeds": ()}, "--seeds: name at least one"),
+        ({"seeds": (1, 2, 1)}, "names one twice"),
+        ({"seeds": (-1,)}, "--seed -1"),
+        ({"points": 0}, "--points 0"),
+        ({"flags": "--seed 3"}, "there is --seeds"),
+        ({"flags": "--env_id=Pong-v5"}, "there is --env-ids"),
+        ({"env_ids": ("Breakout-MinAtar", "Pong-v5")}, "--env-ids Pong-v5: its emulators"),
+        ({"env_ids": ("Brakout-MinAtar",)}, "did you mean Breakout-MinAtar"),
+        ({"output": Path("/no/such/folder/x.csv")}, "there is no folder"),
+        ({"output": Path(__file__)}, "a table of another kind"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(flags, words, monkeypatch):
+    monkeypatch.setattr(seeds, "train", None)
+    with pytest.raises(UsageError) as error:
+        seeds.main(seeds.Args(**flags))
+    assert words in str(error.value)

@@ -10,6 +10,8 @@ import pytest
 
 from envs import minatar
 from envs.minatar import GAMES, MinAtar
+from tests.states import same
+from utils.runs.checkpoints import begin_writing, find, load
 
 NAMES = {env_id: game.name.removeprefix("minatar-") for env_id, game in GAMES.items()}
 MINIMAL = {  # what the actions of each minimal set are called in the original
@@ -192,6 +194,23 @@ def test_enemy_bullets_that_leave_the_grid_stop_the_others_in_the_library():
         _, _, _, fields = step(fields, 0, drawn)
     assert game.e_bullets == [[8, 4, True]]
     assert fields["e_bullets"][:2].tolist() == [[-1, 3, 0], [6, 4, 1]]
+
+
+def test_surfacing_without_oxygen_costs_a_point_in_the_library():
+    """In the original the episode has ended before; the range of rewards is that of what is played."""
+    game = importlib.import_module("minatar.environments.seaquest").Env()
+    game.sub_y, game.surface, game.oxygen, game.diver_count = 1, False, -1, 6
+    fields, drawn = fields_of("seaquest", game), draws_of("seaquest", Before(game), [])
+    _, reward, terminal, _ = library_step("seaquest")(fields, 2, drawn)
+    assert terminal and reward == GAMES["Seaquest-MinAtar"].reward_range[0] == -1
+
+
+@pytest.mark.parametrize("env_id", GAMES)
+def test_a_checkpoint_holds_a_game(env_id, tmp_path):
+    state = MinAtar(env_id, 3, 0).reset()[0]
+    begin_writing(tmp_path / "state", {"state": state}, {})()
+    other = MinAtar(env_id, 3, 1).reset()[0]
+    assert same(load(find(tmp_path / "state"), {"state": other}), {"state": state})
 
 
 def play(env: MinAtar, policy: jax.Array, steps: int):

@@ -11,7 +11,7 @@ from scipy import special, stats
 
 from networks.convolution import conv2d
 from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
-from networks.per_action import GROUPS, of_action, outer_product, product, shift
+from networks.per_action import groups, of_action, outer_product, product, shift
 from networks.world_models import lipschitz as certified
 from networks.world_models import unconstrained
 from utils.distributions import (
@@ -28,6 +28,7 @@ from utils.distributions import (
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 
 KEY = jax.random.key(0)
+GROUPS = 16  # of the maps below
 
 
 def test_normal_against_scipy():
@@ -171,6 +172,7 @@ def grouped_conv(hidden, kernel):
 def all_actions_then_select(p, z, action, lipschitz, components):
     """Location and scale of the transition, every action's convolution computed in full, with its kernels written out."""
     num_actions, channels = p["bias"].shape[0], z.shape[-1]
+    assert groups(channels) == GROUPS
     if lipschitz:
         hidden = group_sort(LipschitzConv(2 * channels).apply({"params": p["hidden"]}, z))
         h, vertical, horizontal = orthogonal(p["dense"]), projection(p["vertical"]), projection(p["horizontal"])

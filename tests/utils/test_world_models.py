@@ -16,7 +16,7 @@ from scipy.spatial import distance
 import deep_mdp_ppo as deep_mdp
 import deep_spi
 from envs.atari import make_pool
-from networks.architectures import Encoder
+from networks.architectures import Encoder, make_encoder
 from networks.world_models import make_world_model, softmoe, transformer, unconstrained
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
@@ -288,6 +288,23 @@ def test_trains(env_id, flags):
 @pytest.mark.parametrize("flags", CONTINUOUS + CATEGORICAL, ids=name)
 def test_every_world_model_trains_on_pong(script, flags):
     train_a_little(script, "Pong-v5", flags)
+
+
+def test_the_encoder_is_chosen_by_the_shape_of_an_observation():
+    """Frames, grids, vectors; what is none of them is refused, not misread."""
+    encoder = make_encoder(deep_spi.Args())
+    shapes = {
+        (4, 84, 84): (7, 7, 64),
+        (1, 36, 40): (1, 1, 64),
+        (10, 10, 7): (1, 1, 128),
+        (5, 35, 3): (1, 1, 128),
+        (4,): (1, 1, 64),
+    }
+    for obs, z in shapes.items():
+        assert jax.eval_shape(lambda o: encoder.init_with_output(KEY, o)[0], jnp.zeros((2, *obs), jnp.uint8)).shape == (2, *z)
+    for obs in ((84, 84, 3), (1, 32, 32), (2, 10, 4)):
+        with pytest.raises(ValueError, match="neither frames"):
+            encoder.init(KEY, jnp.zeros((2, *obs), jnp.uint8))
 
 
 def test_squashed_rewards_stay_within_one():

@@ -71,7 +71,7 @@ def as_typed(name: str, *values: Any) -> str:
     """A flag as it is typed, with any of the values."""
     name = name.replace("_", "-")
     if isinstance(values[0], tuple):
-        return " ".join(map(str, (f"--{name}", *values[0])))
+        return " ".join(map(str, (f"--{name}", *(values[0] or ("(none)",)))))
     if isinstance(values[0], bool):
         return f"--{'' if values[0] else 'no-'}{name}"
     return f"--{name} {' or '.join(map(str, values))}"

@@ -1,7 +1,7 @@
 """A run's folder: where it is, whose it is, and run.json, which says how the run came about."""
 
+import contextlib
 import errno
-import importlib.util
 import json
 import os
 import platform
@@ -32,8 +32,11 @@ IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # of what `describe
 
 def versions() -> dict[str, str]:
     """Of Python, and of the packages that what is computed depends on, extras where they are installed."""
-    extras = [name for name in EXTRAS if importlib.util.find_spec(name.replace("-", "_"))]
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in (*PACKAGES, *extras)}
+    installed = {name: metadata.version(name) for name in PACKAGES}
+    for name in EXTRAS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return {"python": platform.python_version()} | installed
 
 
 def git_commit() -> dict[str, Any]:

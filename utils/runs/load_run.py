@@ -67,7 +67,10 @@ def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
     except ModuleNotFoundError:
         raise UsageError(f"{path}: was made by {saved.progress['script']}.py, which is not on Python's path") from None
     args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **flags)
-    env = make_env(args)
+    try:
+        env = make_env(args)
+    except ImportError as error:  # an extra
+        raise UsageError(f"{path}: {error}") from None
     agent = script.make_agent(args, env.num_actions)
     obs = jnp.zeros((1, *env.obs_spec.shape), env.obs_spec.dtype)
     params = jax.eval_shape(lambda key: script.init_params(key, agent, obs), jax.random.key(0))

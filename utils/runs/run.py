@@ -181,7 +181,7 @@ class Run:
             write_json(self.folder / folder.RECORD, self.record)
         own = own_defaults(self.args)
         if own:
-            self.said.append(f"defaults of environments like {self.args.env_id}: {' '.join(own)}")
+            self.said.append(f"defaults of environments like {self.args.env_id}: {', '.join(own)}")
         for line in self.said:
             print(line)
         left = self.num_iterations - self.iteration

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, get_type_hints
 
-from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed
+from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, make_args
 
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags that make something depend on how much of the run is left
 
@@ -17,7 +17,7 @@ def to_store(args: Any) -> dict[str, Any]:
 
 
 def from_store(args_type: type, stored: dict[str, Any]) -> Any:
-    """The flags that `to_store` stored; what was declared since has its default.
+    """The flags that `to_store` stored; what was declared since has its environment's default.
 
     Raises:
         UsageError: a stored flag is not declared.
@@ -27,7 +27,7 @@ def from_store(args_type: type, stored: dict[str, Any]) -> Any:
     if unknown:
         raise UsageError(f"the run was made with --{unknown[0].replace('_', '-')}, which there is no more: use its commit")
     several = {name for name, field in fields.items() if isinstance(field.default, tuple)}
-    return args_type(**{name: tuple(value) if name in several else value for name, value in stored.items()})
+    return make_args(args_type, **{name: tuple(value) if name in several else value for name, value in stored.items()})
 
 
 def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:

@@ -114,7 +114,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_pa
 @pytest.mark.parametrize(
     "script, flags, at",
     [
-        (ppo, [], 7),
+        (ppo, ["--env-id=Asterix-MinAtar"], 7),
         pytest.param(deep_spi, [], 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 1, marks=pytest.mark.slow),  # while the buffer is filled
