@@ -242,7 +242,7 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
 
     `needed` says with what they would be.
     """
-    default = defaults(type(args), args.env_id)
+    default = defaults(type(args), getattr(args, "env_id", ""))
     for flag in flags:
         value = getattr(args, flag)
         require(value == default[flag], f"{as_typed(flag, value)}: is read only with {needed}; leave it out")

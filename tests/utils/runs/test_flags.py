@@ -27,6 +27,7 @@ from utils.runs.flags import (
     make_args,
     own_defaults,
     parse_flags,
+    refuse_unread,
     require,
 )
 from utils.runs.launch import run_script
@@ -257,6 +258,16 @@ def test_an_environments_family_has_defaults_of_its_own():
     with pytest.raises(UsageError, match="--clip-reward-net-output: cannot predict the rewards of Seaquest-MinAtar"):
         check_flags(make_args(deep_spi.Args, env_id="Seaquest-MinAtar", clip_reward_net_output=True))
     check_flags(make_args(deep_spi.Args, env_id="Breakout-MinAtar", clip_reward_net_output=True))
+
+
+def test_flags_of_a_benchmark_without_an_environment_are_checked_too():
+    @dataclasses.dataclass
+    class Args:
+        size: int = 3
+
+    refuse_unread(Args(), ("size",), "--more")
+    with pytest.raises(UsageError, match="--size 4: is read only with --more; leave it out"):
+        refuse_unread(Args(size=4), ("size",), "--more")
 
 
 def test_without_the_extra_its_environments_are_refused(monkeypatch):
