@@ -17,6 +17,7 @@ from envs.atari import env_seeds
 from tests.commands import ROOT, run
 from utils.runs.flags import (
     Count,
+    Default,
     Needs,
     NotNegative,
     RunArgs,
@@ -31,6 +32,7 @@ from utils.runs.flags import (
     require,
 )
 from utils.runs.launch import run_script
+from utils.runs.stored_flags import from_store
 
 MISTAKES = [
     (["--env-id=Brakout-v5"], "--env-id", "Breakout-v5"),
@@ -258,6 +260,20 @@ def test_an_environments_family_has_defaults_of_its_own():
     with pytest.raises(UsageError, match="--clip-reward-net-output: cannot predict the rewards of Seaquest-MinAtar"):
         check_flags(make_args(deep_spi.Args, env_id="Seaquest-MinAtar", clip_reward_net_output=True))
     check_flags(make_args(deep_spi.Args, env_id="Breakout-MinAtar", clip_reward_net_output=True))
+
+
+def test_a_default_of_the_family_is_no_value_of_ones_own():
+    """Neither where nothing reads the flag, nor in a run that was stored before there was one."""
+
+    @dataclasses.dataclass
+    class Args(RunArgs):
+        width: Annotated[int, Default(minatar=3), Needs(track=True)] = 2
+
+    check_flags(make_args(Args, env_id="Breakout-MinAtar"))
+    for env_id, width in (("Breakout-MinAtar", 2), ("Pong-v5", 3)):
+        with pytest.raises(UsageError, match=f"--width {width}: is read only with --track"):
+            check_flags(Args(env_id=env_id, width=width))
+    assert from_store(Args, {"env_id": "Breakout-MinAtar"}).width == 3 and from_store(Args, {"env_id": "Pong-v5"}).width == 2
 
 
 def test_flags_of_a_benchmark_without_an_environment_are_checked_too():
