@@ -104,7 +104,7 @@ class MinAtar:
             return jnp.where(valid.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
 
         game = jax.tree.map(choose, stepped, self._start(draw_start))
-        reward = jnp.where(valid, game.rewards[:, 0], 0.0)
+        reward = game.rewards[:, 0]  # of a fresh game 0
         steps = jnp.where(valid, state.steps + 1, 0)
         terminated = game.terminated
         truncated = (steps == TIME_LIMIT) & ~terminated

@@ -273,6 +273,9 @@ def test_steps_follow_the_convention(env_id, monkeypatch):
     is_start = (after.obs[:, :, None] == starts).all(axis=(3, 4, 5)).any(axis=-1)
     assert is_start[~after.valid].all() and not is_start[over].any()
     assert not after.reward[~after.valid].any() and not over[~after.valid].any() and not last_action[~after.valid].any()
+    if env_id == "Breakout-MinAtar":  # each start is drawn anew
+        sides = [set(after.obs[~after.valid[:, b], b, 3, 0, 1]) for b in range(32)]
+        assert all(side == {0, 1} for side in sides)
     assert np.all(after.episode.episode_length[after.truncated] == 12) and np.array_equal(after.episode.finished, over)
 
 
