@@ -36,7 +36,7 @@ def train(script, args, run_seeds=(1,)):
     return logged
 
 
-QUICK = {(deep_spi, "Asterix-MinAtar"), (dream_spi, "Breakout-MinAtar")}
+QUICK = {(deep_spi, "Asterix-MinAtar")}
 
 
 @pytest.mark.parametrize(

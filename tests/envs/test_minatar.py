@@ -1,7 +1,7 @@
 """MinAtar's games: against the original in Python, and what we add."""
 
+import functools
 import importlib
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +114,7 @@ def stack(rows):
     return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
+@functools.cache
 def library_step(name: str):
     """The library's step from the original's state, by the given draws: what it returns, and the fields of the next state."""
     library = importlib.import_module(f"pgx_minatar.{name}")
@@ -125,7 +126,7 @@ def library_step(name: str):
         after = {field: getattr(state, f"_{field}") for field in fields}
         return library._observe(state), state.rewards[0], state.terminated, after
 
-    return step
+    return jax.jit(step)
 
 
 def rows_in_order(field: str, x: np.ndarray) -> np.ndarray:
@@ -223,7 +224,7 @@ def play(env: MinAtar, policy: jax.Array, steps: int):
         return (state, after.obs), (action, after, state.game._last_action)
 
     return jax.tree.map(
-        np.asarray, jax.jit(partial(jax.lax.scan, step))(env.reset(), jax.random.split(jax.random.key(1), steps))[1]
+        np.asarray, jax.jit(functools.partial(jax.lax.scan, step))(env.reset(), jax.random.split(jax.random.key(1), steps))[1]
     )
 
 
