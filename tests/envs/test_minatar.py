@@ -229,7 +229,14 @@ def play(env: MinAtar, policy: jax.Array, steps: int):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "steps"), [("Asterix-MinAtar", 1500), ("Breakout-MinAtar", 600), ("SpaceInvaders-MinAtar", 1500)]
+    ("env_id", "steps"),
+    [
+        ("Asterix-MinAtar", 1500),
+        ("Breakout-MinAtar", 600),
+        ("SpaceInvaders-MinAtar", 1500),
+        pytest.param("Seaquest-MinAtar", 1500, marks=pytest.mark.slow),
+        pytest.param("Freeway-MinAtar", 2501, marks=pytest.mark.slow),
+    ],
 )
 def test_returns_of_random_play_are_those_of_the_original(env_id, steps):
     """With sticky actions, ramp and starts: the mean return and length of the first episodes, within 3 standard errors."""
@@ -254,7 +261,7 @@ def test_returns_of_random_play_are_those_of_the_original(env_id, steps):
         theirs.append((total, length))
     theirs = np.array(theirs).T
     error = np.sqrt((ours.var(axis=1, ddof=1) + theirs.var(axis=1, ddof=1)) / episodes)
-    assert np.all(np.abs(ours.mean(axis=1) - theirs.mean(axis=1)) < 3 * error)
+    assert np.all(np.abs(ours.mean(axis=1) - theirs.mean(axis=1)) <= 3 * error)
 
 
 @pytest.mark.parametrize("env_id", ["Breakout-MinAtar", "Asterix-MinAtar"])
