@@ -170,36 +170,46 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     return planned
 
 
+def identity(args: Args, env_id: str, run: dict) -> tuple[str, ...]:
+    """What the first columns say in a run's rows."""
+    varied = [as_typed(name, value) for name, value in run.items() if name != "seed"]
+    return args.script, env_id, " ".join(filter(None, (args.flags, *varied))), str(run["seed"])
+
+
+def columns_of(row: dict[str, str]) -> tuple[str, ...]:
+    """The same of a row."""
+    return tuple(row[name] for name in COLUMNS[:4])
+
+
+def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
+    """Mean and deviation, over these runs, of the return of the last stretch of each in which an episode ended."""
+    ended = [row for row in rows if columns_of(row) in runs and row["episodic_return"]]
+    last = list({columns_of(row): float(row["episodic_return"]) for row in ended}.values())
+    if not last:
+        return "no episode has ended"
+    spread = f" +- {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
+    return f"{np.mean(last):.2f}{spread} ({len(last)} seeds)"
+
+
 def main(args: Args) -> None:
     """Trains what the table lacks, and adds it."""
     module, planned, rows = SCRIPTS[args.script], plan(args), read_table(args.output)
     print(describe_device())
     for env_id, (flags, runs) in planned.items():
-
-        def identity(run, env_id=env_id):
-            varied = [as_typed(name, value) for name, value in run.items() if name != "seed"]
-            said = " ".join(filter(None, (args.flags, *varied)))
-            return {"script": args.script, "env_id": env_id, "flags": said, "seed": str(run["seed"])}
-
-        done = {tuple(row[name] for name in COLUMNS[:4]) for row in rows}
-        missing = [run for run in runs if tuple(identity(run).values()) not in done]
+        done = {columns_of(row) for row in rows}
+        missing = [run for run in runs if identity(args, env_id, run) not in done]
         if missing:
             returns, episodes = train(module, flags, missing)
             for i, run in enumerate(missing):
+                first = dict(zip(COLUMNS, identity(args, env_id, run), strict=False))
                 for step, mean, count in rows_of(returns[:, i], episodes[:, i], flags.num_envs * flags.num_steps, args.points):
-                    said = "" if mean is None else f"{mean:.4f}"
-                    rows.append(identity(run) | {"step": step, "episodic_return": said, "episodes": count})
+                    mean = "" if mean is None else f"{mean:.4f}"
+                    rows.append(first | {"step": step, "episodic_return": mean, "episodes": count})
             write_table(args.output, rows)
         print(f"{env_id}: {len(runs) - len(missing)} runs were there, {len(missing)} added; mean return of the last episodes:")
-        for said in dict.fromkeys(identity(run)["flags"] for run in runs):
-            mine = {identity(run)["seed"]: identity(run) for run in runs if identity(run)["flags"] == said}
-            last = {}
-            for row in rows:
-                if mine.get(row["seed"], {}).items() <= row.items() and row["seed"] in mine and row["episodic_return"]:
-                    last[row["seed"]] = float(row["episodic_return"])
-            spread = f" +- {np.std(list(last.values()), ddof=1):.2f}" if len(last) > 1 else ""
-            mean = f"{np.mean(list(last.values())):.2f}{spread}" if last else "no episode has ended"
-            print(f"  {said or 'defaults'}: {mean} ({len(last)} seeds)", flush=True)
+        asked = [identity(args, env_id, run) for run in runs]
+        for said in dict.fromkeys(said for _, _, said, _ in asked):
+            print(f"  {said or 'defaults'}: {summary(rows, {run for run in asked if run[2] == said})}", flush=True)
 
 
 if __name__ == "__main__":
