@@ -29,6 +29,7 @@ import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
+from utils.runs.checkpoints import INCOMPLETE  # noqa: E402
 from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
@@ -125,7 +126,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """All rows, or after a fault those that were there."""
-    incomplete = path.with_name(path.name + ".incomplete")
+    incomplete = path.with_name(path.name + INCOMPLETE)
     with incomplete.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

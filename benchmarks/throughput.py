@@ -234,9 +234,10 @@ def main(args: Args) -> None:
     product = jax.jit(lambda a: a @ a)
     shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
     shape = {name: value for name, value in shape.items() if value is not None}
-    for env_id in args.env_ids:
-        check_flags(make_args(ppo.Args, env_id=env_id, **shape))
-    alone = {env_id: Alone(make_args(ppo.Args, env_id=env_id, **shape)) for env_id in args.env_ids}
+    flags_of = {env_id: make_args(ppo.Args, env_id=env_id, **shape) for env_id in args.env_ids}
+    for flags in flags_of.values():
+        check_flags(flags)
+    alone = {env_id: Alone(flags) for env_id, flags in flags_of.items()}
     if args.world_models:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
     else:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
-from envs.protocol import EpisodeStats, Timestep
+from envs.protocol import EpisodeStats, Timestep, own_seed
 
 ENV_ID = "ConfoundingGridworld-v0"
 ACTIONS = ("up", "down", "left", "right")
@@ -164,8 +164,7 @@ class ConfoundingGridworld:
         self.reward_range = (float(self.model.reward.min()), float(self.model.reward.max()))
         self.frames = frames(self.model)
         self.obs_spec = jax.ShapeDtypeStruct(self.frames.shape[1:], self.frames.dtype)
-        # a seed of its own, or the environment's numbers would be those that the script draws from the same seed
-        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.seed = own_seed(seed)
 
     def render(self, cell: Int[Array, " B"]) -> Num[Array, "B *obs"]:
         """The observations of agents in the given cells, 1 x 84 x 84 bytes each."""

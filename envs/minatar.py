@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
-from envs.protocol import EpisodeStats, Timestep
+from envs.protocol import EpisodeStats, Timestep, own_seed
 
 TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends with step 2,501
 PACKAGES = ("pgx", "pgx_minatar")
@@ -79,8 +78,7 @@ class MinAtar:
         self.game = pgx.make(name)
         self.num_actions = self.game.num_actions
         self.obs_spec = jax.ShapeDtypeStruct(self.game.observation_shape, jnp.uint8)
-        # a seed of its own, or the games' numbers would be those that the script draws from the same seed
-        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.seed = own_seed(seed)
 
     def _start(self, key: jax.Array) -> Any:
         game = jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+
+def own_seed(seed: int) -> int:
+    """A seed for an environment in JAX: with the run's own, its numbers would be those that the script draws from that."""
+    return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
 class EpisodeStats(NamedTuple):
