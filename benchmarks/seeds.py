@@ -78,7 +78,7 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
     def iterate(state, varied):
         state, metrics = module.train_iteration(state, env, agent, optimizer, replace(args, **varied))
-        return state, (metrics["charts/episodic_return"], metrics["episodes"])
+        return state, (metrics["charts/episodic_return"], metrics["charts/episodes"])
 
     iteration = jax.jit(jax.vmap(iterate), donate_argnums=0)
     start = time.perf_counter()

@@ -439,7 +439,7 @@ def test_learns_a_probe_of_known_value(script):
     obs = env.reset()[1]
     _, value = agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs))
     assert_allclose(value, 1.0, atol=0.15)
-    assert history[0]["episodes"] == 16 * 4  # each episode is a step and a dummy step
+    assert history[0]["charts/episodes"] == 16 * 4  # each episode is a step and a dummy step
     assert history[0]["charts/episodic_length"] == 1
 
 
@@ -457,7 +457,7 @@ def test_ppo_solves_cartpole():
         minibatch_by="transition",
     )  # fmt: skip
     _, history = learn(ppo, make_pool("CartPole-v1", 8, 1), args, 80)
-    returns = [h["charts/episodic_return"] for h in history if h["episodes"] > 0]
+    returns = [h["charts/episodic_return"] for h in history if h["charts/episodes"] > 0]
     assert returns[0] < 60
     assert max(np.convolve(returns, np.ones(3) / 3, "valid")) > 400
 

@@ -69,7 +69,7 @@ def test_runs_in_one_program_are_those_of_the_script():
     assert returns.shape == episodes.shape == (3, 4)
     logged = train(ppo, args, (1, 7))
     for i, metrics in enumerate((logged[:3], logged[3:])):
-        np.testing.assert_array_equal(episodes[:, i], [row["episodes"] for row in metrics])
+        np.testing.assert_array_equal(episodes[:, i], [row["charts/episodes"] for row in metrics])
         np.testing.assert_allclose(returns[:, i], [row["charts/episodic_return"] for row in metrics], rtol=1e-5)
     assert np.any(episodes[:, :2] != episodes[:, 2:]) and np.any(episodes[:, 0] != episodes[:, 1])
 

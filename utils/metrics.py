@@ -35,7 +35,7 @@ def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], en
     return env.exact_metrics(policy) | explained_variance(advantages, advantages + steps.value[:-1], steps.valid) | {
         "charts/episodic_return": masked_mean(episode.episode_return, episode.to_count()),
         "charts/episodic_length": masked_mean(episode.episode_length, episode.to_count()),
-        "episodes": jnp.sum(episode.to_count()),
+        "charts/episodes": jnp.sum(episode.to_count()),
     }  # fmt: skip
 
 

@@ -79,5 +79,5 @@ def test_mean_returns_are_of_the_episodes_that_count():
     rollout = SimpleNamespace(episode=stacked, value=jnp.zeros((5, 2)), valid=flags)
     env = SimpleNamespace(exact_metrics=lambda _: {})
     found = rollout_metrics(None, rollout, jnp.ones((4, 2)), env, None)
-    assert float(found["episodes"]) == 1 and float(found["charts/episodic_return"]) == 10.0  # two steps of 5
+    assert float(found["charts/episodes"]) == 1 and float(found["charts/episodic_return"]) == 10.0  # two steps of 5
     assert float(found["charts/episodic_length"]) == 2.0

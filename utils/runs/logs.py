@@ -250,7 +250,7 @@ class Logger:
         self.elapsed += now - self.last
         self.last = now
 
-        episodes = metrics.pop("episodes")
+        episodes = metrics["charts/episodes"]
         self.episodes.append((episodes, metrics["charts/episodic_return"]))
         if episodes == 0:
             del metrics["charts/episodic_return"], metrics["charts/episodic_length"]

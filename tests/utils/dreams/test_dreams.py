@@ -427,7 +427,7 @@ def test_prefill_fills_the_buffer_and_learns_nothing():
     after, metrics = jax.jit(partial(dream_spi.prefill_iteration, env=env, agent=agent, args=args))(state)
     jax.tree.map(assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
     assert after.iteration == 1 and after.replay.current_index == args.num_steps
-    assert metrics["episodes"] > 0 and not any(name.startswith(("losses/policy", "dreams/")) for name in metrics)
+    assert metrics["charts/episodes"] > 0 and not any(name.startswith(("losses/policy", "dreams/")) for name in metrics)
 
 
 @pytest.mark.parametrize("off_policy", ["vtrace", pytest.param("clipped_ratio", marks=pytest.mark.slow)])

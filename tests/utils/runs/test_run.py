@@ -64,7 +64,7 @@ def metrics(value, episodes=0.0):
     return {
         "losses/policy_loss": jnp.asarray(value),
         "charts/learning_rate": jnp.asarray(1e-3),
-        "episodes": jnp.asarray(episodes),
+        "charts/episodes": jnp.asarray(episodes),
         "charts/episodic_return": jnp.asarray(value),
         "charts/episodic_length": jnp.asarray(value),
     }
@@ -219,7 +219,7 @@ import jax.numpy as jnp
 from tests.utils.runs.test_run import STATE, unsaved
 from utils.runs.run import Run
 value = jnp.asarray(1.0)
-names = ["losses/policy_loss", "charts/learning_rate", "charts/episodic_return", "charts/episodic_length", "episodes"]
+names = ["losses/policy_loss", "charts/learning_rate", "charts/episodic_return", "charts/episodic_length", "charts/episodes"]
 with Run(unsaved(track=True, total_timesteps=20, seed=5, logdir=sys.argv[1], **eval(sys.argv[2])), "test", 10) as run:
     for _ in range(2):
         run.log(STATE, dict.fromkeys(names, value) | {"charts/picture": jnp.zeros((4, 4), jnp.uint8)})
