@@ -1,5 +1,6 @@
 """envpool's environments (Atari, and the small classic ones that tests use) as pure, jittable steps."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -16,9 +17,10 @@ from envs.protocol import EpisodeStats, Timestep
 CLASSIC = {"Acrobot-v1": (-1.0, 0.0), "CartPole-v1": (0.0, 1.0), "Catch-v0": (-1.0, 1.0)}  # and the range of their rewards
 
 
-def atari_ids() -> list[str]:
+@functools.cache
+def atari_ids() -> tuple[str, ...]:
     """The ids of envpool's Atari games with pixels."""
-    return sorted(env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari")
+    return tuple(sorted(env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"))
 
 
 def env_seeds(seed: int, num_envs: int, iteration: int = 0) -> list[int]:

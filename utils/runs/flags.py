@@ -15,11 +15,13 @@ What concerns several flags stands in a method `check` of the class that declare
 
 import dataclasses
 import difflib
+import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
@@ -248,7 +250,8 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
         require(value == default[flag], f"{as_typed(flag, value)}: is read only with {needed}; leave it out")
 
 
-def defaults(args_type: type, env_id: str) -> dict[str, Any]:
+@functools.cache
+def defaults(args_type: type, env_id: str) -> Mapping[str, Any]:
     """What each flag is if it is not given, in that environment."""
     values = {field.name: field.default for field in dataclasses.fields(args_type)} | {"env_id": env_id}
     kind = family(env_id)
@@ -256,7 +259,7 @@ def defaults(args_type: type, env_id: str) -> dict[str, Any]:
         for said in annotations_of(hint):
             if isinstance(said, Default) and kind in said.families:
                 values[name] = said.families[kind]
-    return values
+    return MappingProxyType(values)
 
 
 def make_args(args_type: type, **flags: Any) -> Any:

@@ -134,7 +134,7 @@ def claim(folder: Path) -> filelock.BaseFileLock:
     # not a file that only says by being there that somebody has it: it would outlive a process that is killed
     lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False, preserve_lock_file=True)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=1.0)  # whoever looks whether it is taken holds it for a moment
     except filelock.Timeout:
         try:
             whose = (folder / OWNER).read_text()

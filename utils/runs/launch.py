@@ -28,25 +28,30 @@ class RunIsFinished(Exception):
 
 
 def run_script(main: Callable, args_type: type) -> None:
-    """Parses the command line and runs `main`. What goes wrong for a reason that is not the code's ends in one line.
+    """Parses the command line and runs a script's `main`; see `run_main`."""
+    run_main(lambda: main(parse_flags(args_type)))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Runs it. What goes wrong for a reason that is not the code's ends in one line.
 
     Exit codes: 0 also where the run was finished before; 2 for a mistake of the user's; 128 and the signal's number where one
     asked it to stop (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 1 for the rest.
     """
     try:
-        main(parse_flags(args_type))
+        main()
     except UsageError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except RunIsFinished as finished:
         print(finished)
     except NotFinite as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except KeyboardInterrupt as stop:
         sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except MemoryError:
-        _fail(OUT_OF_MEMORY, 1)
+        fail(OUT_OF_MEMORY, 1)
     except OSError as error:  # a full disk, a folder that cannot be written
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -59,7 +64,8 @@ def run_script(main: Callable, args_type: type) -> None:
                 signal.signal(s, signal.SIG_IGN)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the process with an error, in one line."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

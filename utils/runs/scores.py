@@ -40,6 +40,11 @@ def _table(name: str) -> dict[str, dict[str, str]]:
         return {row["game"]: row for row in csv.DictReader(f)}
 
 
+def ale57() -> list[str]:
+    """The 57 games."""
+    return list(_table("ale57_scores.csv"))
+
+
 @functools.cache
 def reference(env_id: str, stochastic: bool = False) -> Reference | None:
     """The reference scores of an environment id such as `Breakout-v5`; None for a game of which no human score is known, and

@@ -1,0 +1,1 @@
+"""A study: many runs, launched and compared."""

@@ -1,0 +1,81 @@
+"""About how long a study takes, and how much disk."""
+
+import dataclasses
+import importlib
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from envs.registry import family, make_env
+from utils.runs.flags import parse_flags
+from utils.runs.folder import ROOT
+from utils.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
+
+MEASURED = ("docs/throughput.json", "docs/throughput_minatar.json")
+LOG_BYTES = (
+    1_700  # of an update, in metrics.jsonl and TensorBoard's file: 206 KiB of 122 updates of Deep SPI on MinAtar's Breakout
+)
+
+
+def _published(runs: list[PlannedRun]) -> tuple[dict[tuple[str, str], float], str]:
+    """Steps per second as the project's own benchmarks made them, of the environment or another of its family; and where."""
+    rate, machines = {}, []
+    for name in MEASURED:
+        measured = json.loads((ROOT / name).read_text())
+        machines.append(f"{measured['cpus']} CPU cores, {name}")
+        for setting in measured["settings"]:
+            script, env_id, *more = setting["setting"].split()
+            if len(more) == 2:  # the number of actions, and no flag
+                rate.setdefault((script, env_id), setting["steps_per_second"])
+    found = {}
+    for run in runs:
+        script = Path(run.command[1]).stem
+        own = {"deep_mdp_ppo": "deep_mdp", "ppo_atari_envpool_xla_jax_scan": "ppo"}.get(script, script)
+        near = [v for (s, e), v in rate.items() if s == own and (e == run.env_id or family(e) == family(run.env_id))]
+        if near:
+            found[run.script, run.env_id] = rate.get((own, run.env_id), near[0])
+    return found, "; ".join(machines)
+
+
+def disk_bytes(run: PlannedRun) -> int:
+    """Of the folder of a finished run: checkpoints (without environments and a replay buffer), the model, and the logs."""
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and no GPU's memory taken
+    script = importlib.import_module(Path(run.command[1]).stem)
+    args = parse_flags(script.Args, run.command[2:])
+    env = make_env(dataclasses.replace(args, num_envs=1))  # 128 emulators take a while, and are not saved
+    agent = script.make_agent(args, env.num_actions)
+    state = jax.eval_shape(partial(script.init_state, args, env, agent, script.make_optimizer(args)))
+    state = state._replace(env_state=None, obs=None)
+    if hasattr(state, "replay"):
+        state = state._replace(replay=None)
+    size = lambda tree: sum(int(np.prod(x.shape)) * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))  # noqa: E731
+    updates = run.steps // (args.num_envs * args.num_steps)
+    return size(state) * args.keep_checkpoints + size(state.params) * args.save_model + updates * LOG_BYTES
+
+
+def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
+    """Lines that say so, with where the numbers are from."""
+    states: dict[str, Progress] = {run.name: state_of(logdir, run) for run in runs}
+    finished = sum(state.kind == "finished" for state in states.values())
+    sizes = {}  # one environment of a family stands for the others
+    for run in runs:
+        key = run.script, family(run.env_id)
+        if key not in sizes:
+            sizes[key] = disk_bytes(run)
+    total = sum(sizes[run.script, family(run.env_id)] for run in runs)
+    published, where = _published(runs)
+    own = rates(runs, states)
+    seconds = seconds_left(runs, states, published | own)
+    source = "the runs there are" if own else f"the speeds in {where}"
+    time = "unknown" if seconds is None else f"about {seconds / 3600:,.1f} hours one after the other (by {source})"
+    if seconds is not None and together > 1:
+        time += f", {seconds / 3600 / min(together, len(runs)):,.1f} with {together} at a time if none slows another"
+    return [
+        f"{len(runs)} runs, {finished} of them finished; {sum(run.steps for run in runs):,} steps in all",
+        f"time left: {time}",
+        f"disk: about {tqdm.format_sizeof(total, 'B', 1024)}",
+    ]

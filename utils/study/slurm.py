@@ -1,0 +1,72 @@
+"""Runs of a study as an array of SLURM jobs, which SLURM alone schedules, requeues and ends."""
+
+import shlex
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from utils.runs.flags import UsageError, require
+from utils.runs.folder import ROOT
+from utils.study.grid import LOGS, PlannedRun, log_path, state_of
+
+JOBS = "slurm"  # the folder in a study's that has a list of runs for each array submitted
+
+
+def _ask(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    require(done.returncode == 0, f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}")
+    return done.stdout
+
+
+def queued(logdir: Path) -> set[str]:
+    """The names of the runs that SLURM has not ended: they wait, or a job works at them.
+
+    Raises:
+        UsageError: it does not answer.
+    """
+    lists = {path.stem: path.read_text().splitlines() for path in (logdir / JOBS).glob("*.txt")}
+    names = set()
+    for line in _ask("squeue", "--me", "--noheader", "--array", "--format=%j %K").splitlines() if lists else []:
+        job, _, index = line.strip().rpartition(" ")
+        if job in lists and index.isdecimal():
+            names.add(lists[job][int(index) - 1].partition("\t")[0])
+    return names
+
+
+def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[str | None, int, int]:
+    """Submits an array with a job for each run that is neither finished nor in the queue.
+
+    Args:
+        logdir: the folder of the study, which all nodes see.
+        runs: of the study.
+        script: the batch script; it is called with the list of runs, and the folder for what they print.
+
+    Returns:
+        The id of the array (None if there is nothing to do), how many jobs it has, and how many runs were in the queue.
+
+    Raises:
+        UsageError: there is no SLURM, or it refuses the job.
+    """
+    require(
+        shutil.which("sbatch") is not None, "--slurm: there is no sbatch on this machine; launch it without, or on a login node"
+    )
+    require(script.is_file(), f"--slurm-script {script}: no such file")
+    states = {run.name: state_of(logdir, run).kind for run in runs}
+    waiting = queued(logdir)
+    wanted = [run for run in runs if run.name not in waiting and states[run.name] not in ("finished", "running")]
+    if not wanted:
+        return None, 0, len(waiting)
+    stamp = f"{logdir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    listed = logdir / JOBS / f"{stamp}.txt"
+    listed.parent.mkdir(exist_ok=True)
+    (logdir / LOGS).mkdir(exist_ok=True)
+    listed.write_text("".join(f"{run.name}\t{shlex.join(run.command)}\n" for run in wanted))
+    words = ["sbatch", "--parsable", f"--job-name={stamp}", f"--array=1-{len(wanted)}", f"--chdir={ROOT}"]
+    words += [f"--output={logdir / LOGS / '%x-%a.slurm'}", str(script), str(listed), str(log_path(logdir, "NAME").parent)]
+    try:
+        job = _ask(*words).strip().partition(";")[0]
+    except UsageError:
+        listed.unlink()
+        raise
+    return job, len(wanted), len(waiting)
