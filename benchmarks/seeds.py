@@ -9,7 +9,7 @@ the episodes that ended there. It is written after each environment; typed again
 """
 
 import csv
-import os
+import io
 import shlex
 import sys
 import time
@@ -25,16 +25,16 @@ import tyro
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import deep_mdp_ppo as deep_mdp  # noqa: E402
+import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from utils.runs.checkpoints import INCOMPLETE  # noqa: E402
+from utils.runs.checkpoints import write_whole  # noqa: E402
 from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
+from utils.study.records import COLUMNS  # noqa: E402
 
-SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi}
-COLUMNS = ("script", "env_id", "flags", "seed", "step", "episodic_return", "episodes")
+SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
 # what an update reads as a number wherever it reads it, so that it may differ between the runs of one program
 VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef")
 
@@ -43,7 +43,7 @@ VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "
 class Args:
     """Flags of the runs."""
 
-    script: Literal["ppo", "deep_mdp", "deep_spi"] = "ppo"
+    script: Literal["ppo", "deep_mdp_ppo", "deep_spi"] = "ppo"
     """what trains"""
     env_ids: tuple[str, ...] = ("Breakout-MinAtar",)
     """the environments, one program each"""
@@ -126,12 +126,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """All rows, or after a fault those that were there."""
-    incomplete = path.with_name(path.name + INCOMPLETE)
-    with incomplete.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(incomplete, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
@@ -203,7 +202,9 @@ def main(args: Args) -> None:
             returns, episodes = train(module, flags, missing)
             for i, run in enumerate(missing):
                 first = dict(zip(COLUMNS, identity(args, env_id, run), strict=False))
-                for step, mean, count in rows_of(returns[:, i], episodes[:, i], flags.num_envs * flags.num_steps, args.points):
+                batch = flags.num_envs * flags.num_steps
+                first["planned_steps"] = len(returns) * batch
+                for step, mean, count in rows_of(returns[:, i], episodes[:, i], batch, args.points):
                     mean = "" if mean is None else f"{mean:.4f}"
                     rows.append(first | {"step": step, "episodic_return": mean, "episodes": count})
             write_table(args.output, rows)

@@ -45,15 +45,24 @@ class Damaged(Exception):
     """Something of a checkpoint is missing, or is not what was written. The text says what."""
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes the file anew, or leaves the old one as it was."""
     partial = path.with_name(path.name + INCOMPLETE)
-    with open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     _to_disk(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the value as JSON, likewise."""
+    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def structure(trees: Trees) -> dict[str, str]:

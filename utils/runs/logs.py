@@ -28,7 +28,7 @@ from utils.guarantees import monitor
 from utils.histograms import EDGES
 from utils.occasionally import only_measured
 from utils.runs import scores
-from utils.runs.checkpoints import INCOMPLETE
+from utils.runs.checkpoints import write_whole
 from utils.runs.flags import RunArgs
 
 METRICS = "metrics.jsonl"
@@ -151,9 +151,7 @@ def cut_back(folder: Path, step: int) -> int:
     rows = _steps(folder)
     kept = [line for line, of in rows if of is not None and of <= step]
     if len(kept) < len(rows):
-        partial = folder / (METRICS + INCOMPLETE)
-        partial.write_bytes(b"".join(kept))
-        os.replace(partial, folder / METRICS)
+        write_whole(folder / METRICS, b"".join(kept))
     return len(kept)
 
 

@@ -1,0 +1,149 @@
+"""Algorithms x games x seeds, side by side: what is missing, scores on a common scale, and aggregates of them."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from utils.runs.flags import require
+from utils.runs.scores import reference
+from utils.study import aggregates
+from utils.study.records import RunRecord, final_score, labels
+
+FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # algorithms in the order of figures and tables
+Scale = Literal["human", "baseline", "min-max"]
+SCALES = {
+    "human": "0 is random play, 1 a human's score",
+    "baseline": "relative improvement on the published PPO: (score - baseline) / |baseline|",
+    "min-max": "of each game 0 is the lowest score of the runs compared, 1 the highest",
+}
+
+
+class Comparison(NamedTuple):
+    """All runs to compare.
+
+    Attributes:
+        algorithms: names, in the order of figures.
+        env_ids: the games.
+        seeds: all that any algorithm has.
+        runs: by algorithm and game, by seed.
+        missing: a line for each run that is not there, or not finished.
+    """
+
+    algorithms: list[str]
+    env_ids: list[str]
+    seeds: list[int]
+    runs: dict[tuple[str, str], list[RunRecord]]
+    missing: list[str]
+
+
+def compare(runs: list[RunRecord]) -> Comparison:
+    """Sorts runs, and finds what is missing in the grid of all their algorithms, games and seeds.
+
+    Raises:
+        UsageError: there are no runs, or two are the same.
+    """
+    require(len(runs) > 0, "no run can be read; name folders of runs, of studies, or tables of them")
+    names = labels(runs)
+    rank = lambda name: (FIRST.index(name.split()[0]) if name.split()[0] in FIRST else len(FIRST), name)  # noqa: E731
+    algorithms = sorted(set(names), key=rank)
+    env_ids, seeds = sorted({run.env_id for run in runs}), sorted({run.seed for run in runs})
+    found, missing = {}, []
+    for env_id in env_ids:
+        for name in algorithms:
+            own = {run.seed: run for n, run in zip(names, runs, strict=True) if (n, run.env_id) == (name, env_id)}
+            found[name, env_id] = [own[seed] for seed in sorted(own)]
+            for seed in seeds:
+                if seed not in own:
+                    missing.append(f"{name}, {env_id}, seed {seed}: there is no run")
+                elif own[seed].reached < own[seed].planned:
+                    at = f"is at {own[seed].reached:,} of {own[seed].planned:,} steps"
+                    missing.append(f"{name}, {env_id}, seed {seed}: {at}")
+    return Comparison(algorithms, env_ids, seeds, found, missing)
+
+
+def usual_scale(comparison: Comparison) -> Scale:
+    """The scale if none is asked for: human play where it is known of all games."""
+    return "human" if all(reference(env_id) for env_id in comparison.env_ids) else "min-max"
+
+
+def raw_scores(comparison: Comparison, last: float) -> dict[tuple[str, str], np.ndarray]:
+    """The final score of each run, by algorithm and game."""
+    return {key: np.array([final_score(run, last) for run in runs]) for key, runs in comparison.runs.items()}
+
+
+def normalised(
+    comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale, stochastic: bool = False
+) -> dict[str, list[np.ndarray]]:
+    """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games that all
+    algorithms have runs of.
+
+    Raises:
+        UsageError: the scale is not known of a game, or there is no such game.
+    """
+    env_ids = [env_id for env_id in comparison.env_ids if all(len(raw[name, env_id]) for name in comparison.algorithms)]
+    require(len(env_ids) > 0, "there is no game of which all algorithms have runs: nothing can be aggregated")
+    scores = {name: [] for name in comparison.algorithms}
+    for env_id in env_ids:
+        known = reference(env_id, stochastic)
+        every = np.concatenate([raw[name, env_id] for name in comparison.algorithms])
+        low, width = every.min(), np.ptp(every) or 1.0
+        if scale == "human":
+            require(known is not None, f"--scale human: there is no human score of {env_id}; say --scale min-max")
+            convert = known.human_normalized
+        elif scale == "baseline":
+            require(
+                known is not None and bool(known.baseline), f"--scale baseline: there is none of {env_id}; say --scale min-max"
+            )
+            convert = known.relative_improvement
+        else:
+            convert = lambda score, low=low, width=width: (score - low) / width  # noqa: E731
+        for name in comparison.algorithms:
+            scores[name].append(np.array([convert(score) for score in raw[name, env_id]]))
+    return scores
+
+
+class Aggregates(NamedTuple):
+    """Statistics of scores over games: for each of `statistics` and each algorithm the value and the ends of its interval; the
+    share of runs above each threshold, likewise; and how probably each algorithm improves on the first one."""
+
+    statistics: dict[str, dict[str, tuple[float, float, float]]]
+    thresholds: np.ndarray
+    profiles: dict[str, np.ndarray]  # [3, K]
+    improvement: dict[str, tuple[float, float, float]]
+
+
+def aggregate(scores: dict[str, list[np.ndarray]], scale: Scale, against: str, seed: int) -> Aggregates:
+    """All statistics, each with an interval from `aggregates.RESAMPLINGS` resamplings by a generator with that seed."""
+    target = 0.0 if scale == "baseline" else 1.0
+    functions = dict(aggregates.AGGREGATES)
+    functions["optimality gap"] = lambda x: aggregates.optimality_gap(x, target)
+    rng = np.random.default_rng(seed)
+    drawn = {name: aggregates.resample(x, rng) for name, x in scores.items()}
+    ends = [np.concatenate(x) for x in scores.values()]
+    thresholds = np.linspace(min(0.0, min(x.min() for x in ends)), max(x.max() for x in ends), 101)
+
+    def both(value, resampled):
+        low, high = aggregates.interval(resampled)
+        return float(value), float(low), float(high)
+
+    return Aggregates(
+        {what: {name: both(f(scores[name]), f(drawn[name])) for name in scores} for what, f in functions.items()},
+        thresholds,
+        {
+            name: np.stack(
+                [
+                    aggregates.performance_profile(x, thresholds),
+                    *aggregates.interval(aggregates.performance_profile(drawn[name], thresholds)),
+                ]
+            )
+            for name, x in scores.items()
+        },
+        {
+            name: both(
+                aggregates.probability_of_improvement(x, scores[against]),
+                aggregates.probability_of_improvement(drawn[name], drawn[against]),
+            )
+            for name, x in scores.items()
+            if name != against
+        },
+    )

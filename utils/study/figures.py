@@ -1,0 +1,161 @@
+"""Figures of a comparison: drawn onto axes, and written as PNG or as SVG for a page."""
+
+import io
+from collections.abc import Callable
+from html import escape
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+from scipy import stats
+
+from utils.study.aggregates import CONFIDENCE
+from utils.study.comparison import Aggregates, Comparison
+from utils.study.records import stretches
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # on white and on black
+WARNING = "#dc2626"
+INK = "#010203"  # in an SVG it becomes the colour of the text around it
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deep-spi",  # the same figure is the same bytes
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+Draw = Callable[[Axes], None]
+
+
+def colour(comparison: Comparison, name: str) -> str:
+    """Of an algorithm, the same in all figures."""
+    return COLOURS[comparison.algorithms.index(name) % len(COLOURS)]
+
+
+def dashes(comparison: Comparison, name: str) -> str:
+    """Where there are more algorithms than colours, what else tells their lines apart."""
+    return ("-", "--", ":")[comparison.algorithms.index(name) // len(COLOURS) % 3]
+
+
+def mean_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over runs of [runs, K], and half the width of its interval (Student's t; NaN for a single one), [K] each."""
+    n = len(values)
+    if n < 2:
+        return values[0], np.full(values.shape[1], np.nan)
+    factor = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) / np.sqrt(n)
+    return values.mean(axis=0), factor * values.std(axis=0, ddof=1)
+
+
+def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str) -> Draw:
+    """Learning curves of all algorithms in one game, each as far as all its runs have come."""
+
+    def draw(axes):
+        whole = max(run.planned for name in comparison.algorithms for run in comparison.runs[name, env_id])
+        for name in comparison.algorithms:
+            runs = [stretches(run, points, whole) for run in comparison.runs[name, env_id]]
+            if not runs:
+                continue
+            shortest = min(runs, key=lambda run: len(run.step))
+            values = np.stack([run.value[: len(shortest.step)] for run in runs])
+            mean, half = mean_curve(values)
+            shade = colour(comparison, name)
+            axes.plot(shortest.step, mean, dashes(comparison, name), color=shade, linewidth=1.5)
+            axes.fill_between(shortest.step, mean - half, mean + half, color=shade, alpha=0.2, linewidth=0)
+        axes.set(title=env_id, xlabel="environment steps", ylabel=name_of_value)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.25)
+
+    return draw
+
+
+def intervals(
+    comparison: Comparison, values: dict[str, tuple[float, float, float]], title: str, line: float | None = None
+) -> Draw:
+    """A bar from end to end of each algorithm's interval, and its value."""
+
+    def draw(axes):
+        axes.use_sticky_edges = False  # what lies at the edge is seen
+        for row, (name, (value, low, high)) in enumerate(values.items()):
+            axes.barh(row, max(high - low, 0.0), left=low, height=0.6, color=colour(comparison, name), alpha=0.35)
+            axes.plot([value, value], [row - 0.3, row + 0.3], color=colour(comparison, name), linewidth=2.5)
+        if line is not None:
+            axes.axvline(line, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_yticks([])
+        axes.invert_yaxis()
+        axes.set(title=title)
+        axes.grid(alpha=0.25, axis="x")
+
+    return draw
+
+
+def profiles(comparison: Comparison, found: Aggregates, xlabel: str) -> Draw:
+    """The share of runs above each score."""
+
+    def draw(axes):
+        for name, (value, low, high) in found.profiles.items():
+            shade = colour(comparison, name)
+            axes.plot(found.thresholds, value, dashes(comparison, name), color=shade, linewidth=1.5)
+            axes.fill_between(found.thresholds, low, high, color=shade, alpha=0.2, linewidth=0)
+        axes.set(title="performance profile", xlabel=xlabel, ylabel="share of runs above")
+        axes.grid(alpha=0.25)
+
+    return draw
+
+
+def _figure(draws: list[Draw], size: tuple[float, float], columns: int, note: str, extra: float = 0.0) -> Figure:
+    rows = -(-len(draws) // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.25 * bool(note) + extra))
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for draw in draws:
+        draw(next(axes))
+    for empty in axes:
+        empty.set_axis_off()
+    if note:
+        figure.suptitle(note, color=WARNING, fontsize=9)
+    return figure
+
+
+def png(comparison: Comparison, draws: list[Draw], size: tuple[float, float], columns: int, note: str = "") -> bytes:
+    """The drawings beside and below each other, each of that size in inches, above a legend."""
+    columns = min(columns, len(draws))
+    longest = max(len(name) for name in comparison.algorithms)
+    beside = max(1, min(len(comparison.algorithms), int(size[0] * columns * 11 / (longest + 8))))
+    with matplotlib.rc_context(STYLE):
+        lines = -(-len(comparison.algorithms) // beside)
+        figure = _figure(draws, size, columns, note, 0.22 * lines + 0.1)
+        handles = [
+            Line2D([], [], color=colour(comparison, name), linestyle=dashes(comparison, name), label=name, linewidth=2.5)
+            for name in comparison.algorithms
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=beside)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    return out.getvalue()
+
+
+def svg(draw: Draw, size: tuple[float, float], label: str, note: str = "") -> str:
+    """One drawing, to stand in a page: as wide as there is room, in the colour of the text."""
+    with matplotlib.rc_context(STYLE):
+        out = io.StringIO()
+        figure = _figure([draw], size, 1, note)
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+
+
+def legend(comparison: Comparison) -> str:
+    """The legend of all drawings of a page."""
+    styles = {"-": "solid", "--": "dashed", ":": "dotted"}
+    lines = {name: f"{styles[dashes(comparison, name)]} {colour(comparison, name)}" for name in comparison.algorithms}
+    return "".join(f'<span><i style="border-top: 4px {line}"></i>{escape(name)}</span>' for name, line in lines.items())

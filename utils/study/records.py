@@ -1,0 +1,243 @@
+"""What runs have scored, read from their folders, from tables made of such folders before, or from Weights & Biases."""
+
+import csv
+import dataclasses
+import importlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from utils.runs.checkpoints import write_whole
+from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, defaults, require
+from utils.runs.folder import RECORD, read_record
+from utils.runs.logs import METRICS
+from utils.study.grid import LOGS, SHORT
+
+COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
+OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics that are means of as many episodes as are logged
+WANDB = "wandb:"
+
+
+class RunRecord(NamedTuple):
+    """What a run has scored. `source` names it in messages; `flags` are those that are not the defaults, as typed."""
+
+    source: str
+    script: str
+    env_id: str
+    flags: str
+    seed: int
+    planned: int  # steps that it makes when it is finished
+    step: Int[np.ndarray, " K"]  # after each update, or stretch of some
+    value: Float[np.ndarray, " K"]  # mean of what ended there; NaN where nothing did
+    weight: Float[np.ndarray, " K"]  # of how many episodes
+
+    @property
+    def reached(self) -> int:
+        """Its last step."""
+        return int(self.step[-1])
+
+
+class Reading(NamedTuple):
+    """Runs, and a line for everything that was left out or was not whole."""
+
+    runs: list[RunRecord]
+    problems: list[str]
+
+
+def typed_flags(script: str, flags: dict[str, Any]) -> str:
+    """The flags of a run that are not the defaults of its environment and matter to what it computes, as typed; all that are
+    known, if its script is not here any more."""
+    try:
+        args_type = importlib.import_module(script).Args
+    except ImportError:
+        return ""
+    default, hints = defaults(args_type, flags["env_id"]), get_type_hints(args_type, include_extras=True)
+    said = []
+    for field in dataclasses.fields(args_type):
+        name, value = field.name, flags.get(field.name)
+        if name in ("env_id", "seed") or name.startswith("wandb_") or name not in flags:
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if value != default[name] and MAY_CHANGE not in annotations_of(hints[name]):
+            said.append(as_typed(name, value))
+    return " ".join(said)
+
+
+def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple]) -> RunRecord:
+    batch = flags["num_envs"] * flags["num_steps"]
+    planned = flags["total_timesteps"] // batch * batch
+    step, value, weight = (np.array(column, float) for column in zip(*rows, strict=True))
+    name = SHORT.get(script, script)
+    typed = typed_flags(script, flags)
+    return RunRecord(source, name, flags["env_id"], typed, flags["seed"], planned, step.astype(int), value, weight)
+
+
+def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
+    """A run from its folder, and what is wrong with it; None if nothing can be read there."""
+    record = read_record(path)
+    if record is None:
+        return None, [f"{path}: {RECORD} is missing or damaged: left out"]
+    try:
+        lines = (path / METRICS).read_bytes().splitlines()
+    except OSError as error:
+        return None, [f"{path}: {METRICS} cannot be read ({error.strerror}): left out"]
+    rows, bad = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            value = row.get(metric)
+            weight = row.get("charts/episodes", 1.0) if metric in OF_EPISODES else 1.0
+            rows.append((int(row["step"]), np.nan if value is None else float(value), 0.0 if value is None else float(weight)))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            bad += 1
+    problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged: left out"] * (bad > 0)
+    if not any(weight > 0 for *_, weight in rows):
+        return None, [*problems, f"{path}: {METRICS} has no {metric} yet: left out"]
+    rows = sorted({row[0]: row for row in rows}.values())
+    return _record(str(path), record["script"], record["flags"], rows), problems
+
+
+def read_table(path: Path) -> list[RunRecord]:
+    """The runs of a table that `write_table`, or benchmarks/seeds.py, has written.
+
+    Raises:
+        UsageError: it is no such table.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: is no table of runs ({error})") from None
+    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    require(not lacking, f"{path}: is no table of runs (no column {', '.join(lacking)})")
+    runs: dict[tuple[str, ...], list[tuple]] = {}
+    for number, row in enumerate(rows, 2):
+        key = tuple(row[name] for name in COLUMNS[:5])
+        try:
+            value = float(row["episodic_return"]) if row["episodic_return"] else np.nan
+            runs.setdefault(key, []).append((int(row["step"]), value, float(row["episodes"] or 0)))
+            int(row["seed"]), int(row["planned_steps"])
+        except (ValueError, TypeError):
+            raise UsageError(f"{path}: line {number} is damaged; remove it, or make the table anew") from None
+    found = []
+    for (script, env_id, flags, seed, planned), points in runs.items():
+        step, value, weight = (np.array(column, float) for column in zip(*sorted(points), strict=True))
+        source = f"{path}: {script} {env_id} {seed}"
+        found.append(RunRecord(source, script, env_id, flags, int(seed), int(planned), step.astype(int), value, weight))
+    return found
+
+
+def read_wandb(project: str, metric: str) -> Reading:
+    """The runs of a Weights & Biases project, `entity/project`.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    import wandb
+
+    found, problems = [], []
+    try:
+        for run in wandb.Api().runs(project):
+            flags, script = dict(run.config), run.config.get("script")
+            rows = [
+                (row["global_step"], row[metric], row["charts/episodes"] if metric in OF_EPISODES else 1.0)
+                for row in run.scan_history(keys=["global_step", metric, "charts/episodes"])
+            ]
+            if script is None or not rows:
+                problems.append(f"{WANDB}{project}/{run.id}: has no script in its config, or no {metric}: left out")
+            else:
+                found.append(_record(f"{WANDB}{project}/{run.id}", script, flags, sorted(rows)))
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise UsageError(f"{WANDB}{project}: cannot be read ({' '.join(str(error).split())}); see `wandb login`") from None
+    return Reading(found, problems)
+
+
+def read_runs(sources: Iterable[str], metric: str) -> Reading:
+    """All runs of the sources: folders of runs, or of studies; tables (.csv); projects of W&B (`wandb:entity/project`).
+
+    Raises:
+        UsageError: a source is none of these, or two runs are the same.
+    """
+    runs, problems = [], []
+    for source in sources:
+        path = Path(source).expanduser()
+        if source.startswith(WANDB):
+            found = read_wandb(source.removeprefix(WANDB), metric)
+            runs, problems = runs + found.runs, problems + found.problems
+        elif path.is_file():
+            runs += read_table(path)
+        elif path.is_dir():
+            of_run = any((path / name).exists() for name in (RECORD, METRICS))
+            folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, "slurm"))
+            require(len(folders) > 0, f"{path}: holds no folders of runs")
+            for one in folders:
+                run, wrong = read_folder(one, metric)
+                runs, problems = runs + [run] * (run is not None), problems + wrong
+        else:
+            raise UsageError(f"{source}: there is no such folder or table")
+    return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems)
+
+
+def labels(runs: list[RunRecord]) -> list[str]:
+    """The name of each run's algorithm: its script, with those flags in which the runs of that script differ.
+
+    Raises:
+        UsageError: two runs have the same name, environment and seed.
+    """
+    words = [set(re.split(r" (?=--)", run.flags)) - {""} for run in runs]
+    common = {
+        run.script: set.intersection(*(w for w, r in zip(words, runs, strict=True) if r.script == run.script)) for run in runs
+    }
+    names = []
+    for run, own in zip(runs, words, strict=True):
+        more = [word for word in re.split(r" (?=--)", run.flags) if word in own - common[run.script]]
+        names.append(" ".join([run.script, *more]))
+    counted = Counter((name, run.env_id, run.seed) for name, run in zip(names, runs, strict=True))
+    for (name, env_id, seed), number in counted.items():
+        if number > 1:
+            same = [run.source for n, run in zip(names, runs, strict=True) if (n, run.env_id, run.seed) == (name, env_id, seed)]
+            raise UsageError(f"{' and '.join(same)} are the same: {name} on {env_id}, seed {seed}; name one of them")
+    return names
+
+
+def stretches(run: RunRecord, points: int, whole: int | None = None) -> RunRecord:
+    """The run in stretches of equal length, `points` in a run of `whole` steps (if not given, as planned): the mean over the
+    episodes that ended in each. The last one may not be complete."""
+    edges = np.ceil(np.arange(1, points + 1) * (whole or run.planned) / points).astype(int)
+    index = np.searchsorted(edges, run.step)  # edges[i - 1] < step <= edges[i]
+    index = np.minimum(index, points - 1)
+    number = int(index.max()) + 1
+    weight = np.bincount(index, run.weight, number)
+    total = np.bincount(index, np.where(run.weight > 0, np.nan_to_num(run.value), 0.0) * run.weight, number)
+    value = np.divide(total, weight, out=np.full(number, np.nan), where=weight > 0)
+    step = np.minimum(edges[:number], max(run.reached, 1))
+    return run._replace(step=step, value=value, weight=weight)
+
+
+def final_score(run: RunRecord, last: float) -> float:
+    """Mean over the episodes that ended in the last part of a run, a share of its planned steps; where none ended there, of the
+    last row in which one did."""
+    inside = (run.step > run.reached - last * run.planned) & (run.weight > 0)
+    if not inside.any():
+        inside = np.arange(len(run.step)) == np.flatnonzero(run.weight > 0)[-1]
+    return float(np.average(run.value[inside], weights=run.weight[inside]))
+
+
+def write_table(path: Path, runs: list[RunRecord]) -> None:
+    """Writes a row for each of the runs' stretches; or after a fault leaves what was there."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in runs:
+        first = (run.script, run.env_id, run.flags, run.seed, run.planned)
+        for step, value, weight in zip(run.step, run.value, run.weight, strict=True):
+            writer.writerow((*first, step, f"{value:.6g}" if weight > 0 else "", f"{weight:.6g}"))
+    write_whole(path, text.getvalue().encode())
