@@ -469,7 +469,7 @@ def main(args: Args) -> None:
     prefill = jit(partial(prefill_iteration, env=env, agent=agent, args=args))
     train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
     with run:
-        state = run.restore(init_state(args, env, agent, optimizers), env)
+        state = run.restore(init_state(args, env, agent, optimizers), env, agent)
         state = replay.go_on(state, prefill, run.iteration, env, args)
         for k in range(run.iteration, run.num_iterations):
             state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)

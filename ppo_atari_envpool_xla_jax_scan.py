@@ -381,7 +381,7 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(args)
     iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)
     with run:
-        state = run.restore(init_state(args, env, agent, optimizer), env)
+        state = run.restore(init_state(args, env, agent, optimizer), env, agent)
         for _ in range(run.iteration, run.num_iterations):
             state, metrics = iteration(state)
             run.log(state, metrics)

@@ -76,7 +76,8 @@ class Pool:
     ):
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on the precision of bounds
             seeds = env_seeds(seed, num_envs, iteration)
-            self.pool = envpool.make(env_id, env_type="gymnasium", num_envs=num_envs, seed=seeds, **options)
+            kept = {"env_type": "gymnasium", "num_envs": num_envs, "seed": seeds, "render_mode": "rgb_array"}
+            self.pool = envpool.make(env_id, **kept, **options)
             _ = self.pool.observation_space  # made on first use, and kept
         self.num_envs, self.reward_range, self.midway = num_envs, reward_range, iteration > 0
         # of the arrays, for a Gymnasium space would warn of its bounds
@@ -125,6 +126,14 @@ class Pool:
         timestep = Timestep(obs, reward, terminated, truncated, valid, episode)
         return PoolState(handle, terminated | truncated, episode), timestep
 
+    def render(self, state: PoolState) -> UInt8[np.ndarray, "H W 3"]:
+        """The emulator's own picture of the first environment, of Atari 210 x 160.
+
+        Raises:
+            RuntimeError: it draws none (Catch-v0).
+        """
+        return self.pool.render(env_ids=[0])[0]
+
     def exact_metrics(self, policy: Callable) -> dict[str, Array]:
         """Nothing: an emulator's dynamics are not known."""
         return {}
@@ -138,6 +147,7 @@ def make_pool(
     stochastic: bool = False,
     stepping: Literal["auto", "xla", "callback"] = "auto",
     iteration: int = 0,
+    full_action_space: bool = False,
 ) -> Pool:
     """A pool of environments.
 
@@ -150,6 +160,7 @@ def make_pool(
             start a game (instead of 0 and 30).
         stepping: see `Pool`.
         iteration: of the run when these environments start: see `env_seeds`, and `EpisodeStats.to_count`.
+        full_action_space: all 18 actions of Atari, not only those that do something in the game.
 
     Raises:
         ValueError: the id is not known.
@@ -161,5 +172,18 @@ def make_pool(
         raise ValueError(f"unknown environment {env_id!r}")
     protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
     reward_range = (-1.0, 1.0) if reward_clip else (-np.inf, np.inf)
-    options = protocol | {"episodic_life": True, "reward_clip": reward_clip}
+    options = protocol | {"episodic_life": True, "reward_clip": reward_clip, "full_action_space": full_action_space}
     return Pool(env_id, num_envs, seed, reward_range, stepping, iteration, **options)
+
+
+def make_machado_pool(env_id: str, num_envs: int, seed: int, stepping: Literal["auto", "xla", "callback"] = "auto") -> Pool:
+    """A pool of Atari games as Machado et al. (2018, arXiv 1709.06009) evaluate: actions are repeated with probability 0.25,
+    all 18 of them can be chosen, and lives are not known of: neither does losing one end an episode, nor is fire pressed for
+    the agent after it. (Theirs end after 5 minutes and skip 5 frames; as is usual since, ours end after 30 and skip 4.)
+
+    Args:
+        env_id, num_envs, seed, stepping: as for `make_pool`.
+    """
+    options = {"repeat_action_probability": 0.25, "full_action_space": True, "episodic_life": False, "reward_clip": False}
+    options |= {"noop_max": 1, "use_fire_reset": False}
+    return Pool(env_id, num_envs, seed, (-np.inf, np.inf), stepping, **options)

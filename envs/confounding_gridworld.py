@@ -138,6 +138,11 @@ def frames(model: Model) -> UInt8[np.ndarray, "S 1 84 84"]:
     return drawn[:, None, rows[:, None], cols]
 
 
+def enlarged(frame: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "5*H 5*W 3"]:
+    """A grey frame in the size and the colours of a picture."""
+    return np.repeat(np.kron(frame, np.ones((5, 5), np.uint8))[..., None], 3, axis=-1)
+
+
 class GridState(NamedTuple):
     """Where each of B agents is."""
 
@@ -166,8 +171,8 @@ class ConfoundingGridworld:
         self.obs_spec = jax.ShapeDtypeStruct(self.frames.shape[1:], self.frames.dtype)
         self.seed = own_seed(seed)
 
-    def render(self, cell: Int[Array, " B"]) -> Num[Array, "B *obs"]:
-        """The observations of agents in the given cells, 1 x 84 x 84 bytes each."""
+    def observe(self, cell: Int[Array, " B"]) -> Num[Array, "B *obs"]:
+        """What agents in the given cells observe, 1 x 84 x 84 bytes each."""
         return jnp.asarray(self.frames)[cell]
 
     def reset(self) -> tuple[GridState, Num[Array, "B *obs"]]:
@@ -180,7 +185,7 @@ class ConfoundingGridworld:
             jax.random.key(self.seed),
             EpisodeStats.zeros(self.num_envs),
         )
-        return state, self.render(cell)
+        return state, self.observe(cell)
 
     def step(self, state: GridState, action: Int[Array, " B"]) -> tuple[GridState, Timestep]:
         """One step of every agent; see `envs.protocol.Timestep`."""
@@ -193,8 +198,12 @@ class ConfoundingGridworld:
         terminated = jnp.asarray(self.model.terminal)[cell]
         truncated = (steps == TIME_LIMIT) & ~terminated
         episode = state.episode.update(reward, valid, terminated | truncated)
-        timestep = Timestep(self.render(cell), reward, terminated, truncated, valid, episode)
+        timestep = Timestep(self.observe(cell), reward, terminated, truncated, valid, episode)
         return GridState(cell, steps, terminated | truncated, key, episode), timestep
+
+    def render(self, state: GridState) -> UInt8[np.ndarray, "H W 3"]:
+        """The frame of the first agent in grey."""
+        return enlarged(self.frames[int(state.cell[0]), 0])
 
     def exact_metrics(
         self, policy: Callable[[Num[Array, "S *obs"]], tuple[Float[Array, "S *z"], Float[Array, "S A"]]]
@@ -258,7 +267,7 @@ class GymConfoundingGridworld(gymnasium.Env):
     def render(self) -> UInt8[np.ndarray, "H W 3"] | str | None:
         """The frame in grey, five times as large; or the letters of the grid, with A for the agent."""
         if self.render_mode == "rgb_array":
-            return np.repeat(np.kron(self.frames[self.cell, 0], np.ones((5, 5), np.uint8))[..., None], 3, axis=-1)
+            return enlarged(self.frames[self.cell, 0])
         if self.render_mode == "ansi":
             row, col = self.model.coordinates[self.cell]
             rows = list(self.model.grid)

@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
 from envs.protocol import EpisodeStats, Timestep, own_seed
 
+CELL_PIXELS = 16
+COLOURS = np.array([
+    (0, 0, 0), (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+    (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
+], np.uint8)  # fmt: skip
 TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends with step 2,501
 PACKAGES = ("pgx", "pgx_minatar")
 NEEDED = "needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both"
@@ -109,6 +115,12 @@ class MinAtar:
         episode = state.episode.update(reward, valid, terminated | truncated)
         timestep = Timestep(game.observation.astype(jnp.uint8), reward, terminated, truncated, valid, episode)
         return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
+
+    def render(self, state: MinAtarState) -> UInt8[np.ndarray, "160 160 3"]:
+        """The grid of the first game: a colour for each kind of object, later kinds above earlier ones."""
+        maps = np.asarray(state.game.observation[0], bool)  # [10, 10, C]
+        kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last kind; 0 of none
+        return COLOURS[kind].repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
 
     def exact_metrics(self, policy: Callable) -> dict[str, Array]:
         """Nothing: a game's dynamics are a program, not a table."""

@@ -67,7 +67,8 @@ class Timestep(NamedTuple):
 
 @runtime_checkable
 class Env(Protocol):
-    """B environments that step together."""
+    """B environments that step together. One that is to be filmed has a method `render` besides, which takes the state and
+    returns what a person sees of the first environment, UInt8[np.ndarray, "H W 3"] on the host."""
 
     num_envs: int
     num_actions: int

@@ -38,4 +38,5 @@ def make_env(args: Any, iteration: int = 0) -> Env:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
     if args.env_id in MINATAR:
         return MinAtar(args.env_id, args.num_envs, args.seed)
-    return make_pool(args.env_id, args.num_envs, args.seed, args.reward_clip, args.stochastic_env, args.env_step, iteration)
+    start = args.env_id, args.num_envs, args.seed
+    return make_pool(*start, args.reward_clip, args.stochastic_env, args.env_step, iteration, args.full_action_space)

@@ -97,6 +97,7 @@ Switch = Annotated[bool, MAY_CHANGE]
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
 POOL = Needs("an environment of envpool's", lambda args: family(args.env_id) in ("atari", "classic"))
+DRAWN = Needs("an environment that has pictures", lambda args: args.env_id != "Catch-v0")
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
 LAYERS = Needs("dense layers, which --fc-layers names", lambda args: len(args.fc_layers) > 0)
@@ -114,6 +115,8 @@ class RunArgs:
     """Atari: train on the sign of the rewards (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
     """Atari: the stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
+    full_action_space: Annotated[bool, ATARI] = False
+    """Atari: choose among all 18 actions, not only those that do something in the game"""
     env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"
     """how the compiled program steps envpool: xla, within it; callback, through Python, the same transitions a little slower;
     auto takes xla where envpool offers it (Linux)"""
@@ -148,6 +151,10 @@ class RunArgs:
     """log norm and histogram of each layer's gradient, means over an update's minibatches, before clipping"""
     track_every: Annotated[Count, WATCHED] = 100
     """updates from one such measurement to the next"""
+    capture_video: Annotated[bool, MAY_CHANGE, DRAWN] = False
+    """film a game now and then, into the folder's videos/ and with --track to W&B: MP4 (uv run --extra video ...), else GIFs"""
+    video_every: Annotated[Steps, MAY_CHANGE, Needs(capture_video=True)] = 1_000_000
+    """steps from one video to the next; there is always one at the end"""
     track: Switch = False
     """log to Weights & Biases as well (WANDB_MODE=offline keeps it on this machine)"""
     wandb_project_name: Annotated[str | None, TRACKED] = None

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +45,32 @@ def find_params(path: Path) -> Saved:
     return max(found, key=lambda saved: saved.progress["step"])
 
 
+class LoadedRun(NamedTuple):
+    """What a run left behind: the script's `Params` and `Agent`, environments as it had them, started anew, the flags, and what
+    the model or checkpoint says of itself (`name`, `algorithm`, `script`, `seed`, `step` and others)."""
+
+    params: Any
+    agent: Any
+    env: Env
+    args: Any
+    progress: dict[str, Any]
+
+
 def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
-    """Parameters, networks and environments of a run.
+    """Parameters, networks and environments of a run: the first three of `read_run`, whose arguments and errors it has.
+
+    z = agent.encoder.apply(params.encoder, obs)
+    logits, value = agent.actor_critic.apply(params.actor_critic, z, obs)
+    """
+    return read_run(path, **flags)[:3]
+
+
+def read_run(path: str | Path, **flags: Any) -> LoadedRun:
+    """All there is of a run.
 
     Args:
         path: of a run's folder: its final model, or if it has none its last checkpoint; or of one checkpoint.
         flags: in the place of the run's own, such as `num_envs=1` or `seed=100`.
-
-    Returns:
-        The script's `Params` and `Agent`, and environments as the run had them, started anew:
-
-            z = agent.encoder.apply(params.encoder, obs)
-            logits, value = agent.actor_critic.apply(params.actor_critic, z, obs)
 
     Raises:
         UsageError: nothing can be loaded from there, or not by this code.
@@ -75,6 +89,6 @@ def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
     obs = jnp.zeros((1, *env.obs_spec.shape), env.obs_spec.dtype)
     params = jax.eval_shape(lambda key: script.init_params(key, agent, obs), jax.random.key(0))
     try:
-        return load(saved, {"params": params})["params"], agent, env
+        return LoadedRun(load(saved, {"params": params})["params"], agent, env, args, saved.progress)
     except Damaged as error:
         raise UsageError(f"{saved.path}: cannot be read ({error}); name another checkpoint") from None

@@ -4,7 +4,7 @@
     env = make_env(args, run.iteration)
     ...
     with run:
-        state = run.restore(init_state(...), env)
+        state = run.restore(init_state(...), env, agent)
         for _ in range(run.iteration, run.num_iterations):
             state, metrics = train_iteration(state)
             run.log(state, metrics)
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from utils.evaluation.camera import Camera
 from utils.histograms import statistics
 from utils.runs import folder
 from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
@@ -79,7 +80,7 @@ class Run:
         self.num_iterations = args.total_timesteps // steps_per_iteration
         self.saves_replay = getattr(args, "save_replay", False)  # not every script has a buffer
         self.iteration, self.saved, self.damaged, self.said = 0, None, {}, []
-        self.lock, self.made, self.complete = None, False, False
+        self.lock, self.made, self.complete, self.camera = None, False, False, None
         self.folder, named = folder.locate(args, algorithm)
         self.checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, args.keep_checkpoints)
         self.new = folder.is_new(self.folder) or (args.resume == "never" and args.run_name is None)
@@ -277,16 +278,19 @@ class Run:
             if last is not None:
                 print(f"to go on from step {last:,}: {folder.command_to_resume(self.args, self.folder)}", flush=True)
 
-    def restore(self, state: Any, env: Any) -> Any:
+    def restore(self, state: Any, env: Any, agent: Any = None) -> Any:
         """The state to go on from: the given one, of a run that starts, with what the checkpoint holds in its place.
 
         Args:
             state: a script's, with fields `params`, `opt_state`, `env_state`, `obs` and others.
             env: its environments; if they are not `saveable`, they start anew.
+            agent: its networks, which `--capture-video` plays with.
 
         Raises:
             UsageError: the checkpoint is not of this code.
         """
+        if self.args.capture_video:
+            self.camera = Camera(self.args, agent, self.folder)
         self.left_out = {} if env.saveable else {"env_state": None, "obs": None}
         if hasattr(state, REFILLED) and not self.saves_replay:
             self.left_out[REFILLED] = None
@@ -337,6 +341,15 @@ class Run:
                 self.next_save = time.monotonic() + self.args.save_every
             if stop and not last:
                 raise Interrupted(stop)
+        step = self.iteration * self.steps_per_iteration
+        if self.camera is not None and self.camera.is_due(step, self.steps_per_iteration, last):
+            self._film(state.params, step)
+
+    def _film(self, params: Any, step: int) -> None:
+        path, episodic_return = self.camera.take(params, step)
+        self.logger.say(f"video: {path} (return {'-' if episodic_return is None else f'{episodic_return:g}'})")
+        if self.wandb is not None:
+            self.wandb.log_video(step, path)
 
     def _check(self, bad: list[str]) -> bool:
         """Whether the update that was written last has finite results; an error if it has not, and that is to stop the run."""

@@ -91,8 +91,20 @@ class WandbRun:
             self.run.log(metrics | images | counted | {"global_step": step}, step=step)
             self.logged_to = step
         except Exception as error:  # of whatever kind: training goes on without W&B
-            self.failed = True
-            self.say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file and metrics.jsonl go on ***")
+            self._give_up(error)
+
+    def log_video(self, step: int, path: Path) -> None:
+        """Logs a video file, as `log` does; the numbers of its step may be there already."""
+        if self.failed or step < self.logged_to:
+            return
+        try:
+            self.run.log({"video": self.wandb.Video(str(path)), "global_step": step}, step=step)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.failed = True
+        self.say(f"*** W&B takes no more ({one_line(error)}); TensorBoard's file and metrics.jsonl go on ***")
 
     def finish(self, exit_code: int) -> None:
         """Tells W&B how the run ended, and says what is left to upload."""

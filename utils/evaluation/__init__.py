@@ -1,0 +1,1 @@
+"""Playing with what was trained: scores of whole games, and videos."""

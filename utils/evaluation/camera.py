@@ -1,0 +1,51 @@
+"""Videos of a policy while it is trained."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from envs.registry import make_env
+from utils.evaluation.play import Film, policy_of
+from utils.evaluation.video import has_ffmpeg, write_video
+
+MOST_FRAMES = 3_000  # of a video: 200 seconds
+VIDEOS = "videos"
+
+
+class Camera:
+    """Films a game every so many steps. It has an environment and random numbers of its own: training goes on as without it.
+
+    Args:
+        args: flags of a run.
+        agent: the networks of its script.
+        folder: the run's.
+    """
+
+    def __init__(self, args: Any, agent: Any, folder: Path):
+        self.args, self.agent, self.folder = args, agent, folder / VIDEOS
+        self.film = None
+
+    def is_due(self, step: int, steps_per_iteration: int, last: bool) -> bool:
+        """Whether a game is to be filmed after the update that ended with that step."""
+        return last or step // self.args.video_every > (step - steps_per_iteration) // self.args.video_every
+
+    def take(self, params: Any, step: int) -> tuple[Path, float | None]:
+        """Films a game of the policy with these parameters. Returns the file, and the return of the game; None where the game
+        was longer than the video.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        seed = int(np.random.SeedSequence([self.args.seed, step]).generate_state(1)[0])
+        if self.film is None:  # one environment, whose games follow each other, and one compilation
+            env = make_env(dataclasses.replace(self.args, num_envs=1, seed=seed))
+            self.film = Film(env, lambda params, obs: policy_of(params, self.agent)(obs))
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{step:012d}.{'mp4' if has_ffmpeg() else 'gif'}"
+        with contextlib.closing(self.film.frames(params, jax.random.key(seed), MOST_FRAMES)) as frames:
+            write_video(path, frames)
+        return path, self.film.game and self.film.game.episodic_return
