@@ -34,8 +34,8 @@ class Args:
     """Flags of the study."""
 
     scripts: tuple[str, ...] = ("ppo", "deep_mdp_ppo", "deep_spi")
-    """what trains: ppo, deep_mdp_ppo, deep_spi, dream_spi, or a script of your own beside them; with flags of its own in
-    quotes, "deep_spi --transition-loss-coef 1e-3"; the same script may be there several times with others"""
+    """what trains: ppo, deep_mdp_ppo, deep_spi, dream_spi, or a script of your own; with flags of its own in quotes,
+    "deep_spi --transition-loss-coef 1e-3"; the same script may be there several times with others"""
     env_ids: tuple[str, ...] = ("Breakout-v5",)
     """environments: ids, or ale57, minatar, gridworld"""
     num_seeds: int = 3

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import envpool
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +19,8 @@ CLASSIC = {"Acrobot-v1": (-1.0, 0.0), "CartPole-v1": (0.0, 1.0), "Catch-v0": (-1
 @functools.cache
 def atari_ids() -> tuple[str, ...]:
     """The ids of envpool's Atari games with pixels."""
+    import envpool  # here and below, because that takes seconds, which other environments need not wait for
+
     return tuple(sorted(env_id for env_id, spec in envpool.registration.registry.specs.items() if spec[0] == "envpool.atari"))
 
 
@@ -74,6 +75,8 @@ class Pool:
         iteration: int = 0,
         **options,
     ):
+        import envpool
+
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # on the precision of bounds
             seeds = env_seeds(seed, num_envs, iteration)
             kept = {"env_type": "gymnasium", "num_envs": num_envs, "seed": seeds, "render_mode": "rgb_array"}

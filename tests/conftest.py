@@ -6,7 +6,7 @@ import signal
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["envs", "networks", "utils.dreams", "utils.guarantees"]
+CHECKED = ["envs", "networks", "utils.dreams", "utils.evaluation", "utils.guarantees", "utils.study"]
 MODULES = ("distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
 CHECKED += [f"utils.{name}" for name in MODULES]
 install_import_hook(CHECKED, "beartype.beartype")

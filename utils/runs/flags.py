@@ -162,16 +162,15 @@ class RunArgs:
     wandb_entity: Annotated[str | None, TRACKED] = None
     """W&B team; if not given what WANDB_ENTITY says, or your own account"""
     wandb_group: Annotated[str | None, TRACKED] = None
-    """W&B group, for runs to be averaged together; if not given what WANDB_RUN_GROUP says"""
+    """W&B group, for runs to be averaged together; if not given what WANDB_RUN_GROUP says, or environment and algorithm"""
     wandb_tags: Annotated[tuple[str, ...], TRACKED] = ()
     """W&B tags; if not given what WANDB_TAGS says"""
 
     def check(self) -> None:
         """Raises UsageError for an environment that there is not, or that cannot have the size asked for; `gamma`, which the
         gridworld's rewards depend on, is the script's."""
-        known = env_ids()
-        if self.env_id not in known:
-            close = difflib.get_close_matches(self.env_id, known, n=3, cutoff=0.5)
+        if family(self.env_id) is None:
+            close = difflib.get_close_matches(self.env_id, env_ids(), n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
         require(

@@ -177,7 +177,10 @@ class Run:
         self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
         if self.args.track:
-            self.wandb = self.logger.wandb = WandbRun(self.args, name, flags, known, self.logger.say)
+            sitting = self.record["sittings"][-1]
+            about = {name: self.record[name] for name in ("algorithm", "script")}
+            about |= {name: sitting[name] for name in ("device", "git_commit", "git_dirty", "versions")}
+            self.wandb = self.logger.wandb = WandbRun(self.args, name, about | flags, known, self.logger.say)
             self.record["wandb"] = self.wandb.identity()
             write_json(self.folder / folder.RECORD, self.record)
         own = own_defaults(self.args)

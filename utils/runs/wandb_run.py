@@ -25,7 +25,7 @@ class WandbRun:
     Args:
         args: flags.
         name: of the run.
-        flags: to show, as stored.
+        config: to show, and to filter and group runs by: flags as stored, algorithm and script, commit, device, versions.
         known: what `identity` was when the run started (with `logged_to`, the last step that may have been logged); or None.
         say: prints a line.
 
@@ -33,7 +33,7 @@ class WandbRun:
         UsageError: W&B refuses what it is given (no account, a wrong environment variable).
     """
 
-    def __init__(self, args: RunArgs, name: str, flags: dict[str, Any], known: dict[str, Any] | None, say: Callable):
+    def __init__(self, args: RunArgs, name: str, config: dict[str, Any], known: dict[str, Any] | None, say: Callable):
         import wandb  # here, because it takes a second to import and most first runs do without
 
         self.wandb, self.say, self.known, self.failed = wandb, say, known, False
@@ -42,14 +42,16 @@ class WandbRun:
         given = {
             "project": args.wandb_project_name or (None if "WANDB_PROJECT" in os.environ else "deep-spi"),
             "entity": args.wandb_entity,
-            "group": args.wandb_group,
+            # the runs that differ in nothing but the seed
+            "group": args.wandb_group
+            or (None if "WANDB_RUN_GROUP" in os.environ else f"{config['env_id']}__{config['algorithm']}"),
             "tags": args.wandb_tags or None,
             "name": None if "WANDB_NAME" in os.environ else name,
             "save_code": None if "WANDB_SAVE_CODE" in os.environ else True,
         }
         if known:
             given |= {key: known[key] for key in ("id", "project", "entity")}
-        given |= {"config": flags, "resume": "allow"}
+        given |= {"config": config, "resume": "allow"}
         if "WANDB_FINISH_TIMEOUT" not in os.environ:  # without a network it would wait for ever at the end
             given |= {"settings": wandb.Settings(finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)}
         self.run, self.folder, self.offline = None, None, False

@@ -58,16 +58,32 @@ class Progress(NamedTuple):
 
 
 def script_path(word: str) -> Path:
-    """The file of a script, from its name with or without .py, or its short name.
+    """The file of a script, from its name with or without .py, its short name, or a path to a file of another folder.
 
     Raises:
         UsageError: there is none.
     """
     stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if 'Run(args, "' in p.read_text()}
+    own = Path(word).expanduser().absolute()
+    if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
+        known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
-    require(stem in known, f"--scripts {word}: no such script; there are {names}, and any like them beside them")
+    require(stem in known, f"--scripts {word}: no such script; there are {names}, and any like them")
     return known[stem]
+
+
+def args_of(path: Path) -> type:
+    """The flags of a script, the class `Args` in its file.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    args_type = getattr(importlib.import_module(path.stem), "Args", None)
+    require(args_type is not None, f"--scripts {path}: has no class Args of flags, as the other scripts have")
+    return args_type
 
 
 def slug(flags: list[str]) -> str:
@@ -115,7 +131,7 @@ def plan(
             for path, script, own in found:
                 more, kind = [*own, *flags], (script, family(env_id))
                 if kind not in parsed:  # the environments of a family share their defaults
-                    parsed[kind] = parse_flags(importlib.import_module(path.stem).Args, [f"--env-id={env_id}", *more])
+                    parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
                 args = dataclasses.replace(parsed[kind], env_id=env_id, seed=seed)
                 check_flags(args)
                 name = f"{env_id}__{script}__{seed}"
@@ -219,9 +235,9 @@ def state_of(logdir: Path, run: PlannedRun) -> Progress:
     if lines and lines[-1].startswith(ENDED):
         code = int(lines[-1].removeprefix(ENDED).split()[0])
         if code not in (0, *STOPPED):
-            said = [line for line in lines[:-1] if not line.startswith((BEGAN, ENDED))]
-            errors = [line for line in said if line.startswith("error:")] or said[-1:] or [f"exit code {code}"]
-            return done._replace(kind="failed", error=errors[-1])
+            said = [line.strip("│╭╰─╮╯ ") for line in lines[:-1] if not line.startswith((BEGAN, ENDED, "│ For full helptext"))]
+            errors = [line for line in said if line.startswith("error:")] or [line for line in said if line]
+            return done._replace(kind="failed", error=[f"exit code {code}", *errors][-1])
     return done if record is not None else Progress("left")
 
 

@@ -279,6 +279,10 @@ def test_wandb_defaults_and_history(tmp_path):
     """Started in the log folder itself, so that W&B's folder lies in it: TensorBoard still finds one event file."""
     run, logged = tracked(tmp_path, {})
     assert run.project == "deep-spi" and run.display_name.startswith("Breakout-v5__test__5__")
+    assert run.run_group == "Breakout-v5__test"
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (config["algorithm"], config["script"], config["seed"]) == ("test", "flags", 5)
+    assert config["device"].startswith("cpu") and "jax" in config["versions"] and "git_commit" in config
     assert [(float(row["global_step"]), float(row["losses/policy_loss"])) for row in logged] == [(10, 1), (20, 1)]
     assert len(list(tmp_path.glob("**/*tfevents*"))) == 1
     assert exit_codes(tmp_path) == [0]

@@ -1,0 +1,178 @@
+"""Studies on this machine: what is started, what a kill leaves, what is done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.commands import ROOT, command
+from utils.runs.flags import UsageError
+from utils.study import local, status
+from utils.study.grid import ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
+
+SHORT = str(ROOT / "tests" / "short_script.py")
+GAMES = ("Breakout-MinAtar", "Asterix-MinAtar")
+
+
+def planned(logdir, *flags, scripts=(SHORT,), env_ids=GAMES[:1], seeds=(1,)):
+    return plan(scripts, env_ids, list(seeds), ["--total-timesteps=100", *flags], logdir)
+
+
+def rows(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def sittings(folder):
+    return len(json.loads((folder / "run.json").read_text())["sittings"])
+
+
+def wait_for(condition, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def in_the_middle(folder):
+    """Whether the run has a checkpoint, and is not at its end."""
+    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
+    return bool(steps) and max(steps) >= 50
+
+
+def test_names_sets_and_flags(tmp_path):
+    scripts = ("ppo", "deep_spi --transition-loss-coef 1e-3", "deep_spi.py")
+    runs = plan(scripts, ("minatar", "Pong-v5"), [3, 4], ["--gamma=0.9"], tmp_path)
+    assert len(SETS["ale57"]) == 57 and len(runs) == 3 * 6 * 2
+    assert [run.seed for run in runs] == [3] * 18 + [4] * 18  # a study that is not finished compares what it has
+    first, second = runs[0], runs[1]
+    assert (first.name, first.steps) == ("Asterix-MinAtar__ppo__3", 610 * 64 * 128)
+    assert second.name == "Asterix-MinAtar__deep_spi__transition-loss-coef-1e-3__3"
+    assert second.command[-3:] == ["--transition-loss-coef", "1e-3", "--gamma=0.9"]
+    assert runs[15].env_id == "Pong-v5" and runs[15].steps == 10_000_000 // 1024 * 1024
+    write_plan(tmp_path, runs[:2])
+    write_plan(tmp_path, runs[1:3])
+    assert read_plan(tmp_path) == runs[:3]
+
+
+@pytest.mark.parametrize(
+    "scripts, env_ids, flags, said",
+    [
+        (("nothing",), GAMES, [], "no such script; there are deep_mdp_ppo, deep_spi, dream_spi, ppo"),
+        (("tests/commands.py",), GAMES, [], "has no class Args"),
+        (("ppo", "ppo"), GAMES, [], "names ppo twice"),
+        (("ppo 'a",), GAMES, [], "no closing quotation"),
+        (("",), GAMES, [], "--scripts ''"),
+        ((), GAMES, [], "--scripts: name at least one"),
+        (("ppo",), (), [], "--env-ids: name at least one"),
+        (("ppo",), ("Breakou-v5",), [], "did you mean Breakout-v5"),
+        (("ppo",), GAMES, ["--seed=3"], "--seed: this program gives it"),
+        (("ppo --run_name a",), GAMES, [], "--run-name: this program gives it"),
+        (("ppo",), GAMES, ["--clip-coef=-1"], "--clip-coef -1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(scripts, env_ids, flags, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UsageError) as error:
+        plan(scripts, env_ids, [1], flags, tmp_path)
+    assert said in str(error.value)
+
+
+def test_cores_and_gpus_are_divided(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [slot.cores for slot in local.make_slots(None, 1, 3)] == [(0, 1), (2, 3, 4), (5, 6, 7)]
+    assert [slot.cores for slot in local.make_slots(None, 1, None)] == [(core,) for core in range(8)]
+    slots = local.make_slots(("0", "1"), 2, None)
+    assert [(slot.gpu, slot.cores, slot.share) for slot in slots[1:3]] == [("0", (2, 3), 0.45), ("1", (4, 5), 0.45)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert [slot.gpu for slot in local.make_slots(None, 1, None)] == ["2", "3"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
+    assert [slot.cores for slot in local.make_slots((), 1, 2)] == [(5,), (5,)]
+    for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0)):
+        with pytest.raises(UsageError):
+            local.make_slots(*wrong)
+
+
+def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
+    """One run fails once and goes on from its checkpoint, one fails in every process, and the flags of one are wrong, which is
+    not tried again."""
+    once, always, logdir = tmp_path / "once", tmp_path / "always", tmp_path / "s"
+    once.write_text("x"), always.write_text("xxxxx")
+    scripts = (f"{SHORT} --failing {once}", f"{SHORT} --failing {always}")
+    runs = planned(logdir, "--save-every=0", scripts=scripts)
+    (wrong,) = planned(logdir)
+    wrong = wrong._replace(command=[*wrong.command, "--gamma=2"])
+    assert local.launch(logdir, [*runs, wrong], local.make_slots((), 1, 2)) == [runs[1], wrong]
+    assert always.read_text() == "xxx" and log_path(logdir, wrong.name).read_text().count(f"{ENDED} 2") == 1
+    assert [state_of(logdir, run).kind for run in (*runs, wrong)] == ["finished", "failed", "failed"]
+    assert state_of(logdir, wrong).error == "Unrecognized options: --gamma=2"
+    good, bad = (logdir / run.name for run in runs)
+    assert sittings(good) == sittings(bad) == 2 and rows(good) == list(range(10, 110, 10))
+    said = capsys.readouterr().out
+    assert said.count("tried again") == 2 and said.count("FAILED") == 2 and "it was to fail" in said
+    states = status.Progresses(logdir, runs).states
+    assert status.failures(runs, states) == [f"failed: {runs[1].name}: error: it was to fail"]
+    assert status.table(runs, states)[1].endswith("0/1 1 FAILED") and " 1 failed" in status.summary(runs, states)
+    always.write_text("")  # mended: the same command finishes it
+    assert local.launch(logdir, runs, local.make_slots((), 1, 2)) == []
+    assert sittings(good) == 2 and rows(bad) == list(range(10, 110, 10))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp_path):
+    """kill -9 of one run, which is tried again; then of the launcher, whose runs go on as orphans; then of one of these."""
+    flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={tmp_path}", "--workers=2", "--gpus"]
+    words = command("benchmarks/run.py", *flags, "--", "--total-timesteps=1200", "--save-every=0.5", "--pause=0.1")
+    names = [run.name for run in plan((SHORT,), GAMES, [1], ["--total-timesteps=1200"], tmp_path)]
+    first, second = (tmp_path / name for name in names[:2])
+    owner = lambda folder: int((folder / ".process").read_text().split()[1])  # noqa: E731
+    with (tmp_path / "said").open("w") as out:
+        launcher = subprocess.Popen(words, stdout=out, stderr=out)
+    wait_for(lambda: in_the_middle(first) and in_the_middle(second))
+    os.kill(owner(first), signal.SIGKILL)
+    wait_for(lambda: sittings(first) == 2)
+    launcher.kill(), launcher.wait()
+    os.kill(owner(first), signal.SIGKILL)
+    assert state_of(tmp_path, read_plan(tmp_path)[1]).kind == "running"  # the orphan
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert f"at work at {names[1]}" in done.stdout and "2 of 2 runs finished" in done.stdout
+    assert [rows(tmp_path / name) for name in names] == [list(range(10, 1210, 10))] * 2
+    assert sittings(second) == 1
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "2 runs, 2 finished before" in again.stdout
+    assert sittings(second) == 1
+    shown = subprocess.run(command("benchmarks/run.py", "--status", f"--logdir={tmp_path}"), capture_output=True, text=True)
+    assert shown.returncode == 0 and "1/1" in shown.stdout
+
+
+@pytest.mark.parametrize("sent, code", [(signal.SIGHUP, 129), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
+    flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={tmp_path}", "--workers=2", "--gpus"]
+    words = command("benchmarks/run.py", *flags, "--", "--total-timesteps=100000")
+    launcher = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    runs = [tmp_path / f"{game}__short_script__1" for game in GAMES]
+    wait_for(lambda: all((run / "metrics.jsonl").exists() and len(rows(run)) > 3 for run in runs))
+    busy = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert busy.returncode == 2 and "another process launches its runs" in busy.stderr
+    launcher.send_signal(sent)
+    said, _ = launcher.communicate(timeout=100)
+    assert launcher.returncode == code and "stopping 2 runs, which save first" in said
+    for run in read_plan(tmp_path):
+        state = state_of(tmp_path, run)
+        assert state.kind == "stopped"
+        assert max(int(path.name) for path in (tmp_path / run.name / "checkpoints").iterdir()) == state.step
+        assert log_path(tmp_path, run.name).read_text().endswith(f"{ENDED} 143\n")
+
+
+def test_dry_run_starts_nothing_and_says_how_long(tmp_path):
+    flags = ["--scripts", "ppo", "deep_spi", "--env-ids", *GAMES, "--num-seeds=2", "--dry-run", f"--logdir={tmp_path / 's'}"]
+    done = subprocess.run(command("benchmarks/run.py", *flags), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and not (tmp_path / "s").exists()
+    lines = done.stdout.splitlines()
+    assert sum("--run-name=" in line for line in lines) == 8 and "8 runs, 0 of them finished" in done.stdout
+    assert "hours" in lines[-2] and lines[-1].startswith("disk: about")
