@@ -143,6 +143,7 @@ def main(args: Args) -> None:
         sections.append(section)
     else:
         sections.append(Section("Over all games", [Warned("No aggregates: the grid is incomplete (--allow-incomplete).")]))
+        args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # of an earlier report
     words = f"Mean and 95% interval over seeds; {args.metric}, {args.points} stretches."
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_curves.png", "learning curves")
     sections += [

@@ -23,7 +23,7 @@ from dataclasses import dataclass  # noqa: E402
 
 import tyro  # noqa: E402
 
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.study import estimates, local, slurm, status  # noqa: E402
 from utils.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, write_plan  # noqa: E402
@@ -65,9 +65,14 @@ def show_status(logdir: Path) -> None:
     runs = read_plan(logdir)
     states = status.Progresses(logdir, runs).states
     print("\n".join([*status.table(runs, states), "", status.summary(runs, states)]))
-    print("\n".join([*status.running(runs, states), *status.failures(runs, states)]), end="")
-    waiting = slurm.queued(logdir) if (logdir / slurm.JOBS).is_dir() else ()
-    print(f"in SLURM's queue: {len(waiting)}" if waiting else "")
+    for line in (*status.running(runs, states), *status.failures(runs, states)):
+        print(line)
+    try:
+        waiting = slurm.queued(logdir)
+        print(f"in SLURM's queue: {len(waiting)}" if waiting else "", end="")
+    except UsageError as error:
+        print(f"*** what is in SLURM's queue is not known: {error} ***", end="")
+    print()
 
 
 def show_plan(logdir: Path, runs: list[PlannedRun], together: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-Scores = Sequence[Float[np.ndarray, "*resamplings runs"]]
+Scores = Sequence[Float[np.ndarray, "*resamplings _"]]  # the last axis: runs
 Statistic = Callable[[Scores], Float[np.ndarray, "*resamplings"]]
 
 RESAMPLINGS = 5_000
@@ -20,12 +20,12 @@ CONFIDENCE = 0.95
 
 def mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
     """Mean over games of their means over runs."""
-    return np.mean([x.mean(axis=-1) for x in scores], axis=0)
+    return np.asarray(np.mean([x.mean(axis=-1) for x in scores], axis=0))
 
 
 def median(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
     """Median over games of their means over runs."""
-    return np.median([x.mean(axis=-1) for x in scores], axis=0)
+    return np.asarray(np.median([x.mean(axis=-1) for x in scores], axis=0))
 
 
 def interquartile_mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
@@ -35,7 +35,7 @@ def interquartile_mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
 
 def optimality_gap(scores: Scores, target: float = 1.0) -> Float[np.ndarray, "*resamplings"]:
     """By how much runs fall short of the target, what exceeds it not counting; mean over games. Lower is better."""
-    return target - mean([np.minimum(x, target) for x in scores])
+    return np.asarray(target - mean([np.minimum(x, target) for x in scores]))
 
 
 def performance_profile(scores: Scores, thresholds: Float[np.ndarray, " K"]) -> Float[np.ndarray, "*resamplings K"]:
@@ -50,7 +50,7 @@ def probability_of_improvement(scores: Scores, others: Scores) -> Float[np.ndarr
     for x, y in zip(scores, others, strict=True):
         difference = x[..., :, None] - y[..., None, :]
         wins.append(np.mean((difference > 0) + 0.5 * (difference == 0), axis=(-2, -1)))
-    return np.mean(wins, axis=0)
+    return np.asarray(np.mean(wins, axis=0))
 
 
 AGGREGATES: dict[str, Statistic] = {
@@ -61,7 +61,7 @@ AGGREGATES: dict[str, Statistic] = {
 }
 
 
-def resample(scores: Scores, rng: np.random.Generator, number: int = RESAMPLINGS) -> list[Float[np.ndarray, "R runs"]]:
+def resample(scores: Scores, rng: np.random.Generator, number: int = RESAMPLINGS) -> list[Float[np.ndarray, "R _"]]:
     """Draws, for each game by itself, as many of its runs as there are, with replacement; `number` times."""
     return [np.asarray(x)[rng.integers(len(x), size=(number, len(x)))] for x in scores]
 

@@ -14,7 +14,10 @@ JOBS = "slurm"  # the folder in a study's that has a list of runs for each array
 
 
 def _ask(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"{words[0]}: does not answer ({error})") from None
     require(done.returncode == 0, f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}")
     return done.stdout
 

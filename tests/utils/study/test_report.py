@@ -1,0 +1,278 @@
+"""Reports: what is read of runs, what is missing, scales, and the page."""
+
+import csv
+import importlib
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from benchmarks import report
+from utils.runs.flags import UsageError, make_args
+from utils.runs.stored_flags import to_store
+from utils.study.comparison import aggregate, compare, normalised, raw_scores
+from utils.study.records import (
+    RunRecord,
+    final_score,
+    labels,
+    read_folder,
+    read_runs,
+    read_table,
+    stretches,
+    typed_flags,
+    write_table,
+)
+
+RETURN = "charts/episodic_return"
+BATCH = 8 * 16
+
+
+def write_run(folder, script, env_id, seed, returns, updates=None, **flags):
+    """The folder of a run of so many updates (if not given, finished), and the mean return and number of episodes of each."""
+    args = make_args(
+        importlib.import_module(script).Args,
+        **{"env_id": env_id, "seed": seed, "num_envs": 8, "num_steps": 16, "num_minibatches": 4},
+        total_timesteps=(updates or len(returns)) * BATCH,
+        **flags,
+    )
+    folder.mkdir(parents=True)
+    record = {"name": folder.name, "algorithm": script, "script": script, "seed": seed, "flags": to_store(args)}
+    (folder / "run.json").write_text(json.dumps(record | {"sittings": []}))
+    rows = []
+    for k, (value, episodes) in enumerate(returns, 1):
+        row = {"step": k * BATCH, "charts/episodes": episodes}
+        rows.append(json.dumps(row | ({RETURN: value} if episodes else {})))
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def write_grid(folder, scripts=("ppo_atari_envpool_xla_jax_scan", "deep_spi"), games=("Breakout", "Asterix"), seeds=(1, 2, 3)):
+    """Runs of 20 updates whose returns rise: by script, game and seed differently fast."""
+    rng = np.random.default_rng(0)
+    for i, script in enumerate(scripts):
+        for game in games:
+            for seed in seeds:
+                slope = 1 + i + rng.uniform()
+                returns = [(slope * k, 1 + k % 3) for k in range(20)]
+                write_run(folder / f"{game}__{script}__{seed}", script, f"{game}-MinAtar", seed, returns)
+    return folder
+
+
+def record(values, weights=None, planned=None, script="ppo", flags="", seed=1, env_id="Breakout-MinAtar"):
+    step = np.arange(1, len(values) + 1) * 10
+    weights = np.ones(len(values)) if weights is None else np.array(weights, float)
+    return RunRecord(
+        f"{script}-{seed}", script, env_id, flags, seed, planned or int(step[-1]), step, np.array(values, float), weights
+    )
+
+
+def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
+    whole = write_run(tmp_path / "whole", "deep_spi", "Breakout-MinAtar", 3, [(1.0, 2), (None, 0), (5.0, 1)], gae_lambda=0.9)
+    run, problems = read_folder(whole, RETURN)
+    assert problems == [] and (run.script, run.env_id, run.seed, run.planned) == ("deep_spi", "Breakout-MinAtar", 3, 3 * BATCH)
+    assert "--gae-lambda 0.9" in run.flags and "--seed" not in run.flags and "--logdir" not in run.flags
+    assert_allclose(run.step, [BATCH, 2 * BATCH, 3 * BATCH])
+    assert_allclose(run.value, [1, np.nan, 5]), assert_allclose(run.weight, [2, 0, 1])
+
+    cut = write_run(tmp_path / "cut", "deep_spi", "Asterix-MinAtar", 1, [(1.0, 2), (3.0, 1)])
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 384, "charts/ep')
+    empty = write_run(tmp_path / "empty", "deep_spi", "Asterix-MinAtar", 2, [(1.0, 1)])
+    (empty / "metrics.jsonl").write_text("")
+    lost = write_run(tmp_path / "lost", "deep_spi", "Asterix-MinAtar", 3, [(1.0, 1)])
+    (lost / "run.json").write_text("{")
+    none = write_run(tmp_path / "none", "deep_spi", "Asterix-MinAtar", 4, [(None, 0)])
+    gone = write_run(tmp_path / "gone", "deep_spi", "Asterix-MinAtar", 5, [(1.0, 1)])
+    (gone / "metrics.jsonl").unlink()
+    found = read_runs([str(tmp_path)], RETURN)
+    assert [run.source for run in found.runs] == [str(cut), str(whole)] and found.runs[0].reached == 2 * BATCH
+    assert sorted(found.problems) == [
+        f"{cut}: 1 of 3 rows of metrics.jsonl are damaged: left out",
+        f"{empty}: metrics.jsonl has no {RETURN} yet: left out",
+        f"{gone}: metrics.jsonl cannot be read (No such file or directory): left out",
+        f"{lost}: run.json is missing or damaged: left out",
+        f"{none}: metrics.jsonl has no {RETURN} yet: left out",
+    ]
+    for wrong, said in ((tmp_path / "nothing", "no such folder"), (empty / "run.json", "is no table")):
+        with pytest.raises(UsageError, match=said):
+            read_runs([str(wrong)], RETURN)
+
+
+def test_stretches_and_scores_are_means_over_episodes():
+    run = record([1, 2, np.nan, 4, 10, 20], [3, 1, 0, 2, 1, 1])
+    halves = stretches(run, 2)
+    assert_allclose(halves.value, [(3 + 2) / 4, (8 + 10 + 20) / 4]), assert_allclose(halves.step, [30, 60])
+    whole = stretches(run, 6)
+    assert_allclose(whole.value, run.value), assert_allclose(whole.weight, run.weight)
+    stopped = stretches(run, 4, 120)  # of 120 steps, of which there are 60
+    assert_allclose(stopped.step, [30, 60]), assert_allclose(stopped.value, halves.value)
+    assert final_score(run, 1 / 3) == 15.0 and final_score(run, 0.5) == (2 * 4 + 10 + 20) / 4
+    assert final_score(record([1, 7, np.nan], [1, 1, 0]), 0.1) == 7.0
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    runs = [record([1.25, np.nan], [3, 0], 40), record([2, 3], flags="--gamma 0.9", seed=2), record([5], script="deep_spi")]
+    write_table(tmp_path / "a.csv", runs)
+    again = read_table(tmp_path / "a.csv")
+    assert [run[1:6] for run in again] == [run[1:6] for run in runs]
+    for a, b in zip(again, runs, strict=True):
+        assert_allclose(a.step, b.step), assert_allclose(a.value, b.value), assert_allclose(a.weight, b.weight)
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    (tmp_path / "b.csv").write_text("\n".join([*lines[:2], lines[2][:20]]))
+    with pytest.raises(UsageError, match="b.csv: line 3 is damaged"):
+        read_table(tmp_path / "b.csv")
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="c.csv: is no table of runs .no column script"):
+        read_table(tmp_path / "c.csv")
+
+
+def test_algorithms_are_named_by_what_differs():
+    flags = ["--gamma 0.9 --fc-layers 64 32", "--gamma 0.9", "", "--clip-coef 0.3"]
+    runs = [record([1], script=s, flags=f) for s, f in zip(["ppo", "ppo", "deep_spi", "other"], flags, strict=True)]
+    assert labels(runs) == ["ppo --fc-layers 64 32", "ppo", "deep_spi", "other"]
+    with pytest.raises(UsageError, match="ppo-1 and ppo-1 are the same: ppo on Breakout-MinAtar, seed 1"):
+        labels([runs[1], runs[1]])
+    assert compare(runs).algorithms == ["ppo", "ppo --fc-layers 64 32", "deep_spi", "other"]
+
+
+def test_flags_are_those_that_are_not_the_defaults_of_the_game():
+    args = make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", learning_rate=2e-3, logdir="x")
+    assert typed_flags("deep_spi", to_store(args)) == "--learning-rate 0.002"
+    assert typed_flags("no_such_script", to_store(args)) == ""
+
+
+def test_the_grid_names_what_is_missing():
+    runs = [record([1, 2], seed=1), record([1], [1], 20, seed=2), record([3, 4], script="deep_spi", seed=1)]
+    runs.append(record([1, 1], script="deep_spi", seed=1, env_id="Asterix-MinAtar"))
+    assert compare(runs).missing == [
+        "ppo, Asterix-MinAtar, seed 1: there is no run",
+        "ppo, Asterix-MinAtar, seed 2: there is no run",
+        "deep_spi, Asterix-MinAtar, seed 2: there is no run",
+        "ppo, Breakout-MinAtar, seed 2: is at 10 of 20 steps",
+        "deep_spi, Breakout-MinAtar, seed 2: there is no run",
+    ]
+    with pytest.raises(UsageError, match="no run can be read"):
+        compare([])
+
+
+def test_scales():
+    games = ("Breakout-v5", "Pong-v5")
+    runs = [record([1.7], env_id=games[0]), record([14.6], env_id=games[1])]
+    runs += [record([30.5], None, 10, "deep_spi", env_id=games[0]), record([-20.7], None, 10, "deep_spi", env_id=games[1])]
+    comparison = compare(runs)
+    raw = raw_scores(comparison, 0.05)
+    human = normalised(comparison, raw, "human")  # Breakout: random 1.7, human 30.5; Pong: -20.7, 14.6
+    assert_allclose(human["ppo"], [[0], [1]], atol=1e-9), assert_allclose(human["deep_spi"], [[1], [0]], atol=1e-9)
+    spread = normalised(comparison, raw, "min-max")
+    assert_allclose(spread["ppo"], [[0], [1]]), assert_allclose(spread["deep_spi"], [[1], [0]])
+    relative = normalised(comparison, raw, "baseline")
+    found = aggregate(relative, "baseline", "ppo", 0)
+    assert found.statistics["optimality gap"]["ppo"][0] == -np.mean(np.minimum(np.concatenate(relative["ppo"]), 0))
+    assert found.improvement["deep_spi"][0] == 0.5
+    small = compare([record([1])])
+    for scale in ("human", "baseline"):
+        with pytest.raises(UsageError, match=f"--scale {scale}.*say --scale min-max"):
+            normalised(small, raw_scores(small, 0.05), scale)
+    assert_allclose(normalised(small, raw_scores(small, 0.05), "min-max")["ppo"], [[0]])  # all the same
+
+
+def run_report(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["benchmarks/report.py", *map(str, words)])
+    report.main(report.tyro.cli(report.Args))
+
+
+def test_the_page_holds_all_and_is_the_same_twice(tmp_path, monkeypatch, capsys):
+    runs, out = write_grid(tmp_path / "runs"), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    run_report(monkeypatch, runs, "--title", "Ours & theirs", "--output", "r")
+    assert capsys.readouterr().out.startswith("12 runs; written: ")
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    endings = (".csv", ".html", ".md", "_aggregates.png", "_curves.png", "_scores.csv")
+    assert sorted(first) == sorted(f"r{ending}" for ending in endings)
+    run_report(monkeypatch, runs, "--title", "Ours & theirs", "--output", "r")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    page = first["r.html"].decode()
+    assert "Ours &amp; theirs" in page and page.count("<svg ") == 2 + 6 and "currentColor" in page
+    assert not re.search(r"(src|href)=.(?!data:|#)|url\((?!#)|@import", page)  # it needs nothing else
+    assert "missing" not in page.lower()
+    text = first["r.md"].decode()
+    assert "![learning curves](r_curves.png)" in text and "![aggregates](r_aggregates.png)" in text
+    rows = list(csv.DictReader(first["r_scores.csv"].decode().splitlines()))
+    assert len(rows) == 12 and {row["algorithm"] for row in rows} == {"ppo", "deep_spi"}
+    # the last twentieth of 20 updates is the last: slope * 19, whose ends make the scale
+    slopes = [1 + i + x for i, x in zip([0] * 6 + [1] * 6, np.random.default_rng(0).uniform(size=12), strict=True)]
+    assert_allclose(sorted(float(row["score"]) for row in rows), np.sort(slopes) * 19, rtol=1e-5)
+    assert "| deep_spi |" in text and "1.000 [1.000, 1.000]" in text  # all of its runs are better
+    run_report(monkeypatch, "r.csv", "--output", "again")  # the table alone says the same
+    tables = lambda text: [line for line in text.splitlines() if line.startswith("|")]  # noqa: E731
+    assert tables((out / "again.md").read_text()) == tables(text)
+    assert (out / "again.csv").read_bytes() == first["r.csv"]
+
+
+def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch, capsys):
+    runs = write_grid(tmp_path / "runs", seeds=(1, 2))
+    write_run(runs / "more", "deep_spi", "Asterix-MinAtar", 3, [(1.0, 1)] * 5, updates=20)
+    (runs / "broken").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r_aggregates.png").write_text("of before")
+    with pytest.raises(SystemExit) as end:
+        run_report(monkeypatch, "runs", "--output", "r")
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "error: 4 of 12 runs are missing or not finished: no aggregates" in said.err
+    assert "*** runs/broken: run.json is missing or damaged: left out ***" in said.out
+    at = "deep_spi, Asterix-MinAtar, seed 3: is at 640 of 2,560 steps"
+    assert f"missing: {at}" in said.out and "missing: ppo, Breakout-MinAtar, seed 3: there is no run" in said.out
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<svg ") == 2 and "No aggregates" in page and "is at 640 of 2,560 steps" in page and "runs/broken" in page
+    assert not (tmp_path / "r_aggregates.png").exists()
+    run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("4 of 12 runs are missing or not finished") == 1 + 6  # on each figure of aggregates too
+    assert (tmp_path / "r_aggregates.png").exists()
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    runs = write_grid(tmp_path / "runs", seeds=(1,), games=("Breakout",))
+    monkeypatch.chdir(tmp_path)
+    for words, said in (
+        ([], "no runs"),
+        ([runs, "--points", 0], "--points 0"),
+        ([runs, "--last", 0], "--last 0"),
+        ([runs, "--against", "a2c"], "--against a2c: is none of ppo, deep_spi"),
+        ([runs, "--output", "no/where"], "--output no/where: there is no folder no"),
+        ([runs, "--scale", "human"], "--scale human: there is no human score of Breakout-MinAtar"),
+        ([tmp_path / "runs" / "none"], "there is no such folder"),
+        ([runs, "--metric", "charts/nothing"], "no run can be read"),
+    ):
+        with pytest.raises(UsageError) as error:
+            run_report(monkeypatch, *words)
+        assert said in str(error.value)
+
+
+def test_weights_and_biases(monkeypatch):
+    """Its API is replaced: what is asked of it, and what becomes of the answer."""
+    import wandb
+
+    config = to_store(make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", gamma=0.9, seed=4))
+    rows = [{"global_step": 8192 * k, RETURN: float(k), "charts/episodes": 2 * k} for k in (1, 2)]
+    runs = [
+        SimpleNamespace(id="a", config=config | {"script": "deep_spi"}, scan_history=lambda keys: iter(rows)),
+        SimpleNamespace(id="b", config={}, scan_history=lambda keys: iter([])),
+    ]
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda project: runs if project == "we/spi" else 1 / 0))
+    found = read_runs(["wandb:we/spi"], RETURN)
+    (run,) = found.runs
+    assert (run.script, run.flags, run.seed, run.planned) == ("deep_spi", "--gamma 0.9", 4, 610 * 8192)
+    assert_allclose(run.value, [1, 2]), assert_allclose(run.weight, [2, 4])
+    assert found.problems == [f"wandb:we/spi/b: has no script in its config, or no {RETURN}: left out"]
+
+    def refuse():
+        raise wandb.errors.CommError("no such project")
+
+    monkeypatch.setattr(wandb, "Api", refuse)
+    with pytest.raises(UsageError, match="wandb:we/spi: cannot be read .no such project"):
+        read_runs(["wandb:we/spi"], RETURN)
