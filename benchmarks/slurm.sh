@@ -8,6 +8,7 @@
 #SBATCH --signal=TERM@120
 # --signal: SIGTERM to the run two minutes before the time limit; it saves, ends with 143, and the job is requeued. (A requeue or a
 # preemption by SLURM sends SIGTERM too, and the job starts again by itself.)
+trap : TERM # at the time limit itself it comes to this shell too, which must live on to requeue the job
 runs=$1 logs=$2
 IFS=$'\t' read -r name command < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$runs")
 log="$logs/$name.log"

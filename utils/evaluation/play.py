@@ -1,7 +1,6 @@
 """Whole games of a policy that does not learn any more."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +54,7 @@ def play(
     """
     quota = quotas(episodes, env.num_envs)
 
-    @partial(jax.jit, donate_argnums=0)
+    @jax.jit
     def steps(carry):
         def step(carry, _):
             env_state, obs, key = carry

@@ -85,9 +85,10 @@ def compiled_once(tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_path, compiled_once):
-    """kill -9, twice: before the second checkpoint, and later; it saves after every update. And what is known of the gridworld
-    exactly is logged."""
-    ppo.main(args_of(ppo, GRIDWORLD, tmp_path, run_name="whole"))
+    """kill -9, twice: before the second checkpoint, and later; it saves after every update. Films change nothing. And what is
+    known of the gridworld exactly is logged."""
+    ppo.main(args_of(ppo, GRIDWORLD, tmp_path, run_name="whole", capture_video=True, video_every=150))
+    assert sorted(path.stem for path in (tmp_path / "whole" / "videos").iterdir()) == [f"{n:012d}" for n in (160, 320)]
     written = scalars(tmp_path / "whole")
     assert {"charts/init_value", "charts/representation_distance", "values/2_0", "values/3_5"} <= set(written)
     assert written["values/2_0"] == written["charts/init_value"] and len(written["values/2_0"]) == 10

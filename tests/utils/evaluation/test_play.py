@@ -1,0 +1,236 @@
+"""Whole games, as many in each environment as were to be, and films of them."""
+
+import csv
+import json
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import imageio_ffmpeg
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import evaluate
+import ppo_atari_envpool_xla_jax_scan as ppo
+from envs.atari import make_machado_pool, make_pool
+from envs.confounding_gridworld import ConfoundingGridworld
+from envs.minatar import COLOURS, MinAtar
+from envs.protocol import EpisodeStats, Timestep
+from tests.commands import run
+from utils.evaluation import video
+from utils.evaluation.play import Film, play, quotas
+from utils.evaluation.video import check_path, write_video
+from utils.runs.flags import UsageError, make_args
+
+
+class Turns(NamedTuple):
+    """How many steps each environment has made, in the running game and in all."""
+
+    game: Any
+    over: Any
+    number: Any
+    episode: EpisodeStats
+
+
+class Uneven:
+    """Games of environment i take 1 step and 40 (1 + i) in turn; a step pays what the action says; the 20th of a game is a lost
+    life."""
+
+    num_actions, saveable, reward_range = 3, True, (0.0, 2.0)
+    obs_spec = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def __init__(self, num_envs):
+        self.num_envs = num_envs
+
+    def reset(self):
+        zeros = jnp.zeros(self.num_envs, jnp.int32)
+        return Turns(zeros, zeros > 0, zeros, EpisodeStats.zeros(self.num_envs)), jnp.zeros((self.num_envs, 1))
+
+    def step(self, state, action):
+        length = jnp.where(state.number % 2 == 0, 1, 40 * (1 + jnp.arange(self.num_envs)))
+        valid = ~state.over
+        game = jnp.where(valid, state.game + 1, 0)
+        finished = game == length
+        episode = state.episode.update(action.astype(jnp.float32), valid, finished)
+        number = state.number + finished
+        lost = finished | (game == 20)
+        after = Timestep(game[:, None] * 1.0, action * 1.0, lost, jnp.zeros_like(lost), valid, episode)
+        return Turns(jnp.where(finished, 0, game), finished, number, episode), after
+
+    def exact_metrics(self, policy):
+        return {}
+
+    def render(self, state):
+        return np.full((4, 6, 3), int(state.game[0]), np.uint8)
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_quotas_are_even(episodes, num_envs):
+    quota = quotas(episodes, num_envs)
+    assert quota.sum() == episodes and np.ptp(quota) <= 1 and len(quota) == num_envs
+
+
+def test_every_environment_plays_its_share_of_whole_games():
+    """Of the first twelve games to end most would be short ones."""
+    games = play(Uneven(3), lambda obs: jnp.array([0.0, 9.0, 0.0]) + 0 * obs, 12, jax.random.key(0), greedy=True)
+    expected = [(i, length) for i in range(3) for length in (1, 40 * (1 + i)) * 2]
+    assert [(game.env, game.episodic_length) for game in games] == expected
+    assert [game.episodic_return for game in games] == [length for _, length in expected]  # the likely action pays 1
+    assert not any(game.truncated for game in games)
+    told = []
+    drawn = play(Uneven(3), lambda obs: jnp.zeros((3, 3)) + 0 * obs, 7, jax.random.key(1), on_progress=told.append)
+    assert [game.env for game in drawn] == [0, 0, 0, 1, 1, 2, 2] and told[-1] == 7
+    assert [game.episodic_length for game in drawn] == [1, 40, 1, 1, 80, 1, 120]
+    per_step = drawn[-1].episodic_return / 120  # of actions 0, 1, 2 alike
+    assert 0.7 < per_step < 1.3 and any(game.episodic_return != game.episodic_length for game in drawn)
+
+
+def test_a_film_has_a_picture_of_each_step(tmp_path):
+    film = Film(Uneven(1), lambda params, obs: params + 0 * obs)
+    logits = jnp.array([0.0, 99.0, 0.0])
+    assert [frame[0, 0, 0] for frame in film.frames(logits, jax.random.key(0))] == [0, 0]  # the step that ends it starts anew
+    assert film.game.episodic_length == 1
+    film.env.reset = lambda: (Uneven(1).reset()[0]._replace(number=jnp.ones(1, jnp.int32)), jnp.zeros((1, 1)))
+    for ending in ("mp4", "gif"):
+        path = tmp_path / f"a.{ending}"
+        assert write_video(path, film.frames(logits, jax.random.key(0))) == 41 == film.game.episodic_length + 1
+    assert decode(tmp_path / "a.mp4") == ((6, 4), 41)
+    assert len(list(film.frames(logits, jax.random.key(0), most=5))) == 5 and film.game is None
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.size == (6, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gif", "a.mp4"]
+
+
+def decode(path):
+    """Width and height, and the number of frames."""
+    frames = imageio_ffmpeg.read_frames(str(path))
+    size = tuple(next(frames)["size"])
+    return size, sum(1 for _ in frames)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_a_video_that_fails_leaves_what_was_there(ending, tmp_path):
+    def broken():
+        yield np.zeros((4, 6, 3), np.uint8)
+        raise OSError("it was to fail")
+
+    path = tmp_path / f"a.{ending}"
+    path.write_text("of before")
+    with pytest.raises(OSError, match="it was to fail"):
+        write_video(path, broken())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "of before"
+
+
+def test_names_of_videos(tmp_path, monkeypatch):
+    assert check_path(tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    for wrong in ("a.avi", "a", "no/a.gif"):
+        with pytest.raises(UsageError):
+            check_path(tmp_path / wrong)
+    monkeypatch.setattr(video, "has_ffmpeg", lambda: False)
+    assert check_path(tmp_path / "a.mp4") == tmp_path / "a.gif"
+
+
+def test_pictures():
+    env = ConfoundingGridworld(2, 0)
+    picture = env.render(env.reset()[0])
+    assert picture.shape == (420, 420, 3) and picture.dtype == np.uint8
+    env = MinAtar("Breakout-MinAtar", 2, 0)
+    state, obs = env.reset()
+    picture = env.render(state)[::16, ::16]  # of the first game; paddle, ball, trail and bricks
+    assert np.array_equal((picture == COLOURS[0]).all(-1), ~np.asarray(obs[0], bool).any(-1))
+    for row, column, kind in np.argwhere(np.asarray(obs[0])):
+        assert np.array_equal(picture[row, column], COLOURS[1 + kind]) or obs[0, row, column, kind + 1 :].any()
+    pool = make_pool("Breakout-v5", 2, 1)
+    assert pool.render(pool.reset()[0]).shape == (210, 160, 3)
+
+
+def test_machado_et_al_know_no_lives():
+    """Random play of Breakout, five lives: a game ends once, and no step but the one after it is no transition."""
+    env = make_machado_pool("Breakout-v5", 4, 3)
+    assert env.num_actions == 18 and make_pool("Breakout-v5", 1, 3, full_action_space=True).num_actions == 18
+    state, _ = env.reset()
+    ended = jnp.zeros(4, bool)
+    step, ends = jax.jit(env.step), 0
+    for action in np.random.default_rng(0).integers(0, 18, (600, 4)):
+        state, after = step(state, jnp.asarray(action, jnp.int32))
+        assert np.array_equal(after.terminated, after.episode.finished) and np.array_equal(after.valid, ~ended)
+        ended, ends = after.terminated, ends + int(after.terminated.sum())
+    assert ends > 0
+
+
+@pytest.fixture(scope="module")
+def gridworld(tmp_path_factory):
+    """A run that solves the gridworld's easy part."""
+    logdir = tmp_path_factory.mktemp("runs")
+    small = {"num_envs": 16, "num_steps": 32, "fc_layers": (32,), "total_timesteps": 16 * 32 * 12, "learning_rate": 1e-3}
+    codes = {"latent": "categorical", "num_categories": 4, "num_classes": 4}
+    ppo.main(make_args(ppo.Args, env_id="ConfoundingGridworld-v0", logdir=str(logdir), run_name="g", **small, **codes))
+    return logdir / "g"
+
+
+def test_a_run_gets_the_return_that_it_ended_with(gridworld, tmp_path, capsys):
+    args = evaluate.Args(run=gridworld, episodes=300, output=tmp_path / "t.csv", video=tmp_path / "v.mp4")
+    evaluate.main(args)
+    said = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert len(rows) == 300 and {row["env"] for row in rows} == {str(i) for i in range(128)}
+    assert {(row["run"], row["run_seed"], row["step"], row["protocol"]) for row in rows} == {("g", "1", "6144", "train")}
+    logged = [json.loads(line) for line in (gridworld / "metrics.jsonl").read_text().splitlines()][-1]
+    returns = np.array([float(row["episodic_return"]) for row in rows])
+    lengths = np.array([int(row["episodic_length"]) for row in rows])
+    for found, ended in ((returns, logged["charts/episodic_return"]), (lengths, logged["charts/episodic_length"])):
+        error = found.std() * np.sqrt(1 / 300 + 1 / logged["charts/episodes"])
+        assert abs(found.mean() - ended) < 4 * error + 1e-9
+    assert f"return: mean {returns.mean():.2f}, 95% interval" in said and f"median {np.median(returns):.2f}" in said
+    size, frames = decode(tmp_path / "v.mp4")
+    assert size == (420, 420) and f"{frames:,} frames" in said
+    evaluate.main(replace(args, video=None))  # the same seed plays the same games
+    assert list(csv.DictReader((tmp_path / "t.csv").open())) == rows
+
+
+def test_mistakes_of_an_evaluation(gridworld, tmp_path):
+    for flags, said in (
+        ({"episodes": 0}, "--episodes 0"),
+        ({"num_envs": 200}, "--num-envs 200: must be 1 to --episodes 100"),
+        ({"protocol": "machado"}, "is one of Atari's games, and .* was trained on ConfoundingGridworld-v0"),
+        ({"output": tmp_path / "no" / "t.csv"}, "there is no folder"),
+        ({"video": tmp_path / "v.webm"}, "a video ends in .mp4 or .gif"),
+        ({"run": tmp_path}, "neither a model nor a checkpoint"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            evaluate.main(replace(evaluate.Args(run=gridworld), **flags))
+
+
+def test_where_the_table_goes(gridworld):
+    loaded = evaluate.read_run(gridworld)
+    where = lambda path, **flags: evaluate.default_output(evaluate.Args(run=path, **flags), loaded)  # noqa: E731
+    assert where(gridworld) == where(gridworld / "model") == gridworld / "evaluation.csv"
+    assert where(gridworld, protocol="machado", greedy=True) == gridworld / "evaluation_machado_greedy.csv"
+    assert where(gridworld / "checkpoints" / "000000006144") == gridworld / "evaluation_6144.csv"
+
+
+def test_the_command_line(gridworld, tmp_path):
+    done = run("evaluate.py", str(gridworld), "--episodes=5", "--greedy", f"--video={tmp_path / 'v.gif'}")
+    assert (done.returncode, done.stderr) == (0, "") and "5 games by the train protocol, most likely actions" in done.stdout
+    assert (gridworld / "evaluation_greedy.csv").exists() and (tmp_path / "v.gif").exists()
+    wrong = run("evaluate.py", str(tmp_path))
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_machado_on_atari_from_the_command_line(tmp_path):
+    small = ["--num-envs=8", "--num-steps=4", "--total-timesteps=96", "--fc-layers=32", f"--logdir={tmp_path}"]
+    for name, flags in (("minimal", []), ("full", ["--full-action-space"])):
+        done = run("ppo_atari_envpool_xla_jax_scan.py", *small, f"--run-name={name}", *flags)
+        assert done.returncode == 0, done.stderr
+    refused = run("evaluate.py", str(tmp_path / "minimal"), "--protocol=machado")
+    assert refused.returncode == 2 and "trained on the 4 of Breakout-v5: train it with --full-action-space" in refused.stderr
+    words = ["--protocol=machado", "--episodes=3", f"--video={tmp_path / 'v.mp4'}"]
+    done = run("evaluate.py", str(tmp_path / "full"), *words)
+    assert done.returncode == 0 and "human-normalised score" in done.stdout, done.stderr
+    size, frames = decode(tmp_path / "v.mp4")
+    assert size == (160, 210) and f"{frames:,} frames" in done.stdout
