@@ -27,6 +27,8 @@ class Args(RunArgs):
     num_steps: int = 10
     pause: float = 0.05
     """seconds of an update"""
+    gate: str = ""
+    """a file without which it does not begin its second half"""
     failing: str = ""
     """a file whose first letter is taken by each process, which fails in its third update, until the file is empty"""
 
@@ -41,6 +43,8 @@ def main(args):
         state = run.restore(make_state(run.iteration), Saveable)
         for k in range(run.iteration, run.num_iterations):
             time.sleep(args.pause)
+            while args.gate and k == run.num_iterations // 2 and not Path(args.gate).exists():
+                time.sleep(0.05)
             if letters and k - first == 2:
                 raise OSError("it was to fail")
             value = jnp.asarray(float(k))

@@ -61,6 +61,7 @@ def test_every_world_model_runs(script, flags):
     assert all(np.isfinite(metrics["losses/transition_loss"]) for metrics in logged)
 
 
+@pytest.mark.slow
 def test_runs_in_one_program_are_those_of_the_script():
     """The same episodes and returns as one run after the other; those with another learning rate are others."""
     args = make_args(ppo.Args, env_id="Breakout-MinAtar", **SMALL)

@@ -56,21 +56,34 @@ def mean_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(axis=0), factor * values.std(axis=0, ddof=1)
 
 
+def filled(values: np.ndarray) -> np.ndarray:
+    """NaNs replaced by the last number before them, where there is one."""
+    last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
+    return values[last]
+
+
 def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str) -> Draw:
-    """Learning curves of all algorithms in one game, each as far as all its runs have come."""
+    """Learning curves of all algorithms in one game: the mean as far as all runs have come, with its interval, and a thin line
+    for each run. Where no episode has ended in a stretch, the value is that of the one before."""
 
     def draw(axes):
+        seen = []
         whole = max(run.planned for name in comparison.algorithms for run in comparison.runs[name, env_id])
         for name in comparison.algorithms:
             runs = [stretches(run, points, whole) for run in comparison.runs[name, env_id]]
             if not runs:
                 continue
+            shade, all_values = colour(comparison, name), [filled(run.value) for run in runs]
+            for run, value in zip(runs, all_values, strict=True):
+                axes.plot(run.step, value, color=shade, linewidth=0.6, alpha=0.5)
             shortest = min(runs, key=lambda run: len(run.step))
-            values = np.stack([run.value[: len(shortest.step)] for run in runs])
-            mean, half = mean_curve(values)
-            shade = colour(comparison, name)
-            axes.plot(shortest.step, mean, dashes(comparison, name), color=shade, linewidth=1.5)
+            mean, half = mean_curve(np.stack([value[: len(shortest.step)] for value in all_values]))
+            axes.plot(shortest.step, mean, dashes(comparison, name), color=shade, linewidth=1.8)
             axes.fill_between(shortest.step, mean - half, mean + half, color=shade, alpha=0.2, linewidth=0)
+            seen.append(np.concatenate(all_values))
+        low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
+        margin = 0.06 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)  # of the runs: the interval of two is as wide as a house
         axes.set(title=env_id, xlabel="environment steps", ylabel=name_of_value)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)

@@ -164,10 +164,10 @@ def test_machado_et_al_know_no_lives():
 
 @pytest.fixture(scope="module")
 def gridworld(tmp_path_factory):
-    """A run that solves the gridworld's easy part."""
+    """A short run."""
     logdir = tmp_path_factory.mktemp("runs")
-    small = {"num_envs": 16, "num_steps": 32, "fc_layers": (32,), "total_timesteps": 16 * 32 * 12, "learning_rate": 1e-3}
-    codes = {"latent": "categorical", "num_categories": 4, "num_classes": 4}
+    small = {"num_envs": 16, "num_steps": 32, "fc_layers": (8,), "total_timesteps": 16 * 32 * 6, "update_epochs": 1}
+    codes = {"latent": "categorical", "num_categories": 2, "num_classes": 2}
     ppo.main(make_args(ppo.Args, env_id="ConfoundingGridworld-v0", logdir=str(logdir), run_name="g", **small, **codes))
     return logdir / "g"
 
@@ -178,7 +178,7 @@ def test_a_run_gets_the_return_that_it_ended_with(gridworld, tmp_path, capsys):
     said = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert len(rows) == 300 and {row["env"] for row in rows} == {str(i) for i in range(128)}
-    assert {(row["run"], row["run_seed"], row["step"], row["protocol"]) for row in rows} == {("g", "1", "6144", "train")}
+    assert {(row["run"], row["run_seed"], row["step"], row["protocol"]) for row in rows} == {("g", "1", "3072", "train")}
     logged = [json.loads(line) for line in (gridworld / "metrics.jsonl").read_text().splitlines()][-1]
     returns = np.array([float(row["episodic_return"]) for row in rows])
     lengths = np.array([int(row["episodic_length"]) for row in rows])
@@ -210,7 +210,7 @@ def test_where_the_table_goes(gridworld):
     where = lambda path, **flags: evaluate.default_output(evaluate.Args(run=path, **flags), loaded)  # noqa: E731
     assert where(gridworld) == where(gridworld / "model") == gridworld / "evaluation.csv"
     assert where(gridworld, protocol="machado", greedy=True) == gridworld / "evaluation_machado_greedy.csv"
-    assert where(gridworld / "checkpoints" / "000000006144") == gridworld / "evaluation_6144.csv"
+    assert where(gridworld / "checkpoints" / "000000003072") == gridworld / "evaluation_3072.csv"
 
 
 def test_the_command_line(gridworld, tmp_path):

@@ -114,6 +114,7 @@ def test_a_stream_writes_what_its_encoding_has_and_drops_the_rest():
     stream.flush()
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
     """A pipe whose reader leaves after a line, then streams that are closed from the start; in a folder with letters and spaces
     that the terminal's encoding lacks."""

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from benchmarks import run as launching
 from tests.commands import ROOT, command
 from utils.runs.flags import UsageError
 from utils.study import local, status
@@ -37,10 +38,9 @@ def wait_for(condition, seconds=120.0):
         time.sleep(0.05)
 
 
-def in_the_middle(folder):
-    """Whether the run has a checkpoint, and is not at its end."""
-    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
-    return bool(steps) and max(steps) >= 50
+def saved(folder):
+    """The step of the last checkpoint."""
+    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()), default=0)
 
 
 def test_names_sets_and_flags(tmp_path):
@@ -123,31 +123,36 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp_path):
+def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp_path, capsys):
     """kill -9 of one run, which is tried again; then of the launcher, whose runs go on as orphans; then of one of these."""
-    flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={tmp_path}", "--workers=2", "--gpus"]
-    words = command("benchmarks/run.py", *flags, "--", "--total-timesteps=1200", "--save-every=0.5", "--pause=0.1")
-    names = [run.name for run in plan((SHORT,), GAMES, [1], ["--total-timesteps=1200"], tmp_path)]
-    first, second = (tmp_path / name for name in names[:2])
+    gate, logdir = tmp_path / "gate", tmp_path / "s"
+    own = ["--total-timesteps=400", "--save-every=0", "--pause=0.01", f"--gate={gate}"]
+    flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={logdir}", "--workers=2", "--gpus"]
+    words = command("benchmarks/run.py", *flags, "--", *own)
+    names = [run.name for run in plan((SHORT,), GAMES, [1], own, logdir)]
+    first, second = (logdir / name for name in names)
     owner = lambda folder: int((folder / ".process").read_text().split()[1])  # noqa: E731
-    with (tmp_path / "said").open("w") as out:
+    said = [tmp_path / "said", tmp_path / "said again"]
+    with said[0].open("w") as out:
         launcher = subprocess.Popen(words, stdout=out, stderr=out)
-    wait_for(lambda: in_the_middle(first) and in_the_middle(second))
+    wait_for(lambda: saved(first) == saved(second) == 200)
     os.kill(owner(first), signal.SIGKILL)
     wait_for(lambda: sittings(first) == 2)
     launcher.kill(), launcher.wait()
     os.kill(owner(first), signal.SIGKILL)
-    assert state_of(tmp_path, read_plan(tmp_path)[1]).kind == "running"  # the orphan
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert f"at work at {names[1]}" in done.stdout and "2 of 2 runs finished" in done.stdout
-    assert [rows(tmp_path / name) for name in names] == [list(range(10, 1210, 10))] * 2
+    assert state_of(logdir, read_plan(logdir)[1]).kind == "running"  # the orphan
+    with said[1].open("w") as out:
+        launcher = subprocess.Popen(words, stdout=out, stderr=out)
+    wait_for(lambda: f"at work at {names[1]}" in said[1].read_text() and sittings(first) == 3)
+    gate.touch()
+    assert launcher.wait(120) == 0 and "2 of 2 runs finished" in said[1].read_text()
+    assert [rows(logdir / name) for name in names] == [list(range(10, 410, 10))] * 2
     assert sittings(second) == 1
     again = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "2 runs, 2 finished before" in again.stdout
     assert sittings(second) == 1
-    shown = subprocess.run(command("benchmarks/run.py", "--status", f"--logdir={tmp_path}"), capture_output=True, text=True)
-    assert shown.returncode == 0 and "1/1" in shown.stdout
+    launching.main(launching.Args(logdir=logdir, status=True), [])
+    assert "2 of 2 runs finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sent, code", [(signal.SIGHUP, 129), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
@@ -165,7 +170,7 @@ def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
     for run in read_plan(tmp_path):
         state = state_of(tmp_path, run)
         assert state.kind == "stopped"
-        assert max(int(path.name) for path in (tmp_path / run.name / "checkpoints").iterdir()) == state.step
+        assert saved(tmp_path / run.name) == state.step
         assert log_path(tmp_path, run.name).read_text().endswith(f"{ENDED} 143\n")
 
 
