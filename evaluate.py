@@ -11,10 +11,11 @@ if __name__ == "__main__":
 
     start_quietly()
 
+import contextlib
 import csv
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +25,8 @@ import tyro
 
 from envs.atari import make_machado_pool
 from envs.protocol import Env
-from envs.registry import family
+from envs.registry import family, make_env
+from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
 from utils.runs.checkpoints import write_whole
@@ -63,16 +65,15 @@ class Args:
     """film another game: .mp4 (needs imageio-ffmpeg: uv run --extra video ...), or .gif"""
 
 
-def open_run(args: Args, num_envs: int, seed: int) -> tuple[LoadedRun, Env]:
-    """The run, and the environments to play in.
+def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
+    """Environments to play in.
 
     Raises:
-        UsageError: there is no such run, or it cannot be played by that protocol.
+        UsageError: the run cannot be played by that protocol.
     """
-    run = read_run(args.run, num_envs=1 if args.protocol == "machado" else num_envs, seed=seed)
-    if args.protocol == "train":
-        return run, run.env
     env_id = run.args.env_id
+    if args.protocol == "train":
+        return make_env(replace(run.args, num_envs=num_envs, seed=seed))
     require(family(env_id) == "atari", f"--protocol machado: is one of Atari's games, and {args.run} was trained on {env_id}")
     env = make_machado_pool(env_id, num_envs, seed, run.args.env_step)
     if env.num_actions != run.env.num_actions:
@@ -80,10 +81,10 @@ def open_run(args: Args, num_envs: int, seed: int) -> tuple[LoadedRun, Env]:
             f"--protocol machado: plays with all {env.num_actions} actions, and {args.run} was trained on the "
             f"{run.env.num_actions} of {env_id}: train it with --full-action-space, or leave out --protocol"
         )
-    return run, env
+    return env
 
 
-def describe(games: list[Game], run: LoadedRun) -> list[str]:
+def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     """Lines that say how well it does."""
     returns = np.array([game.episodic_return for game in games])
     low, high = with_interval([returns], mean, np.random.default_rng(0))[1]
@@ -96,7 +97,7 @@ def describe(games: list[Game], run: LoadedRun) -> list[str]:
     known = reference(run.args.env_id, run.args.stochastic_env)
     if known is not None:
         lines.append(f"human-normalised score: {known.human_normalized(returns.mean()):.3f} (0 random play, 1 human)")
-        if known.baseline is not None:
+        if known.baseline is not None and protocol == "train":
             lines.append(f"published PPO: {known.baseline:,.1f}")
     return lines
 
@@ -124,20 +125,23 @@ def default_output(args: Args, run: LoadedRun) -> Path:
     return folder / f"{'_'.join(['evaluation', *kind])}.csv"
 
 
-def film(args: Args, path: Path, seed: int, key: jax.Array) -> None:
-    """Plays and films a game of its own."""
-    run, env = open_run(args, 1, seed)
-    require(hasattr(env, "render"), f"--video: {run.args.env_id} has no pictures; leave it out")
-    camera = Film(env, lambda params, obs: policy_of(params, run.agent)(obs), args.greedy)
+def open_camera(args: Args, run: LoadedRun, seed: int) -> Film:
+    """A camera before a game of its own.
+
+    Raises:
+        UsageError: the environment has no pictures.
+    """
+    env = make_envs(args, run, 1, seed)
     try:
-        count = write_video(path, camera.frames(run.params, key))
-    except RuntimeError as error:
+        env.render(env.reset()[0])
+    except (AttributeError, RuntimeError) as error:
         raise UsageError(f"--video: {run.args.env_id} cannot be filmed ({error}); leave it out") from None
-    print(f"video: {path}, {count:,} frames, return {camera.game.episodic_return:g}")
+    return Film(env, lambda params, obs: policy_of(params, run.agent)(obs), args.greedy)
 
 
 def main(args: Args) -> None:
     """Plays, and writes."""
+    args = replace(args, run=args.run.expanduser())
     require(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
     num_envs = min(args.episodes, 128) if args.num_envs is None else args.num_envs
     require(1 <= num_envs <= args.episodes, f"--num-envs {num_envs}: must be 1 to --episodes {args.episodes}")
@@ -147,7 +151,9 @@ def main(args: Args) -> None:
         print(f"*** there is no imageio-ffmpeg: the video becomes {video} (uv run --extra video ... for MP4) ***")
     # a run's own seed is one number, so that no training has the same
     seeds = [int(seed) for seed in np.random.SeedSequence([args.seed, len(COLUMNS)]).generate_state(3)]
-    run, env = open_run(args, num_envs, seeds[0])
+    run = read_run(args.run, num_envs=1)
+    env = make_envs(args, run, num_envs, seeds[0])
+    camera = None if video is None else open_camera(args, run, seeds[2])
     output = args.output or default_output(args, run)
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
     print(f"{run.progress['name']}: {run.progress['script']} on {run.args.env_id} after {run.progress['step']:,} steps")
@@ -166,9 +172,13 @@ def main(args: Args) -> None:
     write_whole(output, table(games, run, args))
     how = "most likely actions" if args.greedy else "drawn actions"
     print(f"{len(games)} games by the {args.protocol} protocol, {how}, seed {args.seed}:")
-    print("\n".join([*describe(games, run), f"table: {output}"]), flush=True)
-    if video is not None:
-        film(args, video, seeds[2], keys[1])
+    print("\n".join([*describe(games, run, args.protocol), f"table: {output}"]), flush=True)
+    if camera is not None:
+        most = MOST_FRAMES if video.suffix == ".gif" else None  # all pictures of a GIF are in memory together
+        with contextlib.closing(camera.frames(run.params, keys[1], most)) as frames:
+            count = write_video(video, frames)
+        ended = f"return {camera.game.episodic_return:g}" if camera.game else "cut off there"
+        print(f"video: {video}, {count:,} frames, {ended}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from utils.study.comparison import (  # noqa: E402
     usual_scale,
 )
 from utils.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
-from utils.study.records import read_runs, stretches, write_table  # noqa: E402
+from utils.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
 
 SIZE = (3.6, 2.7)  # of a drawing, in inches
 
@@ -66,11 +66,9 @@ class Args:
     points: int = 40
     """stretches of a run that have a point each on a curve, and a row each in the table"""
     last: float = 0.05
-    """the share of a run, at its end, whose episodes make its final score"""
+    """the share of a run, at its end, whose episodes make its final score, in whole stretches"""
     scale: Scale | None = None
     """common scale of the games; if not given human where that is known, or min-max"""
-    stochastic: bool = False
-    """the baseline is that of the stochastic protocol"""
     against: str | None = None
     """the algorithm that others are said to improve on; if not given the first, ppo"""
     seed: int = 0
@@ -94,15 +92,18 @@ def score_table(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray]) 
 
 def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str, beside: str) -> tuple[Section, bytes]:
     """Aggregates over games, as texts and as a picture."""
-    scale = args.scale or usual_scale(comparison)
+    returns = args.metric == Args.metric
+    scale = args.scale or (usual_scale(comparison) if returns else "min-max")
+    require(returns or scale == "min-max", f"--scale {scale}: is one of returns, and --metric asks for another number")
     against = args.against or comparison.algorithms[0]
     require(against in comparison.algorithms, f"--against {against}: is none of {', '.join(comparison.algorithms)}")
-    found = aggregate(normalised(comparison, raw, scale, args.stochastic), scale, against, args.seed)
+    found = aggregate(normalised(comparison, raw, scale), scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:
         draws.append(figures.intervals(comparison, found.improvement, f"probability of improvement on {against}", 0.5))
-    shown = lambda value, low, high: f"{value:.3f} [{low:.3f}, {high:.3f}]"  # noqa: E731
+    single = len(comparison.seeds) == 1  # which says nothing of other seeds
+    shown = lambda value, low, high: f"{value:.3f}" + f" [{low:.3f}, {high:.3f}]" * (not single)  # noqa: E731
     rows = [[name, *(shown(*values[name]) for values in found.statistics.values())] for name in comparison.algorithms]
     head = ["", *found.statistics]
     if found.improvement:
@@ -120,14 +121,19 @@ def main(args: Args) -> None:
     require(len(args.runs) > 0, "no runs: name folders of runs, of studies, or tables of them")
     require(args.points > 0, f"--points {args.points}: must be at least 1")
     require(0 < args.last <= 1, f"--last {args.last}: must be above 0, and at most 1")
+    require(args.output.name not in ("", ".."), f"--output {args.output}: names no file; give a name, without an ending")
     require(args.output.parent.is_dir(), f"--output {args.output}: there is no folder {args.output.parent}; make it first")
-    runs, problems = read_runs(args.runs, args.metric)
+    for table in (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv")):
+        read = [source for source in args.runs if Path(source).expanduser().resolve() == table.resolve()]
+        require(not read, f"--output {args.output}: would replace {table}, which is read; choose another name")
+    runs, problems, planned = read_runs(args.runs, args.metric)
     for problem in problems:
         print(f"*** {problem} ***")
-    comparison = compare(runs)
-    raw = raw_scores(comparison, args.last)
-    missing, total = comparison.missing, len(comparison.algorithms) * len(comparison.env_ids) * len(comparison.seeds)
-    incomplete = f"{len(missing)} of {total} runs are missing or not finished"
+    comparison = compare(runs, planned)
+    last = max(1, round(args.last * args.points))
+    raw = raw_scores(comparison, args.points, last)
+    missing = comparison.missing + [line for line in problems if line.endswith(LEFT_OUT)]
+    incomplete = f"{len(missing)} runs are missing, not finished or left out"
     note = incomplete if missing else ""
     beside = args.output.name
     written: dict[str, bytes] = {}
@@ -136,7 +142,7 @@ def main(args: Args) -> None:
     draws = [figures.curves(comparison, env_id, args.points, what) for env_id in comparison.env_ids]
     svgs = [figures.svg(draw, SIZE, env_id) for draw, env_id in zip(draws, comparison.env_ids, strict=True)]
     written["_curves.png"] = figures.png(comparison, draws, SIZE, 3)
-    share = f"{args.last:.0%}" if args.last >= 0.01 else f"{args.last}"
+    share = f"{last / args.points:.3g}"
     sections = [Section("", [Warned(f"{incomplete}: see below.")] if missing else [])]
     if not missing or args.allow_incomplete:
         section, written["_aggregates.png"] = aggregate_sections(args, comparison, raw, note, beside)
@@ -151,16 +157,17 @@ def main(args: Args) -> None:
         Section(
             "Final scores",
             [
-                f"Mean over the last {share} of training, then mean ± standard deviation over seeds (number of seeds).",
+                f"Mean over the last part of training ({share}), then mean ± standard deviation over seeds (their number).",
                 score_table(comparison, raw),
             ],
         ),
     ]
-    if missing or problems:
+    lines = comparison.missing + problems
+    if lines:
         sections.append(
             Section(
                 "Missing",
-                [Table([["run", "what is missing"], *(list(line.rpartition(": ")[::2]) for line in missing + problems)])],
+                [Table([["run", "what is missing"], *(list(line.partition(": ")[::2]) for line in lines)])],
             )
         )
     sections.append(Section("Made by", [Code(f"uv run {shlex.join(sys.argv)}")]))
@@ -176,8 +183,9 @@ def main(args: Args) -> None:
     written[".md"] = markdown(args.title, sections).encode()
     for ending, content in written.items():
         write_whole(args.output.with_name(beside + ending), content)
-    write_table(args.output.with_name(f"{beside}.csv"), [stretches(run, args.points) for run in runs])
-    print(f"{len(runs)} runs; written: {', '.join(f'{args.output}{ending}' for ending in (*sorted(written), '.csv'))}")
+    if args.metric == Args.metric:
+        write_table(args.output.with_name(f"{beside}.csv"), [stretches(run, args.points) for run in runs])
+    print(f"{len(runs)} runs; written: {', '.join(f'{args.output}{ending}' for ending in sorted(written))}")
     if missing and not args.allow_incomplete:
         for line in missing:
             print(f"missing: {line}")

@@ -96,10 +96,12 @@ def main(args: Args, flags: list[str]) -> None:
     lock = claim(logdir)
     write_plan(logdir, runs)
     if args.slurm:
-        job, submitted, waiting = slurm.submit(logdir, runs, args.slurm_script.absolute())
+        ours = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
+        require(ours, "--slurm: gives each run what the batch script asks for; leave out --gpus, --runs-per-gpu and --workers")
+        jobs, submitted, waiting = slurm.submit(logdir, runs, args.slurm_script.absolute())
         finished = sum(state_of(logdir, run).kind == "finished" for run in runs)
         print(f"{finished} of {len(runs)} runs finished, {waiting} in SLURM's queue before, {submitted} submitted now", end="")
-        print(f" (job {job})" if job else "")
+        print(f" (job {', '.join(jobs)})" if jobs else "")
     else:
         left = local.launch(logdir, runs, slots)
         states = {run.name: state_of(logdir, run) for run in runs}

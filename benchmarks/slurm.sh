@@ -11,6 +11,7 @@
 trap : TERM # at the time limit itself it comes to this shell too, which must live on to requeue the job
 runs=$1 logs=$2
 IFS=$'\t' read -r name command < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$runs")
+[ -n "$command" ] || { echo "error: $runs has no run $SLURM_ARRAY_TASK_ID" && exit 2; }
 log="$logs/$name.log"
 for attempt in 1 2; do # what fails is tried once more, from its last checkpoint
   echo "=== begins $(date +%FT%T%z) job $SLURM_JOB_ID on $(hostname): $command" >>"$log"

@@ -41,7 +41,7 @@ class Camera:
             OSError: it cannot be written.
         """
         seed = int(np.random.SeedSequence([self.args.seed, step]).generate_state(1)[0])
-        if self.film is None:  # one environment, whose games follow each other, and one compilation
+        if self.film is None:  # one environment, and one compilation
             env = make_env(dataclasses.replace(self.args, num_envs=1, seed=seed))
             self.film = Film(env, lambda params, obs: policy_of(params, self.agent)(obs))
         self.folder.mkdir(exist_ok=True)

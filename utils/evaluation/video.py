@@ -1,6 +1,5 @@
 """Videos: MP4 by imageio-ffmpeg, an extra, or GIFs by pillow."""
 
-import importlib.util
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,12 @@ ENDINGS = (".mp4", ".gif")
 
 def has_ffmpeg() -> bool:
     """Whether MP4 can be written."""
-    return importlib.util.find_spec("imageio_ffmpeg") is not None
+    try:
+        import imageio_ffmpeg
+
+        return bool(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):  # the package may be there without the program
+        return False
 
 
 def check_path(path: Path) -> Path:

@@ -28,7 +28,7 @@ from utils.histograms import statistics
 from utils.runs import folder
 from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
 from utils.runs.flags import RunArgs, UsageError, own_defaults, require
-from utils.runs.launch import NotFinite, RunIsFinished, describe_device
+from utils.runs.launch import NotFinite, RunIsFinished, describe_device, one_line
 from utils.runs.logs import METRICS, Logger, cut_back, last_step
 from utils.runs.signals import Interrupted, Signals
 from utils.runs.stored_flags import check_continued, stretched, to_store
@@ -127,6 +127,8 @@ class Run:
             self.iteration = stored["iteration"]
             done = max(done, stored["step"])
         if done >= self.num_iterations * self.steps_per_iteration:
+            if self.record.get("finished_at", 0) < done:  # it died between its last checkpoint and its end
+                write_json(self.folder / folder.RECORD, self.record | {"finished_at": done})
             raise RunIsFinished(f"{self.folder}: finished, after {done:,} steps")
         if self.saved is None:
             gone = done or self.record["flags"].get("keep_checkpoints") == 0
@@ -349,7 +351,10 @@ class Run:
             self._film(state.params, step)
 
     def _film(self, params: Any, step: int) -> None:
-        path, episodic_return = self.camera.take(params, step)
+        try:
+            path, episodic_return = self.camera.take(params, step)
+        except Exception as error:  # of whatever kind: a film is not worth a run
+            return self.logger.say(f"*** no video at step {step:,}: {one_line(error)} ***")
         self.logger.say(f"video: {path} (return {'-' if episodic_return is None else f'{episodic_return:g}'})")
         if self.wandb is not None:
             self.wandb.log_video(step, path)

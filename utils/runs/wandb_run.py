@@ -42,7 +42,6 @@ class WandbRun:
         given = {
             "project": args.wandb_project_name or (None if "WANDB_PROJECT" in os.environ else "deep-spi"),
             "entity": args.wandb_entity,
-            # the runs that differ in nothing but the seed
             "group": args.wandb_group
             or (None if "WANDB_RUN_GROUP" in os.environ else f"{config['env_id']}__{config['algorithm']}"),
             "tags": args.wandb_tags or None,

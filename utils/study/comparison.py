@@ -7,6 +7,7 @@ import numpy as np
 from utils.runs.flags import require
 from utils.runs.scores import reference
 from utils.study import aggregates
+from utils.study.grid import PlannedRun
 from utils.study.records import RunRecord, final_score, labels
 
 FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # algorithms in the order of figures and tables
@@ -36,8 +37,8 @@ class Comparison(NamedTuple):
     missing: list[str]
 
 
-def compare(runs: list[RunRecord]) -> Comparison:
-    """Sorts runs, and finds what is missing in the grid of all their algorithms, games and seeds.
+def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison:
+    """Sorts runs, and finds what is missing in the grid of all their algorithms, games and seeds, and of what was planned.
 
     Raises:
         UsageError: there are no runs, or two are the same.
@@ -58,6 +59,11 @@ def compare(runs: list[RunRecord]) -> Comparison:
                 elif own[seed].reached < own[seed].planned:
                     at = f"is at {own[seed].reached:,} of {own[seed].planned:,} steps"
                     missing.append(f"{name}, {env_id}, seed {seed}: {at}")
+    known = {(name.split()[0], env_id, seed) for name in algorithms for env_id in env_ids for seed in seeds}
+    for run in planned:
+        script = run.script.split("__")[0]
+        if (script, run.env_id, run.seed) not in known:
+            missing.append(f"{script}, {run.env_id}, seed {run.seed}: is planned, and not there")
     return Comparison(algorithms, env_ids, seeds, found, missing)
 
 
@@ -66,14 +72,12 @@ def usual_scale(comparison: Comparison) -> Scale:
     return "human" if all(reference(env_id) for env_id in comparison.env_ids) else "min-max"
 
 
-def raw_scores(comparison: Comparison, last: float) -> dict[tuple[str, str], np.ndarray]:
-    """The final score of each run, by algorithm and game."""
-    return {key: np.array([final_score(run, last) for run in runs]) for key, runs in comparison.runs.items()}
+def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str, str], np.ndarray]:
+    """The final score of each run (`final_score`), by algorithm and game."""
+    return {key: np.array([final_score(run, points, last) for run in runs]) for key, runs in comparison.runs.items()}
 
 
-def normalised(
-    comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale, stochastic: bool = False
-) -> dict[str, list[np.ndarray]]:
+def normalised(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale) -> dict[str, list[np.ndarray]]:
     """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games that all
     algorithms have runs of.
 
@@ -84,7 +88,8 @@ def normalised(
     require(len(env_ids) > 0, "there is no game of which all algorithms have runs: nothing can be aggregated")
     scores = {name: [] for name in comparison.algorithms}
     for env_id in env_ids:
-        known = reference(env_id, stochastic)
+        of_game = [run for name in comparison.algorithms for run in comparison.runs[name, env_id]]
+        known = reference(env_id, any("--stochastic-env" in run.flags for run in of_game))
         every = np.concatenate([raw[name, env_id] for name in comparison.algorithms])
         low, width = every.min(), np.ptp(every) or 1.0
         if scale == "human":

@@ -41,10 +41,13 @@ def _published(runs: list[PlannedRun]) -> tuple[dict[tuple[str, str], float], st
     return found, "; ".join(machines)
 
 
-def disk_bytes(run: PlannedRun) -> int:
-    """Of the folder of a finished run: checkpoints (without environments and a replay buffer), the model, and the logs."""
+def disk_bytes(run: PlannedRun) -> int | None:
+    """Of the folder of a finished run: checkpoints (without environments and a replay buffer), the model, and the logs. None of
+    a script that has not the functions of the others."""
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and no GPU's memory taken
     script = importlib.import_module(Path(run.command[1]).stem)
+    if not all(hasattr(script, name) for name in ("make_agent", "make_optimizer", "init_state")):
+        return None
     args = parse_flags(script.Args, run.command[2:])
     env = make_env(dataclasses.replace(args, num_envs=1))  # 128 emulators take a while, and are not saved
     agent = script.make_agent(args, env.num_actions)
@@ -66,7 +69,8 @@ def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
         key = run.script, family(run.env_id)
         if key not in sizes:
             sizes[key] = disk_bytes(run)
-    total = sum(sizes[run.script, family(run.env_id)] for run in runs)
+    known = None not in sizes.values()
+    total = sum(sizes[run.script, family(run.env_id)] for run in runs) if known else 0
     published, where = _published(runs)
     own = rates(runs, states)
     seconds = seconds_left(runs, states, published | own)
@@ -77,5 +81,5 @@ def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
     return [
         f"{len(runs)} runs, {finished} of them finished; {sum(run.steps for run in runs):,} steps in all",
         f"time left: {time}",
-        f"disk: about {tqdm.format_sizeof(total, 'B', 1024)}",
+        f"disk: about {tqdm.format_sizeof(total, 'B', 1024)}" if known else "disk: unknown",
     ]

@@ -6,6 +6,7 @@ Nothing but the folders of the runs, and what each has printed, says where a stu
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -67,6 +68,8 @@ def script_path(word: str) -> Path:
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if 'Run(args, "' in p.read_text()}
     own = Path(word).expanduser().absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
+        taken = [path for path in folder.ROOT.rglob(own.name) if path.parent.name in (folder.ROOT.name, "benchmarks")]
+        require(not taken, f"--scripts {word}: is called as one of this project's; give it a name of its own")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
     require(stem in known, f"--scripts {word}: no such script; there are {names}, and any like them")
@@ -132,15 +135,18 @@ def plan(
                 more, kind = [*own, *flags], (script, family(env_id))
                 if kind not in parsed:  # the environments of a family share their defaults
                     parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
-                args = dataclasses.replace(parsed[kind], env_id=env_id, seed=seed)
-                check_flags(args)
                 name = f"{env_id}__{script}__{seed}"
+                of_run = {"env_id": env_id, "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
+                args = dataclasses.replace(parsed[kind], **of_run)
+                check_flags(args)
                 record = folder.read_record(logdir / name)
                 if record is not None:
                     check_continued(args, record["flags"], f"{logdir / name}")
                 batch = args.num_envs * args.num_steps
                 steps = args.total_timesteps // batch * batch
-                given = [f"--env-id={env_id}", f"--seed={seed}", f"--logdir={logdir}", f"--run-name={name}", "--resume=auto"]
+                given = [f"--{flag.replace('_', '-')}={value}" for flag, value in of_run.items()]
+                if args.track and args.wandb_group is None and "WANDB_RUN_GROUP" not in os.environ:
+                    given.append(f"--wandb-group={env_id}__{script}")
                 runs.append(PlannedRun(name, script, env_id, seed, steps, [sys.executable, str(path), *given, *more]))
     return runs
 
@@ -235,9 +241,12 @@ def state_of(logdir: Path, run: PlannedRun) -> Progress:
     if lines and lines[-1].startswith(ENDED):
         code = int(lines[-1].removeprefix(ENDED).split()[0])
         if code not in (0, *STOPPED):
-            said = [line.strip("│╭╰─╮╯ ") for line in lines[:-1] if not line.startswith((BEGAN, ENDED, "│ For full helptext"))]
+            began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
+            said = [line.strip("│╭╰─╮╯ ") for line in lines[began + 1 : -1] if not line.startswith("│ For full helptext")]
             errors = [line for line in said if line.startswith("error:")] or [line for line in said if line]
-            return done._replace(kind="failed", error=[f"exit code {code}", *errors][-1])
+            # what a signal has ended had no time to say why
+            why = [f"exit code {code}", *errors[-1:]] if code < 128 else [f"exit code {code}: signal {code - 128}"]
+            return done._replace(kind="failed", error=": ".join(why))
     return done if record is not None else Progress("left")
 
 

@@ -1,7 +1,10 @@
 """Runs of a study on this machine, so many at a time."""
 
 import contextlib
+import itertools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -13,8 +16,9 @@ from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
 from utils.study import status
-from utils.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of
+from utils.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of, tail
 
+WHOLE = 0.9  # share of a GPU's memory that runs take together
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between two looks at runs that other processes work at
 ATTEMPTS = 2  # a run that fails is tried once more
@@ -32,10 +36,13 @@ class Slot(NamedTuple):
 
 def visible_gpus() -> list[str]:
     """The numbers of the GPUs of this machine that this process may use."""
+    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+        return []
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:
-        return [word for word in asked.split(",") if word.strip()]
-    if "cpu" in os.environ.get("JAX_PLATFORMS", "") or shutil.which("nvidia-smi") is None:
+    if asked is not None:  # CUDA reads it up to the first number that there cannot be
+        words = [word.strip() for word in asked.split(",")]
+        return list(itertools.takewhile(lambda word: word and not word.startswith("-"), words))
+    if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     return [str(i) for i, line in enumerate(x for x in listed.stdout.splitlines() if x.startswith("GPU "))]
@@ -58,11 +65,11 @@ def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | N
     require(len(set(found)) == len(found), f"--gpus {' '.join(found)}: names one twice")
     require(not found or workers is None, "--workers: is read only without GPUs; see --runs-per-gpu, or leave --gpus empty")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    number = len(found) * runs_per_gpu or workers or max(1, len(cores))
+    number = len(found) * runs_per_gpu or workers or len(cores) or os.cpu_count() or 1
     slots = []
     for i in range(number):
         own = cores[i * len(cores) // number : (i + 1) * len(cores) // number] or cores[i % max(1, len(cores)) :][:1]
-        slots.append(Slot(i, tuple(own), found[i // runs_per_gpu] if found else None, 0.9 / runs_per_gpu))
+        slots.append(Slot(i, tuple(own), found[i // runs_per_gpu] if found else None, WHOLE / runs_per_gpu))
     return slots
 
 
@@ -79,13 +86,15 @@ def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     env = dict(os.environ)
     if slot.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = slot.gpu
-        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{slot.share:.2f}")
+        if slot.share < WHOLE:
+            env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the old name, and JAX takes but one
+            env["XLA_CLIENT_MEM_FRACTION"] = f"{slot.share:.2f}"
     elif visible_gpus():
         env["JAX_PLATFORMS"] = "cpu"
     path = log_path(logdir, run.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
-        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {' '.join(run.command)}\n")
+        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {shlex.join(run.command)}\n")
         log.flush()
         # a session of its own: Ctrl-C in the terminal, and its end, reach this process alone, which passes them on
         process = subprocess.Popen(
@@ -128,7 +137,8 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
                 finished = {run.name for run in waiting if run.name in before - elsewhere}
                 finished = {r.name for r in waiting if r.name in finished and state_of(logdir, r).kind == "finished"}
                 waiting = [run for run in waiting if run.name not in finished]
-            free = [slot for slot in slots if slot not in [w.slot for w in workers]]
+            taken = {w.slot.number for w in workers} | {place_of(logdir, name) for name in elsewhere}
+            free = [slot for slot in slots if slot.number not in taken]
             free = free[: max(0, len(slots) - len(workers) - len(elsewhere))]
             for slot, run in zip(free, [run for run in waiting if run.name not in elsewhere], strict=False):
                 waiting.remove(run)
@@ -142,6 +152,13 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
         signals.restore()
     states.read()
     return [run for run in runs if states.states[run.name].kind != "finished"]
+
+
+def place_of(logdir: Path, name: str) -> int | None:
+    """The number of the slot that a launcher gave the run's last process, which may be at work there still."""
+    began = [line for line in tail(log_path(logdir, name)) if line.startswith(BEGAN)]
+    found = re.search(r" in place (\d+): ", began[-1]) if began else None
+    return int(found[1]) if found else None
 
 
 def _note_end(logdir: Path, worker: Worker) -> int:

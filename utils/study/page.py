@@ -77,7 +77,7 @@ def _markdown(part) -> str:
     if isinstance(part, Table):
         return part.markdown()
     if isinstance(part, Figures):
-        return f"![{part.text}]({part.picture})"
+        return f"![{part.text}](<{part.picture}>)" if " " in part.picture else f"![{part.text}]({part.picture})"
     if isinstance(part, Code):
         return f"    {part}"
     return f"**{part}**" if isinstance(part, Warned) else part

@@ -1,7 +1,6 @@
 """What runs have scored, read from their folders, from tables made of such folders before, or from Weights & Biases."""
 
 import csv
-import dataclasses
 import importlib
 import io
 import json
@@ -15,14 +14,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from utils.runs.checkpoints import write_whole
-from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, defaults, require
+from utils.runs.flags import MAY_CHANGE, RunArgs, UsageError, annotations_of, as_typed, defaults, require
 from utils.runs.folder import RECORD, read_record
 from utils.runs.logs import METRICS
-from utils.study.grid import LOGS, SHORT
+from utils.study.grid import LOGS, SHORT, PlannedRun, read_plan
+from utils.study.grid import RECORD as STUDY
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics that are means of as many episodes as are logged
 WANDB = "wandb:"
+LEFT_OUT = ": left out"  # ends the line of a run that is not in the comparison
 
 
 class RunRecord(NamedTuple):
@@ -45,27 +46,29 @@ class RunRecord(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Runs, and a line for everything that was left out or was not whole."""
+    """Runs, a line for everything that was left out or was not whole, and the runs that studies have planned."""
 
     runs: list[RunRecord]
     problems: list[str]
+    planned: list[PlannedRun] = []
 
 
 def typed_flags(script: str, flags: dict[str, Any]) -> str:
-    """The flags of a run that are not the defaults of its environment and matter to what it computes, as typed; all that are
-    known, if its script is not here any more."""
+    """The flags of a run that are not the defaults of its environment and matter to what it computes, as typed; if its script
+    is not on Python's path, all that matter."""
     try:
         args_type = importlib.import_module(script).Args
-    except ImportError:
-        return ""
-    default, hints = defaults(args_type, flags["env_id"]), get_type_hints(args_type, include_extras=True)
+        default = defaults(args_type, flags["env_id"])
+    except (ImportError, AttributeError):
+        args_type, default = RunArgs, {}
+    hints = get_type_hints(args_type, include_extras=True)
     said = []
-    for field in dataclasses.fields(args_type):
-        name, value = field.name, flags.get(field.name)
-        if name in ("env_id", "seed") or name.startswith("wandb_") or name not in flags:
+    for name, value in flags.items():
+        may_change = name in hints and MAY_CHANGE in annotations_of(hints[name])
+        if name in ("env_id", "seed") or name.startswith("wandb_") or may_change:
             continue
         value = tuple(value) if isinstance(value, list) else value
-        if value != default[name] and MAY_CHANGE not in annotations_of(hints[name]):
+        if name in (default or flags) and (name not in default or value != default[name]):
             said.append(as_typed(name, value))
     return " ".join(said)
 
@@ -97,7 +100,7 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
             rows.append((int(row["step"]), np.nan if value is None else float(value), 0.0 if value is None else float(weight)))
         except (ValueError, LookupError, TypeError, AttributeError):
             bad += 1
-    problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged: left out"] * (bad > 0)
+    problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged, and not read"] * (bad > 0)
     if not any(weight > 0 for *_, weight in rows):
         return None, [*problems, f"{path}: {METRICS} has no {metric} yet: left out"]
     rows = sorted({row[0]: row for row in rows}.values())
@@ -146,15 +149,19 @@ def read_wandb(project: str, metric: str) -> Reading:
     found, problems = [], []
     try:
         for run in wandb.Api().runs(project):
-            flags, script = dict(run.config), run.config.get("script")
-            rows = [
-                (row["global_step"], row[metric], row["charts/episodes"] if metric in OF_EPISODES else 1.0)
-                for row in run.scan_history(keys=["global_step", metric, "charts/episodes"])
-            ]
-            if script is None or not rows:
-                problems.append(f"{WANDB}{project}/{run.id}: has no script in its config, or no {metric}: left out")
-            else:
-                found.append(_record(f"{WANDB}{project}/{run.id}", script, flags, sorted(rows)))
+            source = f"{WANDB}{project}/{run.id}"
+            # a history has the rows in which all keys are: one of all updates, one of those in which an episode ended
+            rows = {row["global_step"]: (row["global_step"], np.nan, 0.0) for row in run.scan_history(keys=["global_step"])}
+            for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
+                weight = row["charts/episodes"] if metric in OF_EPISODES else 1.0
+                rows[row["global_step"]] = (row["global_step"], row[metric], weight if np.isfinite(row[metric]) else 0.0)
+            if not any(weight > 0 for *_, weight in rows.values()):
+                problems.append(f"{source}: has no {metric}: left out")
+                continue
+            try:
+                found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values())))
+            except (LookupError, TypeError):
+                problems.append(f"{source}: its config is not that of a run of these scripts: left out")
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UsageError(f"{WANDB}{project}: cannot be read ({' '.join(str(error).split())}); see `wandb login`") from None
     return Reading(found, problems)
@@ -166,24 +173,26 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
     Raises:
         UsageError: a source is none of these, or two runs are the same.
     """
-    runs, problems = [], []
+    runs, problems, planned = [], [], []
     for source in sources:
         path = Path(source).expanduser()
         if source.startswith(WANDB):
             found = read_wandb(source.removeprefix(WANDB), metric)
             runs, problems = runs + found.runs, problems + found.problems
         elif path.is_file():
+            require(metric == OF_EPISODES[0], f"{path}: a table holds returns alone; leave out --metric, or name folders")
             runs += read_table(path)
         elif path.is_dir():
             of_run = any((path / name).exists() for name in (RECORD, METRICS))
             folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, "slurm"))
             require(len(folders) > 0, f"{path}: holds no folders of runs")
+            planned += read_plan(path) if (path / STUDY).exists() else []
             for one in folders:
                 run, wrong = read_folder(one, metric)
                 runs, problems = runs + [run] * (run is not None), problems + wrong
         else:
             raise UsageError(f"{source}: there is no such folder or table")
-    return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems)
+    return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems, planned)
 
 
 def labels(runs: list[RunRecord]) -> list[str]:
@@ -192,14 +201,19 @@ def labels(runs: list[RunRecord]) -> list[str]:
     Raises:
         UsageError: two runs have the same name, environment and seed.
     """
-    words = [set(re.split(r" (?=--)", run.flags)) - {""} for run in runs]
-    common = {
-        run.script: set.intersection(*(w for w, r in zip(words, runs, strict=True) if r.script == run.script)) for run in runs
-    }
-    names = []
+    words = [[word for word in re.split(r" (?=--)", run.flags) if word] for run in runs]
+    flag = lambda word: re.sub(r"^--(no-)?", "", word).split()[0]  # noqa: E731
+    # flags that differ within an environment: between families their defaults do, which says nothing of the algorithm
+    seen: dict[tuple[str, str], list[set[str]]] = {}
     for run, own in zip(runs, words, strict=True):
-        more = [word for word in re.split(r" (?=--)", run.flags) if word in own - common[run.script]]
-        names.append(" ".join([run.script, *more]))
+        seen.setdefault((run.script, run.env_id), []).append(set(own))
+    differing: dict[str, set[str]] = {}
+    for (script, _), sets in seen.items():
+        differing.setdefault(script, set()).update(map(flag, set.union(*sets) - set.intersection(*sets)))
+    names = [
+        " ".join([run.script, *(word for word in own if flag(word) in differing[run.script])])
+        for run, own in zip(runs, words, strict=True)
+    ]
     counted = Counter((name, run.env_id, run.seed) for name, run in zip(names, runs, strict=True))
     for (name, env_id, seed), number in counted.items():
         if number > 1:
@@ -222,10 +236,11 @@ def stretches(run: RunRecord, points: int, whole: int | None = None) -> RunRecor
     return run._replace(step=step, value=value, weight=weight)
 
 
-def final_score(run: RunRecord, last: float) -> float:
-    """Mean over the episodes that ended in the last part of a run, a share of its planned steps; where none ended there, of the
-    last row in which one did."""
-    inside = (run.step > run.reached - last * run.planned) & (run.weight > 0)
+def final_score(run: RunRecord, points: int, last: int) -> float:
+    """Mean over the episodes that ended in the last of a run's stretches, so many of `points`; where none ended there, of the
+    last stretch in which one did. (Of stretches, so that a table of them has the same score as the run's folder.)"""
+    run = stretches(run, points)
+    inside = (np.arange(len(run.step)) >= len(run.step) - last) & (run.weight > 0)
     if not inside.any():
         inside = np.arange(len(run.step)) == np.flatnonzero(run.weight > 0)[-1]
     return float(np.average(run.value[inside], weights=run.weight[inside]))

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import ROOT
-from utils.study.grid import LOGS, PlannedRun, log_path, state_of
+from utils.study.grid import LOGS, PlannedRun, state_of
 
+LARGEST_ARRAY = 1_000  # SLURM's MaxArraySize, if nobody has changed it, is 1,001
 JOBS = "slurm"  # the folder in a study's that has a list of runs for each array submitted
 
 
@@ -37,8 +38,8 @@ def queued(logdir: Path) -> set[str]:
     return names
 
 
-def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[str | None, int, int]:
-    """Submits an array with a job for each run that is neither finished nor in the queue.
+def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[list[str], int, int]:
+    """Submits arrays with a job for each run that is neither finished nor in the queue.
 
     Args:
         logdir: the folder of the study, which all nodes see.
@@ -46,7 +47,7 @@ def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[str | No
         script: the batch script; it is called with the list of runs, and the folder for what they print.
 
     Returns:
-        The id of the array (None if there is nothing to do), how many jobs it has, and how many runs were in the queue.
+        The ids of the arrays, how many jobs they have together, and how many runs were in the queue.
 
     Raises:
         UsageError: there is no SLURM, or it refuses the job.
@@ -58,18 +59,18 @@ def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[str | No
     states = {run.name: state_of(logdir, run).kind for run in runs}
     waiting = queued(logdir)
     wanted = [run for run in runs if run.name not in waiting and states[run.name] not in ("finished", "running")]
-    if not wanted:
-        return None, 0, len(waiting)
-    stamp = f"{logdir.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    listed = logdir / JOBS / f"{stamp}.txt"
-    listed.parent.mkdir(exist_ok=True)
+    (logdir / JOBS).mkdir(exist_ok=True)
     (logdir / LOGS).mkdir(exist_ok=True)
-    listed.write_text("".join(f"{run.name}\t{shlex.join(run.command)}\n" for run in wanted))
-    words = ["sbatch", "--parsable", f"--job-name={stamp}", f"--array=1-{len(wanted)}", f"--chdir={ROOT}"]
-    words += [f"--output={logdir / LOGS / '%x-%a.slurm'}", str(script), str(listed), str(log_path(logdir, "NAME").parent)]
-    try:
-        job = _ask(*words).strip().partition(";")[0]
-    except UsageError:
-        listed.unlink()
-        raise
-    return job, len(wanted), len(waiting)
+    jobs, began = [], time.strftime("%Y%m%d-%H%M%S")
+    for first in range(0, len(wanted), LARGEST_ARRAY):
+        part, stamp = wanted[first : first + LARGEST_ARRAY], f"{logdir.name}-{began}-{first}"
+        listed = logdir / JOBS / f"{stamp}.txt"
+        listed.write_text("".join(f"{run.name}\t{shlex.join(run.command)}\n" for run in part))
+        words = ["sbatch", "--parsable", f"--job-name={stamp}", f"--array=1-{len(part)}", f"--chdir={ROOT}"]
+        words += [f"--output={logdir / LOGS / '%x-%a.slurm'}", str(script), str(listed), str(logdir / LOGS)]
+        try:
+            jobs.append(_ask(*words).strip().partition(";")[0])
+        except UsageError:
+            listed.unlink()
+            raise
+    return jobs, len(wanted), len(waiting)

@@ -1,6 +1,6 @@
 """What a study says of itself on the terminal."""
 
-import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -92,8 +92,8 @@ class Live:
         self.last = time.monotonic()
         self._erase()
         if self.interactive:
-            width = os.get_terminal_size().columns - 1 if sys.stdout.isatty() else 80
-            lines = [line[:width] for line in lines]
+            width, height = shutil.get_terminal_size()
+            lines = [line[: width - 1] for line in lines[: height - 2]]
             self.drawn = len(lines)
         print("\n".join(lines), flush=True)
 

@@ -13,7 +13,7 @@ from benchmarks import run as launching
 from tests.commands import ROOT, command
 from utils.runs.flags import UsageError
 from utils.study import local, status
-from utils.study.grid import ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
+from utils.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
 
 SHORT = str(ROOT / "tests" / "short_script.py")
 GAMES = ("Breakout-MinAtar", "Asterix-MinAtar")
@@ -72,6 +72,8 @@ def test_names_sets_and_flags(tmp_path):
         (("ppo",), GAMES, ["--seed=3"], "--seed: this program gives it"),
         (("ppo --run_name a",), GAMES, [], "--run-name: this program gives it"),
         (("ppo",), GAMES, ["--clip-coef=-1"], "--clip-coef -1"),
+        (("ppo",), GAMES, ["--keep-checkpoints=0"], "--resume auto: needs checkpoints"),
+        (("/tmp/nowhere/own.py",), GAMES, [], "no such script"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(scripts, env_ids, flags, said, tmp_path, monkeypatch):
@@ -88,13 +90,36 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     assert [slot.cores for slot in local.make_slots(None, 1, None)] == [(core,) for core in range(8)]
     slots = local.make_slots(("0", "1"), 2, None)
     assert [(slot.gpu, slot.cores, slot.share) for slot in slots[1:3]] == [("0", (2, 3), 0.45), ("1", (4, 5), 0.45)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3,-1,4")
     assert [slot.gpu for slot in local.make_slots(None, 1, None)] == ["2", "3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert local.visible_gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local.visible_gpus() == []
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
     assert [slot.cores for slot in local.make_slots((), 1, 2)] == [(5,), (5,)]
     for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0)):
         with pytest.raises(UsageError):
             local.make_slots(*wrong)
+
+
+def test_what_a_log_says_of_the_last_process_alone(tmp_path):
+    (run,) = planned(tmp_path)
+    path = log_path(tmp_path, run.name)
+    path.parent.mkdir()
+    before = f"{BEGAN} in place 0: x\nerror: of before\n{ENDED} 1\n{BEGAN} in place 3: x\n"
+    for said, code, error in (
+        ("5 of 10 steps\n", 137, "exit code 137: signal 9"),
+        ("Traceback ...\nValueError: a\n", 1, "exit code 1: ValueError: a"),
+        ("", 1, "exit code 1"),
+    ):
+        path.write_text(f"{before}{said}{ENDED} {code}\n")
+        assert state_of(tmp_path, run).error == error
+    assert local.place_of(tmp_path, run.name) == 3 and local.place_of(tmp_path, "nothing") is None
+    path.write_text(f"{before}{ENDED} 143\n")
+    assert state_of(tmp_path, run).kind == "left"
 
 
 def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
@@ -109,15 +134,19 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     assert local.launch(logdir, [*runs, wrong], local.make_slots((), 1, 2)) == [runs[1], wrong]
     assert always.read_text() == "xxx" and log_path(logdir, wrong.name).read_text().count(f"{ENDED} 2") == 1
     assert [state_of(logdir, run).kind for run in (*runs, wrong)] == ["finished", "failed", "failed"]
-    assert state_of(logdir, wrong).error == "Unrecognized options: --gamma=2"
+    assert state_of(logdir, wrong).error == "exit code 2: Unrecognized options: --gamma=2"
     good, bad = (logdir / run.name for run in runs)
     assert sittings(good) == sittings(bad) == 2 and rows(good) == list(range(10, 110, 10))
     said = capsys.readouterr().out
     assert said.count("tried again") == 2 and said.count("FAILED") == 2 and "it was to fail" in said
     states = status.Progresses(logdir, runs).states
-    assert status.failures(runs, states) == [f"failed: {runs[1].name}: error: it was to fail"]
+    assert status.failures(runs, states) == [f"failed: {runs[1].name}: exit code 1: error: it was to fail"]
     assert status.table(runs, states)[1].endswith("0/1 1 FAILED") and " 1 failed" in status.summary(runs, states)
     always.write_text("")  # mended: the same command finishes it
+    record = json.loads((good / "run.json").read_text())  # and of a run that died after its last checkpoint, it says so
+    del record["finished_at"]
+    (good / "run.json").write_text(json.dumps(record))
+    assert state_of(logdir, runs[0]).kind == "stopped"
     assert local.launch(logdir, runs, local.make_slots((), 1, 2)) == []
     assert sittings(good) == 2 and rows(bad) == list(range(10, 110, 10))
 

@@ -14,6 +14,8 @@ from benchmarks import report
 from utils.runs.flags import UsageError, make_args
 from utils.runs.stored_flags import to_store
 from utils.study.comparison import aggregate, compare, normalised, raw_scores
+from utils.study.figures import filled
+from utils.study.grid import PlannedRun
 from utils.study.records import (
     RunRecord,
     final_score,
@@ -90,7 +92,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     found = read_runs([str(tmp_path)], RETURN)
     assert [run.source for run in found.runs] == [str(cut), str(whole)] and found.runs[0].reached == 2 * BATCH
     assert sorted(found.problems) == [
-        f"{cut}: 1 of 3 rows of metrics.jsonl are damaged: left out",
+        f"{cut}: 1 of 3 rows of metrics.jsonl are damaged, and not read",
         f"{empty}: metrics.jsonl has no {RETURN} yet: left out",
         f"{gone}: metrics.jsonl cannot be read (No such file or directory): left out",
         f"{lost}: run.json is missing or damaged: left out",
@@ -109,8 +111,12 @@ def test_stretches_and_scores_are_means_over_episodes():
     assert_allclose(whole.value, run.value), assert_allclose(whole.weight, run.weight)
     stopped = stretches(run, 4, 120)  # of 120 steps, of which there are 60
     assert_allclose(stopped.step, [30, 60]), assert_allclose(stopped.value, halves.value)
-    assert final_score(run, 1 / 3) == 15.0 and final_score(run, 0.5) == (2 * 4 + 10 + 20) / 4
-    assert final_score(record([1, 7, np.nan], [1, 1, 0]), 0.1) == 7.0
+    assert final_score(run, 6, 2) == final_score(run, 3, 1) == 15.0 and final_score(run, 6, 3) == (2 * 4 + 10 + 20) / 4
+    assert final_score(record([1, 7, np.nan], [1, 1, 0]), 3, 1) == 7.0
+    rng = np.random.default_rng(0)
+    odd = record(rng.uniform(size=333), rng.integers(0, 4, 333))  # does not divide into 40: the table has the same score
+    assert_allclose(final_score(stretches(odd, 40), 40, 2), final_score(odd, 40, 2))
+    assert_allclose(filled(np.array([np.nan, 1, np.nan, np.nan, 2, np.nan])), [np.nan, 1, 1, 1, 2, 2])
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
@@ -136,12 +142,21 @@ def test_algorithms_are_named_by_what_differs():
     with pytest.raises(UsageError, match="ppo-1 and ppo-1 are the same: ppo on Breakout-MinAtar, seed 1"):
         labels([runs[1], runs[1]])
     assert compare(runs).algorithms == ["ppo", "ppo --fc-layers 64 32", "deep_spi", "other"]
+    steps = "--total-timesteps 5000000"  # the default of one family, and not of another
+    families = [
+        record([1]),
+        record([1], flags=steps, env_id="Pong-v5"),
+        record([1], flags=f"{steps} --gamma 0.5", env_id="Pong-v5"),
+    ]
+    assert labels(families) == ["ppo", "ppo", "ppo --gamma 0.5"]
 
 
 def test_flags_are_those_that_are_not_the_defaults_of_the_game():
     args = make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", learning_rate=2e-3, logdir="x")
     assert typed_flags("deep_spi", to_store(args)) == "--learning-rate 0.002"
-    assert typed_flags("no_such_script", to_store(args)) == ""
+    all_that_matter = typed_flags("no_such_script", to_store(args))
+    assert "--learning-rate 0.002" in all_that_matter and "--gamma 0.99" in all_that_matter
+    assert "--logdir" not in all_that_matter and "--seed" not in all_that_matter
 
 
 def test_the_grid_names_what_is_missing():
@@ -154,6 +169,8 @@ def test_the_grid_names_what_is_missing():
         "ppo, Breakout-MinAtar, seed 2: is at 10 of 20 steps",
         "deep_spi, Breakout-MinAtar, seed 2: there is no run",
     ]
+    planned = [PlannedRun("", "ppo__gamma-0.9", "Breakout-MinAtar", seed, 20, []) for seed in (1, 3)]
+    assert compare(runs[:1], planned).missing == ["ppo, Breakout-MinAtar, seed 3: is planned, and not there"]
     with pytest.raises(UsageError, match="no run can be read"):
         compare([])
 
@@ -163,7 +180,7 @@ def test_scales():
     runs = [record([1.7], env_id=games[0]), record([14.6], env_id=games[1])]
     runs += [record([30.5], None, 10, "deep_spi", env_id=games[0]), record([-20.7], None, 10, "deep_spi", env_id=games[1])]
     comparison = compare(runs)
-    raw = raw_scores(comparison, 0.05)
+    raw = raw_scores(comparison, 40, 2)
     human = normalised(comparison, raw, "human")  # Breakout: random 1.7, human 30.5; Pong: -20.7, 14.6
     assert_allclose(human["ppo"], [[0], [1]], atol=1e-9), assert_allclose(human["deep_spi"], [[1], [0]], atol=1e-9)
     spread = normalised(comparison, raw, "min-max")
@@ -175,8 +192,8 @@ def test_scales():
     small = compare([record([1])])
     for scale in ("human", "baseline"):
         with pytest.raises(UsageError, match=f"--scale {scale}.*say --scale min-max"):
-            normalised(small, raw_scores(small, 0.05), scale)
-    assert_allclose(normalised(small, raw_scores(small, 0.05), "min-max")["ppo"], [[0]])  # all the same
+            normalised(small, raw_scores(small, 40, 2), scale)
+    assert_allclose(normalised(small, raw_scores(small, 40, 2), "min-max")["ppo"], [[0]])  # all the same
 
 
 def run_report(monkeypatch, *words):
@@ -207,6 +224,8 @@ def test_the_page_holds_all_and_is_the_same_twice(tmp_path, monkeypatch, capsys)
     slopes = [1 + i + x for i, x in zip([0] * 6 + [1] * 6, np.random.default_rng(0).uniform(size=12), strict=True)]
     assert_allclose(sorted(float(row["score"]) for row in rows), np.sort(slopes) * 19, rtol=1e-5)
     assert "| deep_spi |" in text and "1.000 [1.000, 1.000]" in text  # all of its runs are better
+    with pytest.raises(UsageError, match="would replace r.csv, which is read"):
+        run_report(monkeypatch, "r.csv", "--output", "r")
     run_report(monkeypatch, "r.csv", "--output", "again")  # the table alone says the same
     tables = lambda text: [line for line in text.splitlines() if line.startswith("|")]  # noqa: E731
     assert tables((out / "again.md").read_text()) == tables(text)
@@ -222,7 +241,7 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as end:
         run_report(monkeypatch, "runs", "--output", "r")
     said = capsys.readouterr()
-    assert end.value.code == 1 and "error: 4 of 12 runs are missing or not finished: no aggregates" in said.err
+    assert end.value.code == 1 and "error: 5 runs are missing, not finished or left out: no aggregates" in said.err
     assert "*** runs/broken: run.json is missing or damaged: left out ***" in said.out
     at = "deep_spi, Asterix-MinAtar, seed 3: is at 640 of 2,560 steps"
     assert f"missing: {at}" in said.out and "missing: ppo, Breakout-MinAtar, seed 3: there is no run" in said.out
@@ -231,7 +250,7 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     assert not (tmp_path / "r_aggregates.png").exists()
     run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
     page = (tmp_path / "r.html").read_text()
-    assert page.count("4 of 12 runs are missing or not finished") == 1 + 6  # on each figure of aggregates too
+    assert page.count("5 runs are missing, not finished or left out") == 1 + 6  # on each figure of aggregates too
     assert (tmp_path / "r_aggregates.png").exists()
 
 
@@ -247,6 +266,8 @@ def test_mistakes(tmp_path, monkeypatch):
         ([runs, "--scale", "human"], "--scale human: there is no human score of Breakout-MinAtar"),
         ([tmp_path / "runs" / "none"], "there is no such folder"),
         ([runs, "--metric", "charts/nothing"], "no run can be read"),
+        ([runs, "--metric", "step", "--scale", "human"], "--scale human: is one of returns"),
+        ([runs, "--output", "."], "--output .: names no file"),
     ):
         with pytest.raises(UsageError) as error:
             run_report(monkeypatch, *words)
@@ -259,16 +280,23 @@ def test_weights_and_biases(monkeypatch):
 
     config = to_store(make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", gamma=0.9, seed=4))
     rows = [{"global_step": 8192 * k, RETURN: float(k), "charts/episodes": 2 * k} for k in (1, 2)]
+    rows.append({"global_step": 610 * 8192, "charts/episodes": 0})  # no episode ended in the last update
+    with_keys = lambda rows: lambda keys: (row for row in rows if set(keys) <= set(row))  # noqa: E731
     runs = [
-        SimpleNamespace(id="a", config=config | {"script": "deep_spi"}, scan_history=lambda keys: iter(rows)),
-        SimpleNamespace(id="b", config={}, scan_history=lambda keys: iter([])),
+        SimpleNamespace(id="a", config=config | {"script": "deep_spi"}, scan_history=with_keys(rows)),
+        SimpleNamespace(id="b", config={}, scan_history=with_keys([])),
+        SimpleNamespace(id="c", config={"script": "deep_spi"}, scan_history=with_keys(rows)),
     ]
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(runs=lambda project: runs if project == "we/spi" else 1 / 0))
     found = read_runs(["wandb:we/spi"], RETURN)
     (run,) = found.runs
     assert (run.script, run.flags, run.seed, run.planned) == ("deep_spi", "--gamma 0.9", 4, 610 * 8192)
-    assert_allclose(run.value, [1, 2]), assert_allclose(run.weight, [2, 4])
-    assert found.problems == [f"wandb:we/spi/b: has no script in its config, or no {RETURN}: left out"]
+    assert_allclose(run.value, [1, 2, np.nan]), assert_allclose(run.weight, [2, 4, 0])
+    assert run.reached == run.planned
+    assert found.problems == [
+        f"wandb:we/spi/b: has no {RETURN}: left out",
+        "wandb:we/spi/c: its config is not that of a run of these scripts: left out",
+    ]
 
     def refuse():
         raise wandb.errors.CommError("no such project")
