@@ -97,8 +97,8 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
     )
     seeds.main(args)
     assert args.output.read_text().splitlines()[1:3] == [
-        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,24576,3.0000,3",
-        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,49152,3.0000,3",
+        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,49152,24576,3.0000,3",
+        "ppo,Breakout-MinAtar,--ent-coef 0.1,3,49152,49152,3.0000,3",
     ]
     seeds.main(replace(args, env_ids=("Breakout-MinAtar", "Asterix-MinAtar"), seeds=(1, 2, 3), vary=("ent-coef", "0.1", "0.2")))
     breakout, asterix = trained[1:]

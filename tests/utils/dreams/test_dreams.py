@@ -218,7 +218,9 @@ REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_batch_size":
 REAL = [
     pytest.param({}, set(), marks=pytest.mark.slow),
     pytest.param({"progressive": "linear"}, {"actor_critic"}, marks=pytest.mark.slow),
-    (REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}),
+    pytest.param(
+        REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}, marks=pytest.mark.slow
+    ),
 ]
 
 
