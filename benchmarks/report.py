@@ -157,7 +157,7 @@ def main(args: Args) -> None:
         Section(
             "Final scores",
             [
-                f"Mean over the last part of training ({share}), then mean ± standard deviation over seeds (their number).",
+                f"Mean over the last part of training ({share}), then mean ± standard deviation over finished runs (number).",
                 score_table(comparison, raw),
             ],
         ),
@@ -174,10 +174,11 @@ def main(args: Args) -> None:
 
     scores = io.StringIO()
     table = csv.writer(scores, lineterminator="\n")
-    table.writerow(("algorithm", "env_id", "seed", "score", "step", "planned_steps"))
+    table.writerow(("algorithm", "env_id", "seed", "score", "step"))
     for (name, env_id), values in raw.items():
-        for run, score in zip(comparison.runs[name, env_id], values, strict=True):
-            table.writerow((name, env_id, run.seed, f"{score:.6g}", run.reached, run.planned))
+        finished = [run for run in comparison.runs[name, env_id] if run.is_finished]
+        for run, score in zip(finished, values, strict=True):
+            table.writerow((name, env_id, run.seed, f"{score:.6g}", run.reached))
     written["_scores.csv"] = scores.getvalue().encode()
     written[".html"] = html(args.title, sections).encode()
     written[".md"] = markdown(args.title, sections).encode()

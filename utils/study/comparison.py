@@ -56,7 +56,7 @@ def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison
             for seed in seeds:
                 if seed not in own:
                     missing.append(f"{name}, {env_id}, seed {seed}: there is no run")
-                elif own[seed].reached < own[seed].planned:
+                elif not own[seed].is_finished:
                     at = f"is at {own[seed].reached:,} of {own[seed].planned:,} steps"
                     missing.append(f"{name}, {env_id}, seed {seed}: {at}")
     known = {(name.split()[0], env_id, seed) for name in algorithms for env_id in env_ids for seed in seeds}
@@ -73,19 +73,20 @@ def usual_scale(comparison: Comparison) -> Scale:
 
 
 def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str, str], np.ndarray]:
-    """The final score of each run (`final_score`), by algorithm and game."""
-    return {key: np.array([final_score(run, points, last) for run in runs]) for key, runs in comparison.runs.items()}
+    """The final score of each finished run (`final_score`), by algorithm and game."""
+    scores = lambda runs: np.array([final_score(run, points, last) for run in runs if run.is_finished])  # noqa: E731
+    return {key: scores(runs) for key, runs in comparison.runs.items()}
 
 
 def normalised(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale) -> dict[str, list[np.ndarray]]:
-    """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games that all
-    algorithms have runs of.
+    """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games of which all
+    algorithms have finished a run.
 
     Raises:
         UsageError: the scale is not known of a game, or there is no such game.
     """
     env_ids = [env_id for env_id in comparison.env_ids if all(len(raw[name, env_id]) for name in comparison.algorithms)]
-    require(len(env_ids) > 0, "there is no game of which all algorithms have runs: nothing can be aggregated")
+    require(len(env_ids) > 0, "there is no game of which all algorithms have finished a run: nothing can be aggregated")
     scores = {name: [] for name in comparison.algorithms}
     for env_id in env_ids:
         of_game = [run for name in comparison.algorithms for run in comparison.runs[name, env_id]]

@@ -40,6 +40,11 @@ class RunRecord(NamedTuple):
     weight: Float[np.ndarray, " K"]  # of how many episodes
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has made all its steps."""
+        return self.reached >= self.planned
+
+    @property
     def reached(self) -> int:
         """Its last step."""
         return int(self.step[-1])

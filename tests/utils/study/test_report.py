@@ -249,6 +249,7 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     assert page.count("<svg ") == 2 and "No aggregates" in page and "is at 640 of 2,560 steps" in page and "runs/broken" in page
     assert not (tmp_path / "r_aggregates.png").exists()
     run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
+    assert "Asterix-MinAtar,3" not in (tmp_path / "r_scores.csv").read_text()  # what it has reached is no final score
     page = (tmp_path / "r.html").read_text()
     assert page.count("5 runs are missing, not finished or left out") == 1 + 6  # on each figure of aggregates too
     assert (tmp_path / "r_aggregates.png").exists()
