@@ -16,7 +16,7 @@ from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
 from utils.study import status
-from utils.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of, tail
+from utils.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of
 
 WHOLE = 0.9  # share of a GPU's memory that runs take together
 POLL_SECONDS = 0.5
@@ -119,7 +119,7 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
     waiting = [run for run in runs if states.states[run.name].kind != "finished"]
     live.say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; up to {len(slots)} at a time, in {logdir}")
     workers: list[Worker] = []
-    elsewhere, looked = set(), 0.0
+    elsewhere, places, looked = set(), set(), 0.0
     signals = Signals()
     signals.watch(lambda signum: live.say(f"stopping {len(workers)} runs, which save first ... (once more: without waiting)"))
     try:
@@ -132,12 +132,13 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
             if time.monotonic() - looked > LOOK_SECONDS:
                 looked = time.monotonic()
                 before, elsewhere = elsewhere, {run.name for run in waiting if is_at_work(logdir / run.name)}
+                places = {place_of(logdir, name) for name in elsewhere}
                 for name in sorted(elsewhere - before):
                     live.say(f"another process is at work at {name}: waiting for it")
                 finished = {run.name for run in waiting if run.name in before - elsewhere}
                 finished = {r.name for r in waiting if r.name in finished and state_of(logdir, r).kind == "finished"}
                 waiting = [run for run in waiting if run.name not in finished]
-            taken = {w.slot.number for w in workers} | {place_of(logdir, name) for name in elsewhere}
+            taken = places | {worker.slot.number for worker in workers}
             free = [slot for slot in slots if slot.number not in taken]
             free = free[: max(0, len(slots) - len(workers) - len(elsewhere))]
             for slot, run in zip(free, [run for run in waiting if run.name not in elsewhere], strict=False):
@@ -156,9 +157,9 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
 
 def place_of(logdir: Path, name: str) -> int | None:
     """The number of the slot that a launcher gave the run's last process, which may be at work there still."""
-    began = [line for line in tail(log_path(logdir, name)) if line.startswith(BEGAN)]
-    found = re.search(r" in place (\d+): ", began[-1]) if began else None
-    return int(found[1]) if found else None
+    path = log_path(logdir, name)
+    found = re.findall(rf"^{BEGAN} \S+ in place (\d+): ", path.read_text(errors="replace"), re.M) if path.exists() else []
+    return int(found[-1]) if found else None
 
 
 def _note_end(logdir: Path, worker: Worker) -> int:

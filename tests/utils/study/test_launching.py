@@ -109,7 +109,7 @@ def test_what_a_log_says_of_the_last_process_alone(tmp_path):
     (run,) = planned(tmp_path)
     path = log_path(tmp_path, run.name)
     path.parent.mkdir()
-    before = f"{BEGAN} in place 0: x\nerror: of before\n{ENDED} 1\n{BEGAN} in place 3: x\n"
+    before = f"{BEGAN} now in place 0: x\nerror: of before\n{ENDED} 1\n{BEGAN} now in place 3: x\n"
     for said, code, error in (
         ("5 of 10 steps\n", 137, "exit code 137: signal 9"),
         ("Traceback ...\nValueError: a\n", 1, "exit code 1: ValueError: a"),
