@@ -12,8 +12,6 @@ if __name__ == "__main__":
     start_quietly()
 
 import contextlib
-import csv
-import io
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from envs.registry import family, make_env
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
-from utils.runs.checkpoints import write_whole
+from utils.runs.checkpoints import write_csv
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL
 from utils.runs.launch import describe_device, run_main
@@ -102,16 +100,14 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     return lines
 
 
-def table(games: list[Game], run: LoadedRun, args: Args) -> bytes:
+def table(games: list[Game], run: LoadedRun, args: Args) -> list[tuple]:
     """A row for each game."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     of_run = (run.progress["name"], run.progress["script"], run.args.env_id, run.progress["seed"], run.progress["step"])
     for i, game in enumerate(games):
         played = (game.env, f"{game.episodic_return:g}", game.episodic_length, int(game.truncated))
-        writer.writerow((*of_run, args.protocol, int(args.greedy), args.seed, i, *played))
-    return text.getvalue().encode()
+        rows.append((*of_run, args.protocol, int(args.greedy), args.seed, i, *played))
+    return rows
 
 
 def default_output(args: Args, run: LoadedRun) -> Path:
@@ -169,7 +165,7 @@ def main(args: Args) -> None:
 
     keys = jax.random.split(jax.random.key(seeds[1]))
     games = play(env, policy_of(run.params, run.agent), args.episodes, keys[0], args.greedy, say)
-    write_whole(output, table(games, run, args))
+    write_csv(output, COLUMNS, table(games, run, args))
     how = "most likely actions" if args.greedy else "drawn actions"
     print(f"{len(games)} games by the {args.protocol} protocol, {how}, seed {args.seed}:")
     print("\n".join([*describe(games, run, args.protocol), f"table: {output}"]), flush=True)

@@ -21,8 +21,6 @@ if __name__ == "__main__":
 
     start_quietly()
 
-import csv  # noqa: E402
-import io  # noqa: E402
 import shlex  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import Annotated  # noqa: E402
@@ -30,7 +28,7 @@ from typing import Annotated  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 
-from utils.runs.checkpoints import write_whole  # noqa: E402
+from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.study import figures  # noqa: E402
@@ -172,21 +170,20 @@ def main(args: Args) -> None:
         )
     sections.append(Section("Made by", [Code(f"uv run {shlex.join(sys.argv)}")]))
 
-    scores = io.StringIO()
-    table = csv.writer(scores, lineterminator="\n")
-    table.writerow(("algorithm", "env_id", "seed", "score", "step"))
+    scores = []
     for (name, env_id), values in raw.items():
         finished = [run for run in comparison.runs[name, env_id] if run.is_finished]
         for run, score in zip(finished, values, strict=True):
-            table.writerow((name, env_id, run.seed, f"{score:.6g}", run.reached))
-    written["_scores.csv"] = scores.getvalue().encode()
+            scores.append((name, env_id, run.seed, f"{score:.6g}", run.reached))
     written[".html"] = html(args.title, sections).encode()
     written[".md"] = markdown(args.title, sections).encode()
     for ending, content in written.items():
         write_whole(args.output.with_name(beside + ending), content)
+    write_csv(args.output.with_name(f"{beside}_scores.csv"), ("algorithm", "env_id", "seed", "score", "step"), scores)
     if args.metric == Args.metric:
         write_table(args.output.with_name(f"{beside}.csv"), [stretches(run, args.points) for run in runs])
-    print(f"{len(runs)} runs; written: {', '.join(f'{args.output}{ending}' for ending in sorted(written))}")
+    endings = [*written, "_scores.csv"] + [".csv"] * (args.metric == Args.metric)
+    print(f"{len(runs)} runs; written: {', '.join(f'{args.output}{ending}' for ending in sorted(endings))}")
     if missing and not args.allow_incomplete:
         for line in missing:
             print(f"missing: {line}")

@@ -9,7 +9,6 @@ the episodes that ended there. It is written after each environment; typed again
 """
 
 import csv
-import io
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from utils.runs.checkpoints import write_whole  # noqa: E402
+from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 from utils.study.records import COLUMNS  # noqa: E402
@@ -126,11 +125,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_table(path: Path, rows: list[dict]) -> None:
     """All rows, or after a fault those that were there."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_csv(path, COLUMNS, ([row[name] for name in COLUMNS] for row in rows))
 
 
 def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:

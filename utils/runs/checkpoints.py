@@ -11,8 +11,10 @@ process dies, what has a plain number for its name is whole. What was damaged si
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -58,6 +60,13 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     _to_disk(path.parent)
+
+
+def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table, likewise."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_whole(path, text.getvalue().encode())
 
 
 def write_json(path: Path, value: Any) -> None:

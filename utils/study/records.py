@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import io
 import json
 import re
 from collections import Counter
@@ -13,12 +12,13 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 from jaxtyping import Float, Int
 
-from utils.runs.checkpoints import write_whole
+from utils.runs.checkpoints import write_csv
 from utils.runs.flags import MAY_CHANGE, RunArgs, UsageError, annotations_of, as_typed, defaults, require
 from utils.runs.folder import RECORD, read_record
 from utils.runs.logs import METRICS
 from utils.study.grid import LOGS, SHORT, PlannedRun, read_plan
 from utils.study.grid import RECORD as STUDY
+from utils.study.slurm import JOBS
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics that are means of as many episodes as are logged
@@ -189,7 +189,7 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
             runs += read_table(path)
         elif path.is_dir():
             of_run = any((path / name).exists() for name in (RECORD, METRICS))
-            folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, "slurm"))
+            folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS))
             require(len(folders) > 0, f"{path}: holds no folders of runs")
             planned += read_plan(path) if (path / STUDY).exists() else []
             for one in folders:
@@ -253,11 +253,9 @@ def final_score(run: RunRecord, points: int, last: int) -> float:
 
 def write_table(path: Path, runs: list[RunRecord]) -> None:
     """Writes a row for each of the runs' stretches; or after a fault leaves what was there."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for run in runs:
         first = (run.script, run.env_id, run.flags, run.seed, run.planned)
         for step, value, weight in zip(run.step, run.value, run.weight, strict=True):
-            writer.writerow((*first, step, f"{value:.6g}" if weight > 0 else "", f"{weight:.6g}"))
-    write_whole(path, text.getvalue().encode())
+            rows.append((*first, step, f"{value:.6g}" if weight > 0 else "", f"{weight:.6g}"))
+    write_csv(path, COLUMNS, rows)
