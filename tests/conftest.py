@@ -3,6 +3,9 @@
 import os
 import signal
 
+# most of the suite's time is compilation; tests/test_command_line.py trains on Atari with what users have
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import pytest
 from jaxtyping import install_import_hook
 

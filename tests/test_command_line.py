@@ -37,7 +37,8 @@ def assert_tracked(folder, written, *names):
     ],
 )
 def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):
-    done = run(script, *SMALL, *flags, f"--logdir={tmp_path}")
+    unoptimised = "Breakout-v5" not in flags[0]  # that one as it is for users
+    done = run(script, *SMALL, *flags, f"--logdir={tmp_path}", JAX_DISABLE_MOST_OPTIMIZATIONS=str(int(unoptimised)))
     assert (done.returncode, done.stderr) == (0, "")
     assert "device:" in done.stdout and "96/96 steps" in done.stdout and "tensorboard --logdir" in done.stdout
     (folder,) = tmp_path.iterdir()

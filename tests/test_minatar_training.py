@@ -36,17 +36,9 @@ def train(script, args, run_seeds=(1,)):
     return logged
 
 
-QUICK = {(deep_spi, "Asterix-MinAtar")}
-
-
-@pytest.mark.parametrize(
-    "script, env_id",
-    [
-        pytest.param(script, env_id, marks=[] if (script, env_id) in QUICK else pytest.mark.slow)
-        for script in (ppo, deep_mdp, deep_spi, dream_spi)
-        for env_id in GAMES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", GAMES)
+@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi, dream_spi])
 def test_every_script_runs_on_every_game(script, env_id):
     for metrics in train(script, make_args(script.Args, env_id=env_id, **SMALL)):
         losses = {name: value for name, value in metrics.items() if name.startswith(("losses/", "dreams/"))}
