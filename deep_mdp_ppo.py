@@ -98,6 +98,8 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     once and not twice), or single transitions (the better choice for few environments and many steps)"""
     max_grad_norm: Positive = 0.5
     """clip the norm of the whole gradient to this"""
+    adam_eps: Positive = 1e-5
+    """epsilon of Adam, beside which smaller gradients move little"""
     # loss
     gamma: Share = 0.99
     """discount"""
@@ -213,7 +215,7 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
     """Adam on the clipped gradient; the learning rate is applied in `update`, which knows how far the run is."""
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
 
 
 def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:

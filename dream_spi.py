@@ -182,7 +182,7 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
 def make_optimizer(args: Args) -> Optimizers:
     """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
     in the updates, which know how far the run is."""
-    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
     adamw = optax.chain(adam, optax.add_decayed_weights(args.weight_decay))
     frozen = dict.fromkeys(GROUP, optax.set_to_zero())
     labels = lambda params: Params(*(jax.tree.map(lambda _, g=g: g, p) for g, p in zip(GROUP, params, strict=True)))  # noqa: E731

@@ -114,13 +114,13 @@ def play_on(script: Any, run: LoadedRun, key: jax.Array) -> Any:
 
 def measure_model(script: Any, run: LoadedRun, steps: Any, z: Float[Array, "T+1 B *z"], key: jax.Array) -> dict[str, float]:
     """Of the world model, on the steps of a rollout."""
-    args, agent, params = run.args, run.agent, run.params
+    args, agent = run.args, run.agent
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     now, after, action, reward, valid = map(flat, (z[:-1], z[1:], steps.action, steps.reward, steps.valid))
     everywhere = jnp.zeros(args.num_envs, int), jnp.arange(args.num_envs)
 
     @jax.jit
-    def predict():
+    def predict(params):
         predicted = agent.transition.apply(params.transition, now, action)
         rewards = agent.reward.apply(params.reward, now, action)
         taken_off = args.reward_loss_coef * smooth_l1_loss(rewards - reward)
@@ -128,17 +128,17 @@ def measure_model(script: Any, run: LoadedRun, steps: Any, z: Float[Array, "T+1 
         return predicted.mean(), predicted.sample(key), rewards, taken_off
 
     @jax.jit
-    def gradient(reward_loss_coef, transition_loss_coef):
+    def gradient(params, reward_loss_coef, transition_loss_coef):
         weighted = replace(
             args, reward_loss_coef=reward_loss_coef, transition_loss_coef=transition_loss_coef, minibatch_by="env"
         )
         batch = script.gather(steps, script.compute_gae(steps, args.gamma, args.gae_lambda), *everywhere, weighted)
         return jax.grad(lambda params: script.loss_fn(params, batch, key, agent, weighted)[0])(params).encoder
 
-    mean, sample, rewards, taken_off = jax.tree.map(np.asarray, predict())
+    mean, sample, rewards, taken_off = jax.tree.map(np.asarray, predict(run.params))
     now, after, reward, valid = map(np.asarray, (now, after, reward, valid))
-    without = gradient(0.0, 0.0)
-    added = jax.tree.map(np.subtract, gradient(args.reward_loss_coef, args.transition_loss_coef), without)
+    without = gradient(run.params, 0.0, 0.0)
+    added = jax.tree.map(np.subtract, gradient(run.params, args.reward_loss_coef, args.transition_loss_coef), without)
     share = lambda error, whole: 1.0 - float(np.sum(error[valid] ** 2) / np.sum(whole[valid] ** 2))  # noqa: E731
     return {
         "transition_skill": share(mean - after, now - after),
@@ -156,7 +156,8 @@ def measure(run: LoadedRun, key: jax.Array) -> dict[str, float]:
     script = importlib.import_module("deep_spi") if script.__name__ == "dream_spi" else script  # whose losses it has
     rollout_key, model_key = jax.random.split(key)
     steps = play_on(script, run, rollout_key)
-    z = jax.lax.map(lambda obs: run.agent.encoder.apply(run.params.encoder, obs), steps.obs)
+    encode = jax.jit(lambda params, obs: jax.lax.map(lambda x: run.agent.encoder.apply(params, x), obs))
+    z = encode(run.params.encoder, steps.obs)
     latents, obs = np.asarray(z[:-1]), np.asarray(steps.obs[:-1])
     half = latents.shape[1] // 2
     parts = [latents[:, :half], obs[:, :half], latents[:, half:], obs[:, half:]]
