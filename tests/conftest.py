@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 
-# most of the suite's time is compilation; tests/test_command_line.py trains on Atari with what users have
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# most of the suite's time is compilation, of the slow tests' it is not; tests/test_command_line.py trains on Atari with what
+# users have (the first process decides, and its workers inherit it)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sys.argv)))
 
 import pytest
 from jaxtyping import install_import_hook

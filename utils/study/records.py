@@ -109,7 +109,10 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     if not any(weight > 0 for *_, weight in rows):
         return None, [*problems, f"{path}: {METRICS} has no {metric} yet: left out"]
     rows = sorted({row[0]: row for row in rows}.values())
-    return _record(str(path), record["script"], record["flags"], rows), problems
+    try:
+        return _record(str(path), record["script"], record["flags"], rows), problems
+    except (LookupError, TypeError):
+        return None, [*problems, f"{path}: {RECORD} is not that of a run of these scripts: left out"]
 
 
 def read_table(path: Path) -> list[RunRecord]:

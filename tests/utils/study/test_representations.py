@@ -1,59 +1,123 @@
 """What is measured of latents and world models."""
 
-from dataclasses import replace
+import csv
+import json
+import shutil
 
-import jax
 import numpy as np
 import pytest
 
 import deep_spi
 from benchmarks import representations
-from benchmarks.representations import MEASURES, OF_MODEL, dormant_share, effective_rank, measure, probe, readable
-from envs.registry import make_env
+from benchmarks.representations import MEASURES
 from utils.runs.flags import UsageError, make_args
-from utils.runs.load_run import LoadedRun
+from utils.study.representations import (
+    centred,
+    dormant_share,
+    effective_rank,
+    explained,
+    of_latents,
+    of_predictions,
+    probe,
+    readable,
+)
 
 
-def test_latents_by_hand():
+def test_ranks_and_silent_units_by_hand():
     axes = np.concatenate([np.eye(4), -np.eye(4)])
     assert effective_rank(axes) == pytest.approx(4)
     assert effective_rank(axes @ np.diag([1, 1, 0, 0]) + 7) == pytest.approx(2)
     shares = np.array([3, 1]) / 4
     assert effective_rank(axes @ np.diag([3, 1, 0, 0])) == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
+    assert effective_rank(np.full((9, 3), 0.3, np.float32)) is None
     activity = np.array([1.0, 1.0, 0.04, 0.0])  # 2.5% of their mean is 0.01275
     assert dormant_share(np.stack([activity, -activity])) == 0.25
+    maps = np.zeros((2, 3, 3, 4))
+    maps[1, 2, 0] = [1.0, 1.0, 1.0, 0.0]  # a channel that is seen in one place is alive
+    assert dormant_share(maps) == 0.25
+    assert dormant_share(np.zeros((2, 4))) is None
 
 
 def test_probes_by_hand():
+    """All of what is linear, nothing of what is independent, half of both; in groups that nothing was fitted to."""
     rng = np.random.default_rng(0)
-    z, new_z = rng.normal(size=(400, 5)), rng.normal(size=(300, 5))
-    linear = rng.normal(size=(5, 3))
-    assert probe(z, z @ linear + 2, new_z, new_z @ linear + 2) == pytest.approx(1, abs=1e-3)
-    assert -0.1 < probe(z, rng.normal(size=(400, 3)), new_z, rng.normal(size=(300, 3))) < 0.05
-    half = np.concatenate([z @ linear, rng.normal(size=(400, 3)) * np.linalg.norm(linear, axis=0)], axis=1)
-    new_half = np.concatenate([new_z @ linear, rng.normal(size=(300, 3)) * np.linalg.norm(linear, axis=0)], axis=1)
-    assert 0.4 < probe(z, half, new_z, new_half) < 0.6
+    z, weights, group = rng.normal(size=(900, 5)), rng.normal(size=(5, 3)), np.arange(900) % 6
+    noise = rng.normal(size=(900, 3)) * np.linalg.norm(weights, axis=0)
+    assert probe(z, z @ weights + 2, group) == pytest.approx(1, abs=1e-3)
+    assert -0.02 < probe(z, noise, group) < 0.05
+    assert 0.4 < probe(z, np.concatenate([z @ weights, noise], axis=1), group) < 0.6
+    more = np.concatenate([z, rng.normal(size=(900, 280))], axis=1)  # nearly as many numbers as samples
+    assert -0.05 < probe(more, noise, group) < 0.05 and probe(more, z @ weights, group) > 0.5
+    own = np.where(group[:, None] % 3 == 2, -1.0, 1.0) * (z @ weights)  # in the groups that are tried, the opposite
+    assert probe(z, own, group) < -2
+    assert probe(z, np.ones((900, 2)), group) is None
     frames = np.arange(2 * 84 * 84, dtype=np.uint8).reshape(1, 2, 84, 84)
     np.testing.assert_allclose(readable(frames)[0, 13], frames[0, 1, 7:14, 7:14].mean() / 255, rtol=1e-6)
     assert readable(np.ones((3, 10, 10, 4))).shape == (3, 400)
 
 
-def test_what_the_world_model_adds_is_in_proportion_to_its_coefficients():
-    """A network that has not learned: its transition is near the identity; and twice the coefficients are twice the losses."""
-    args = make_args(deep_spi.Args, env_id="Asterix-MinAtar", num_envs=4, num_steps=16, num_minibatches=1)
-    env = make_env(args)
-    agent = deep_spi.make_agent(args, env.num_actions)
-    params = jax.jit(deep_spi.init_params, static_argnums=1)(jax.random.key(0), agent, env.reset()[1])
-    run = LoadedRun(params, agent, env, args, {"script": "deep_spi"})
-    found = measure(run, jax.random.key(1))
-    assert set(found) == {*MEASURES, *OF_MODEL} and all(np.isfinite(value) for value in found.values())
-    assert -0.5 < found["transition_skill"] < 0.3 and found["noise"] > 0 and found["dormant"] < 0.5 < found["effective_rank"]
-    more = replace(args, reward_loss_coef=2 * args.reward_loss_coef, transition_loss_coef=2 * args.transition_loss_coef)
-    doubled = measure(run._replace(args=more), jax.random.key(1))
-    for name in ("utility_mean", "utility_std", "gradient_share"):
-        assert doubled[name] == pytest.approx(2 * found[name], rel=1e-3)
-    for name in (*MEASURES, "transition_skill", "reward_r2"):
-        assert doubled[name] == found[name]
+def test_steps_that_are_none_count_nowhere():
+    """Latents 0, 1, 3, 4, ... in six environments; where a step is not valid they jump by a million."""
+    t, start = np.arange(41), np.arange(6)
+    latent = (t + t // 2)[:, None] + start
+    z = np.stack([latent, -latent], axis=-1).astype(np.float32)[:, :, None, None]
+    valid = np.ones((40, 6), bool)
+    expected = of_latents(valid, z, latent[..., None])
+    assert expected["probe"] == pytest.approx(1, abs=1e-3) and expected["effective_rank"] == pytest.approx(1)
+    variance = latent[:40].var()  # of each of the two numbers; moves are 1 and 2 in turn
+    assert expected["moves"] == pytest.approx(2.5 / variance)
+    late = np.concatenate([z, z[-1:] + 1e6, z[-1:]])  # a step to there, and one from there
+    invalid = np.zeros((2, 6), bool)
+    found = of_latents(np.concatenate([valid, invalid]), late, np.concatenate([latent, latent[-2:]])[..., None])
+    assert found == pytest.approx(expected)
+
+
+def test_predictions_by_hand():
+    now, after = np.array([[0.0], [2.0]]), np.array([[2.0], [2.0]])
+    mean, sample = np.array([[1.0], [2.0]]), np.array([[1.5], [1.0]])
+    reward, predicted = np.array([0.0, 4.0]), np.array([1.0, 4.0])
+    assert of_predictions(now, after, mean, sample, reward, predicted) == {
+        "transition_skill": 1 - 1 / 4,
+        "noise": pytest.approx((0.25 + 1.0) / (0.25 + 1.0)),  # squared distances of samples from means, and from latents
+        "reward_r2": 1 - 1 / 8,
+    }
+    still = of_predictions(now, now, now, now, np.full(2, 0.1), predicted)
+    assert still == {"transition_skill": None, "noise": None, "reward_r2": None}
+    assert explained(np.zeros((2, 2)), np.ones((2, 2))) == 1
+    assert not np.any(centred(np.full((10_000, 2), 0.1, np.float32)))
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_runs_are_measured_and_what_cannot_be_is_named(tmp_path, capsys):
+    """A run of three updates, beside one that is not finished, one without a model, and one of a script that is not there."""
+    flags = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128, "save_every": 1e9}
+    study = tmp_path / "study"
+    args = make_args(deep_spi.Args, env_id="Asterix-MinAtar", logdir=str(study), run_name="good", **flags)
+    deep_spi.main(args)
+    record = json.loads((study / "good" / "run.json").read_text())
+    for seed, name in enumerate(("unfinished", "empty", "foreign"), 2):
+        shutil.copytree(study / "good", study / name)
+        other = record | {"flags": record["flags"] | {"seed": seed}}
+        (study / name / "run.json").write_text(json.dumps(other))
+    lines = (study / "unfinished" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (study / "unfinished" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    for place in ("model", "checkpoints"):
+        shutil.rmtree(study / "empty" / place, ignore_errors=True)
+    (study / "foreign" / "run.json").write_text(json.dumps(record | {"flags": {"env_id": "Asterix-MinAtar", "seed": 1}}))
+    output = tmp_path / "table.csv"
+    representations.main(representations.Args((study,), output, num_envs=6, num_steps=20, skip=30))
+    said = capsys.readouterr().out
+    for words in ("unfinished: is not finished: left out", "holds neither a model nor a checkpoint", "is not that of a run"):
+        assert words in said
+    (row,) = csv.DictReader(output.open())
+    assert (row["script"], row["env_id"], row["seed"], row["step"]) == ("deep_spi", "Asterix-MinAtar", "1", "384")
+    found = {name: float(row[name]) for name in MEASURES if name != "reward_r2" or row[name]}  # was anything paid?
+    assert 1 < found["effective_rank"] < 120 and 0 <= found["dormant"] < 0.5 and found["moves"] > 0
+    assert -0.5 < found["transition_skill"] < 0.5 and 0 < found["noise"] < 1  # it starts near the identity
+    assert 0 < found["model_loss"] < 0.1 and 0 < found["model_loss_std"] < 0.1 and 0 < found["gradient_share"] < 1
+    assert "| Asterix-MinAtar | deep_spi | 1 |" in said
+    with pytest.raises(UsageError, match="no finished runs"):
+        representations.main(representations.Args((study / "unfinished",), output))
 
 
 def test_mistakes_are_named(tmp_path):
@@ -62,8 +126,9 @@ def test_mistakes_are_named(tmp_path):
         ({"runs": (tmp_path / "none",)}, "there is no such folder"),
         ({"runs": (tmp_path / "empty",)}, "holds no folders of runs"),
         ({"runs": (tmp_path,)}, "no finished runs"),
-        ({"runs": (tmp_path,), "num_envs": 1}, "--num-envs 1"),
+        ({"runs": (tmp_path,), "num_envs": 2}, "--num-envs 2"),
         ({"runs": (tmp_path,), "num_steps": 0}, "--num-steps 0"),
+        ({"runs": (tmp_path,), "seed": -1}, "--seed -1"),
         ({"runs": (tmp_path,), "output": tmp_path / "a" / "b.csv"}, "there is no folder"),
     ):
         with pytest.raises(UsageError) as error:
