@@ -463,6 +463,16 @@ def test_ppo_learns_cartpole():
     assert max(np.convolve(returns, np.ones(3) / 3, "valid")) > 350
 
 
+@pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi])
+def test_beside_adams_epsilon_smaller_gradients_move_little(script):
+    """The first step is g / (|g| + eps), of a gradient whose norm is not clipped."""
+    gradient = {"w": jnp.full(4, 1e-5)}
+    for eps in (1e-5, 1e-8):
+        optimizer = script.make_optimizer(script.Args(adam_eps=eps))
+        step, _ = optimizer.update(gradient, optimizer.init(gradient))
+        assert_allclose(step["w"], 1e-5 / (1e-5 + eps), rtol=1e-4)
+
+
 @pytest.mark.parametrize("script", [ppo, pytest.param(deep_spi, marks=pytest.mark.slow)])
 def test_end_to_end_is_reproducible(script):
     """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors and codes, which compile faster."""
