@@ -49,7 +49,7 @@ from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
-from utils.study.records import RunRecord, labels, read_folder, run_folders  # noqa: E402
+from utils.study.records import LEFT_OUT, RunRecord, labels, read_runs  # noqa: E402
 from utils.study.representations import of_latents, of_predictions  # noqa: E402
 
 MEASURES = ("effective_rank", "dormant", "probe", "moves", "transition_skill", "noise", "reward_r2")
@@ -150,25 +150,18 @@ def measure(run: LoadedRun, skip: int, key: jax.Array) -> dict[str, float | None
     return found | (measure_model(script, run, steps, z, model_key) if hasattr(run.agent, "transition") else {})
 
 
-def finished_runs(paths: tuple[Path, ...]) -> list[RunRecord]:
+def finished_runs(sources: tuple[Path, ...]) -> list[RunRecord]:
     """The records of the finished runs among these folders; what is left out is named.
 
     Raises:
-        UsageError: there is no such folder, or no finished run.
+        UsageError: a source is no folder of runs, or there is no finished run.
     """
-    records = []
-    for path in (path.expanduser() for path in paths):
-        require(path.is_dir(), f"{path}: there is no such folder")
-        for folder in run_folders(path):
-            record, problems = read_folder(folder, "losses/policy_loss")  # which a run has from its first update on
-            if record is not None and not record.is_finished:
-                problems.append(f"{folder}: is not finished: left out")
-            elif record is not None:
-                records.append(record)
-            for problem in problems:
-                print(f"*** {problem} ***")
-    require(len(records) > 0, "no finished runs")
-    return records
+    found = read_runs(map(str, sources), "losses/policy_loss")  # which a run has from its first update on
+    unfinished = [f"{run.source}: is not finished{LEFT_OUT}" for run in found.runs if not run.is_finished]
+    for problem in found.problems + unfinished:
+        print(f"*** {problem} ***")
+    require(len(found.runs) > len(unfinished), "no finished runs")
+    return [run for run in found.runs if run.is_finished]
 
 
 def main(args: Args) -> None:
@@ -189,7 +182,7 @@ def main(args: Args) -> None:
             require(run.progress["step"] == record.planned, f"its last model is that of step {run.progress['step']}")
             found = measure(run, args.skip, jax.random.key(draw))
         except UsageError as error:
-            print(f"*** {record.source}: {str(error).removeprefix(f'{record.source}: ')}: left out ***")
+            print(f"*** {record.source}: {str(error).removeprefix(f'{record.source}: ')}{LEFT_OUT} ***")
             continue
         values = [found[name] for name in MEASURES]
         rows.append((record.script, record.env_id, record.flags, record.seed, run.progress["step"]))

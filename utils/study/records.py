@@ -175,18 +175,6 @@ def read_wandb(project: str, metric: str) -> Reading:
     return Reading(found, problems)
 
 
-def run_folders(path: Path) -> list[Path]:
-    """The folder of a run itself, or those of the runs of a study.
-
-    Raises:
-        UsageError: it holds none.
-    """
-    of_run = any((path / name).exists() for name in (RECORD, METRICS))
-    folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS))
-    require(len(folders) > 0, f"{path}: holds no folders of runs")
-    return folders
-
-
 def read_runs(sources: Iterable[str], metric: str) -> Reading:
     """All runs of the sources: folders of runs, or of studies; tables (.csv); projects of W&B (`wandb:entity/project`).
 
@@ -203,8 +191,11 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
             require(metric == OF_EPISODES[0], f"{path}: a table holds returns alone; leave out --metric, or name folders")
             runs += read_table(path)
         elif path.is_dir():
+            of_run = any((path / name).exists() for name in (RECORD, METRICS))
+            folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS))
+            require(len(folders) > 0, f"{path}: holds no folders of runs")
             planned += read_plan(path) if (path / STUDY).exists() else []
-            for one in run_folders(path):
+            for one in folders:
                 run, wrong = read_folder(one, metric)
                 runs, problems = runs + [run] * (run is not None), problems + wrong
         else:

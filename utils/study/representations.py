@@ -11,8 +11,7 @@ SIDE = 12  # of an image that a probe reads
 def effective_rank(z: Float[np.ndarray, "N d"]) -> float | None:
     """exp of the entropy of the singular values of the centred latents, taken as shares of their sum (Roy & Vetterli, 2007):
     d where all directions are alike, 1 where there is one."""
-    z = z.astype(np.float64)
-    values = np.linalg.svd(z - z.mean(0), compute_uv=False)
+    values = np.linalg.svd(centred(z), compute_uv=False)
     values = values[values > 1e-6 * np.linalg.norm(z)]  # the rest is rounding
     shares = values / values.sum()
     return float(np.exp(-np.sum(shares * np.log(shares)))) if len(values) else None
