@@ -49,6 +49,7 @@ from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
+from utils.study.page import Table  # noqa: E402
 from utils.study.records import LEFT_OUT, RunRecord, labels, read_runs  # noqa: E402
 from utils.study.representations import of_latents, of_predictions  # noqa: E402
 
@@ -190,11 +191,11 @@ def main(args: Args) -> None:
         measured.setdefault((record.env_id, label), []).append(values)
         write_csv(args.output, ("script", "env_id", "flags", "seed", "step", *MEASURES), rows)
     require(len(rows) > 0, "no run could be measured")
-    print(f"| | | seeds | {' | '.join(MEASURES)} |\n{'| --- ' * (3 + len(MEASURES))}|")
+    table = [["", "", "seeds", *MEASURES]]
     for (env_id, label), of_seeds in measured.items():
         columns = [[value for value in column if value is not None] for column in zip(*of_seeds, strict=True)]
-        cells = " | ".join(f"{np.mean(column):.3g}" if column else "-" for column in columns)
-        print(f"| {env_id} | {label} | {len(of_seeds)} | {cells} |")
+        table.append([env_id, label, str(len(of_seeds)), *(f"{np.mean(column):.3g}" if column else "-" for column in columns)])
+    print(Table(table).markdown())
     print(f"written: {args.output}")
 
 
