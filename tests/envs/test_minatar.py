@@ -231,7 +231,7 @@ def play(env: MinAtar, policy: jax.Array, steps: int):
 @pytest.mark.parametrize(
     ("env_id", "steps"),
     [
-        ("Asterix-MinAtar", 1500),
+        pytest.param("Asterix-MinAtar", 1500, marks=pytest.mark.slow),
         ("Breakout-MinAtar", 600),
         ("SpaceInvaders-MinAtar", 1500),
         pytest.param("Seaquest-MinAtar", 1500, marks=pytest.mark.slow),

@@ -288,7 +288,7 @@ def test_wandb_defaults_and_history(tmp_path):
     assert exit_codes(tmp_path) == [0]
 
 
-@pytest.mark.parametrize("typed", [False, True])
+@pytest.mark.parametrize("typed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_wandb_environment_variables_yield_to_typed_flags_alone(typed, tmp_path):
     said = {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_TAGS": "a,b", "WANDB_RUN_GROUP": "g", "WANDB_ENTITY": "e"}
     (tmp_path / "elsewhere").mkdir()
