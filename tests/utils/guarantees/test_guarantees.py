@@ -82,7 +82,7 @@ def violated(found):
 tightness = {}
 
 
-@pytest.mark.parametrize("cases", [400, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [1000, pytest.param(5000, marks=pytest.mark.slow)])
 def test_no_bound_is_violated_by_random_tables(cases, capsys):
     """`uv run pytest tests/utils/guarantees/test_guarantees.py -k random_tables -m slow` shows how tight they are."""
     tightness.clear()
