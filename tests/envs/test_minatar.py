@@ -233,7 +233,7 @@ def play(env: MinAtar, policy: jax.Array, steps: int):
     [
         pytest.param("Asterix-MinAtar", 1500, marks=pytest.mark.slow),
         ("Breakout-MinAtar", 600),
-        ("SpaceInvaders-MinAtar", 1500),
+        pytest.param("SpaceInvaders-MinAtar", 1500, marks=pytest.mark.slow),
         pytest.param("Seaquest-MinAtar", 1500, marks=pytest.mark.slow),
         pytest.param("Freeway-MinAtar", 2501, marks=pytest.mark.slow),
     ],

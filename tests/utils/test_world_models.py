@@ -41,7 +41,7 @@ CATEGORICAL = [
     for c in CATEGORICAL_COSTS
     for s in (({}, {"use_gumbel_softmax": True}) if c in ("l2", "hamming") else ({},))
 ]
-QUICK = [CONTINUOUS[2], CONTINUOUS[7], CATEGORICAL[1], CATEGORICAL[5], CATEGORICAL[9], CATEGORICAL[14]]
+QUICK = [CONTINUOUS[2], CONTINUOUS[7], CATEGORICAL[1], CATEGORICAL[9], CATEGORICAL[14]]
 ALL = [flags if flags in QUICK else pytest.param(flags, marks=pytest.mark.slow) for flags in CONTINUOUS + CATEGORICAL]
 name = lambda flags: "-".join(str(v) for v in flags.values())  # noqa: E731
 
