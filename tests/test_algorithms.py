@@ -445,7 +445,7 @@ def test_learns_a_probe_of_known_value(script):
 
 def test_learns_from_pixels_at_the_default_rate():
     """Through the convolutions, in 24 updates of 64 steps."""
-    args = ppo.Args(num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=64 * 40, anneal_lr=False)
+    args = ppo.Args(num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=64 * 24, anneal_lr=False)
     _, history = learn(ppo, PixelCueEnv(8), args, 24)
     assert history[0]["charts/episodic_return"] < 0.7
     assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.9

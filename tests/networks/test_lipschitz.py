@@ -180,7 +180,7 @@ def test_trained_layers_keep_singular_values_near_one():
 @pytest.mark.parametrize(
     "density, z_shape",
     [
-        pytest.param("deterministic", (2, 2, 32), marks=pytest.mark.slow),  # what the mixture's locations are
+        ("deterministic", (2, 2, 32)),
         pytest.param("normal", (2, 2, 32), marks=pytest.mark.slow),
         ("mixture_normal", (2, 2, 32)),
         ("mixture_normal", (1, 1, 80)),  # a vector: nothing is shifted, and there are more groups
