@@ -3,7 +3,7 @@
     python dream_spi.py --env-id=Breakout-v5
 
 On real data the loss of Deep SPI trains encoder and world model, and a predictor of ends. Actor and critic learn by PPO in
-dreams: from each latent of the rollout the policy acts in the world model for a few steps. Rollout, advantages, minibatches and
+dreams: from each latent of real data the policy acts in the world model for a few steps. Rollout, advantages, minibatches and
 the loss on real data are those of `deep_spi.py`, imported from there; here stands what DreamSPI adds.
 
 Read from top to bottom: flags, records, dreaming, advantages, losses, updates, main.
@@ -15,9 +15,10 @@ if __name__ == "__main__":
 
     start_quietly()  # Ctrl-C while the rest is imported leaves no traceback
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,64 +30,83 @@ import deep_spi
 from deep_spi import Minibatch, Rollout, compute_gae, gather, minibatch_indices, rollout
 from envs.protocol import Env
 from envs.registry import make_env
+from networks.architectures import to_range
 from networks.discriminator import make_discriminator
 from networks.world_models import make_end_predictor
 from utils.dreams import replay, traces
-from utils.dreams.discriminator import DiscriminatorArgs, transition_distance
+from utils.dreams.discriminator import DiscriminatorArgs, transition_distance, update_discriminator
+from utils.dreams.ends import EndArgs, end_logit, end_losses
+from utils.dreams.optimizers import DreamOptimizerArgs, Optimizers, descend, learning_rates, make_optimizer
 from utils.dreams.traces import DreamTraceArgs, trace_dreams
 from utils.histograms import track_gradients
-from utils.losses import decayed_sums, masked_mean, smooth_l1_loss, weighted_mean
+from utils.losses import decayed_sums, masked_mean, masked_normalize, smooth_l1_loss, weighted_mean, weighted_quantiles
 from utils.metrics import rollout_metrics, summarize
 from utils.occasionally import occasionally
-from utils.runs.flags import Count, NotNegative, Positive, refuse_unread, require
+from utils.runs.flags import Count, Default, Needs, NotNegative, Positive, Range, Sizes, refuse_unread, require
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
+from utils.world_model import CONTINUOUS, PENALISED, Density
 
 
 @dataclass
-class Args(replay.ReplayArgs, DiscriminatorArgs, DreamTraceArgs, deep_spi.Args):
+class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamOptimizerArgs, deep_spi.Args):
     """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
-    `drift_formulation` shapes the loss on real data alone."""
+    `drift_formulation` shapes the loss on real data alone. Some of its flags have defaults of their own here."""
 
-    learning_rate: Positive = 2e-4
-    """learning rate of AdamW for encoder and world model"""
-    weight_decay: NotNegative = 0.01
-    """weight decay of AdamW for encoder and world model"""
-    end_loss_coef: NotNegative = 1.0
-    """weight of the loss of the predictor of ends"""
+    num_minibatches: Annotated[Count, Default(minatar=32)] = 8
+    adam_eps: Positive = 1e-8
+    transition_loss_coef: Annotated[NotNegative, Default(minatar=1e-2)] = 5e-4
+    reward_loss_coef: NotNegative = 0.1
+    transition_density: Density = "deterministic"
+    transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
+    lipschitz_nets: Annotated[bool, CONTINUOUS] = False
+    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.0
+    value_aware_coef: NotNegative = 1.0
+    """weight of half the squared error in what the critic says of the predicted next latent, against what it says of the real
+    one, unless the episode ended there; the transition network alone learns from it (Farahmand et al., 2017)"""
     # dreams
-    heads_learning_rate: Positive = 2.75e-5
-    """learning rate of Adam for actor and critic"""
-    anneal_heads_lr: bool = True
-    """lower that learning rate linearly to 0 over the run"""
-    imagination_horizon: Count = 8
+    dreams_from: Annotated[Literal["rollout", "replay"], Needs(use_replay_buffer=True)] = "rollout"
+    """where dreams start: from all latents of the rollout, once the model has learned, or those of each replayed minibatch,
+    after each gradient step of the model"""
+    imagination_horizon: Count = 3
     """steps of a dream (H)"""
-    n_imagination_rollouts: Count = 1
+    n_imagination_rollouts: Annotated[Count, Needs(dreams_from="rollout")] = 1
     """dreams from each latent of the rollout, one after the other, the policy learning in between"""
     imagination_epochs: Count = 4
     """passes over the dreams of one such round"""
+    dream_minibatches: Annotated[Count, Default(minatar=8)] = 4
+    """minibatches in each pass"""
+    bounded_dreams: bool = True
+    """keep what is dreamt where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
+    values in what such rewards allow"""
+    real_value_coef: NotNegative = 3.0
+    """weight of the critic's loss on the returns of the real data that dreams start from, beside that on dreamt ones (Hafner et
+    al., 2023)"""
+    slow_critic: Annotated[float, Range(lambda x: 0 <= x < 1, "must lie in [0, 1)"), Needs(clip_vloss=False)] = 0.0
+    """dreams take values of a critic that moves slowly: how much of it is left after one round of dreams, the rest being the
+    critic that learns; 0 for that one itself"""
+    norm_returns: bool = False
+    """divide dreamt advantages by the range of dreamt returns, from their 5th to their 95th percentile, where it is above 1
+    (Hafner et al., 2023), instead of what --norm-adv does"""
     soft_done: bool = False
     """dreams never end, but go on with the predicted probability as a weight; otherwise their ends are drawn"""
     # real data for actor and critic
     dyna_style: bool = False
     """actor and critic learn on real data as well"""
-    progressive: Literal["none", "linear", "exponential"] = "none"
+    progressive: Literal["none", "linear", "exponential", "late"] = "none"
     """actor and critic start on real data and move to dreams: the share of their learning rate in dreams rises from 0 to 1 over
-    the run, linearly or as 1 - 0.01^progress (besides what --anneal-heads-lr takes off both)"""
+    the run, linearly, as 1 - 0.01^progress, or as 1e-8^(1 - progress) (besides what --anneal-heads-lr takes off both)"""
 
     def check(self) -> None:
         """Raises UsageError where flags do not go together, or are of no use here."""
-        require(
-            not (self.dyna_style and self.progressive != "none"),
-            f"--dyna-style: with --progressive {self.progressive} actor and critic learn on real data already; drop one of the "
-            "two",
-        )
-        require(
-            not self.decoupled_repr,
-            "--decoupled-repr: in dreams there are no observations for an encoder of the critic's own; take --decoupled-layers",
-        )
-        needed = "deep_spi.py, whose policy learns on real data alone"
-        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), needed)
+        said = f"--dyna-style: --progressive {self.progressive} has actor and critic learn on real data already; drop one"
+        require(not self.dyna_style or self.progressive == "none", said)
+        said = "--decoupled-repr: a dream has no observations for an encoder of the critic's own; take --decoupled-layers"
+        require(not self.decoupled_repr, said)
+        starts = self.replay_batch_size * self.replay_length if self.dreams_from == "replay" else self.num_envs * self.num_steps
+        steps, count = starts * self.imagination_horizon, self.dream_minibatches
+        require(steps % count == 0, f"--dream-minibatches {count}: {steps} steps of dreams do not divide; take another number")
+        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), "deep_spi.py, of real data alone")
 
 
 class Agent(NamedTuple):
@@ -98,10 +118,12 @@ class Agent(NamedTuple):
     reward: nn.Module
     end: nn.Module
     discriminator: nn.Module | None
+    slow_critic: bool = False  # there is one
+    reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's, which `train_iteration` knows
 
 
 class Params(NamedTuple):
-    """The parameters of the networks of `Agent`, field by field."""
+    """The parameters of the networks of `Agent`, field by field; and those of a critic that follows (`--slow-critic`)."""
 
     encoder: Any
     actor_critic: Any
@@ -109,19 +131,7 @@ class Params(NamedTuple):
     reward: Any
     end: Any
     discriminator: Any
-
-
-GROUP = Params("model", actor_critic="heads", transition="model", reward="model", end="model", discriminator="discriminator")
-
-
-class Optimizers(NamedTuple):
-    """Optimizers, their states, or their learning rates. Each moves the parameters of one `GROUP` and leaves the others as they
-    are, to the bit. Heads have two, so that the moments of what they learn from real data are not those of dreams."""
-
-    model: Any
-    heads: Any
-    real_heads: Any
-    discriminator: Any
+    slow_critic: Any = None
 
 
 class Dreams(NamedTuple):
@@ -148,7 +158,10 @@ class HeadsBatch(NamedTuple):
     log_prob: Float[Array, " N"]
     value: Float[Array, " N"]
     advantage: Float[Array, " N"]
+    target: Float[Array, " N"]
     weight: Float[Array, " N"]
+    real_target: Float[Array, " N"]  # what the critic learns of real data
+    real_weight: Float[Array, " N"]  # 1 at those latents that were not dreamt
 
 
 class TrainState(NamedTuple):
@@ -165,29 +178,29 @@ class TrainState(NamedTuple):
 
 def make_agent(args: Args, num_actions: int) -> Agent:
     """The networks that the flags ask for."""
-    networks = deep_spi.make_agent(args, num_actions)
-    return Agent(*networks, make_end_predictor(args, num_actions), make_discriminator(args, num_actions))
+    others = make_end_predictor(args, num_actions), make_discriminator(args, num_actions)
+    return Agent(*deep_spi.make_agent(args, num_actions), *others, slow_critic=args.slow_critic > 0)
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
     """Random parameters, those of `deep_spi.py` for the same key among them."""
     params = deep_spi.init_params(key, agent, obs)
     z, action = agent.encoder.apply(params.encoder, obs[:1]), jnp.zeros(1, jnp.int32)
-    end, discriminator = agent.end.init(jax.random.fold_in(key, 4), z, action), None
-    if agent.discriminator is not None:
-        discriminator = agent.discriminator.init(jax.random.fold_in(key, 5), z, action, z)
-    return Params(*params, end=end, discriminator=discriminator)
+    end = agent.end.init(jax.random.fold_in(key, 4), z, action)
+    discriminator = agent.discriminator and agent.discriminator.init(jax.random.fold_in(key, 5), z, action, z)
+    slow_critic = jax.tree.map(jnp.copy, params.actor_critic) if agent.slow_critic else None
+    return Params(*params, end, discriminator, slow_critic)
 
 
-def make_optimizer(args: Args) -> Optimizers:
-    """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
-    in the updates, which know how far the run is."""
-    adam = optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
-    adamw = optax.chain(adam, optax.add_decayed_weights(args.weight_decay))
-    frozen = dict.fromkeys(GROUP, optax.set_to_zero())
-    labels = lambda params: Params(*(jax.tree.map(lambda _, g=g: g, p) for g, p in zip(GROUP, params, strict=True)))  # noqa: E731
-    of = lambda group, optimizer: optax.partition(frozen | {group: optimizer}, labels)  # noqa: E731
-    return Optimizers(of("model", adamw), of("heads", adam), of("heads", adam), of("discriminator", adam))
+def dream_step(
+    params: Params, z: Float[Array, "M *z"], action: Int[Array, " M"], key: jax.Array, agent: Agent, args: Args
+) -> tuple[Float[Array, "M *z"], Float[Array, " M"], Float[Array, " M"]]:
+    """A step in the world model: the next latent, the reward, and the probability that the episode ends there."""
+    reward = agent.reward.apply(params.reward, z, action)
+    next_z = agent.transition.apply(params.transition, z, action).sample(key)
+    if args.bounded_dreams:
+        reward, next_z = jnp.clip(reward, *agent.reward_range), to_range(next_z, args)
+    return next_z, reward, nn.sigmoid(end_logit(params, z, action, next_z, agent, args))
 
 
 def imagine(
@@ -195,24 +208,30 @@ def imagine(
 ) -> Dreams:
     """Acts in the world model for H steps, from each of the latents (where `awake` is 1). No gradient flows through a dream."""
     params, z = jax.lax.stop_gradient((params, z))
+    low, high = agent.reward_range  # and 0, for episodes end
+    value_range = jnp.asarray([min(low, 0.0), max(high, 0.0)]) / max(1.0 - args.gamma, 1e-8)
+
+    def policy(z):
+        logits, value = agent.actor_critic.apply(params.actor_critic, z)
+        if args.slow_critic:
+            value = agent.actor_critic.apply(params.slow_critic, z)[1]
+        return logits, jnp.clip(value, *value_range) if args.bounded_dreams else value
 
     def step(carry, key):
         z, weight = carry
         action_key, end_key, z_key = jax.random.split(key, 3)
-        logits, value = agent.actor_critic.apply(params.actor_critic, z)
+        logits, value = policy(z)
         action = jax.random.categorical(action_key, logits)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=1)[:, 0]
-        reward = agent.reward.apply(params.reward, z, action)
-        going_on = 1.0 - nn.sigmoid(agent.end.apply(params.end, z, action))
+        next_z, reward, ends = dream_step(params, z, action, z_key, agent, args)
+        going_on = 1.0 - ends
         if not args.soft_done:
             going_on = jax.random.bernoulli(end_key, going_on).astype(jnp.float32)
-        next_z = agent.transition.apply(params.transition, z, action).sample(z_key)
         return (next_z, weight * going_on), (z, value, action, log_prob, reward, going_on, weight)
 
     (z, _), dreams = jax.lax.scan(step, (z, awake), jax.random.split(key, args.imagination_horizon))
     dreams = Dreams(*dreams)
-    _, value = agent.actor_critic.apply(params.actor_critic, z)
-    return dreams._replace(value=jnp.concatenate([dreams.value, value[None]]))
+    return dreams._replace(value=jnp.concatenate([dreams.value, policy(z)[1][None]]))
 
 
 def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
@@ -221,44 +240,32 @@ def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[A
     return decayed_sums(error, gamma * gae_lambda * dreams.going_on)
 
 
-def replayed_minibatch(
-    params: Params, steps: replay.Replayed, agent: Agent, args: Args
-) -> tuple[Minibatch, Bool[Array, " N"], Float[Array, " N"]]:
-    """Replayed steps as a minibatch for the policy of `params`: with it which of them ended, and how much each counts."""
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    z = agent.encoder.apply(params.encoder, flat(steps.obs))
-    logits, value = agent.actor_critic.apply(params.actor_critic, z)
-    value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
-    taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
-    ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))
-    truncated_ratio = jnp.minimum(ratio, 1.0)
-    advantage, target = replay.vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
-    weight = truncated_ratio if args.off_policy == "vtrace" else ratio
-    obs, steps = flat(steps.obs), jax.tree.map(lambda x: flat(x[:-1]), steps)
-    batch = Minibatch(
-        obs=obs,
-        action=steps.action,
-        log_probs=flat(log_probs[:-1]),
-        value=flat(value[:-1]),
-        advantage=flat(advantage),
-        target=flat(target),
-        reward=steps.reward,
-        valid=steps.valid,
-    )
-    return batch, steps.terminated, flat(weight[:-1])
-
-
 def model_loss(
     params: Params, batch: Minibatch, ended: Bool[Array, " N"], weight: Float[Array, " N"] | float, key: jax.Array,
     agent: Agent, args: Args,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
-    """Deep SPI's loss on real data, and the cross-entropy of the predictor of ends, whose gradient stops at the latent."""
-    z = jax.lax.stop_gradient(agent.encoder.apply(params.encoder, batch.obs)[: batch.action.shape[0]])
+    """Deep SPI's loss on real data, that of the predictor of ends, and that of the values of predicted latents."""
+    n = batch.action.shape[0]
+    z = agent.encoder.apply(params.encoder, batch.obs)
+    z, next_z = jax.lax.stop_gradient(z[:n]), z[-n:]
     distance = transition_distance(agent.discriminator, params.discriminator, z, batch.action)
-    loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args, distance, weight)
-    logit = agent.end.apply(params.end, z, batch.action)
-    end_loss = masked_mean(optax.sigmoid_binary_cross_entropy(logit, ended.astype(jnp.float32)), batch.valid)
-    return loss + args.end_loss_coef * end_loss, metrics | {"losses/end_loss": end_loss}
+    losses = end_losses(end_logit(params, z, batch.action, next_z, agent, args), ended, args)
+    end_loss = masked_mean(losses, batch.valid)
+    if args.end_loss == "cross_entropy":
+        loss, metrics = deep_spi.loss_fn(params, batch, key, agent, args, distance, weight)
+        loss = loss + args.end_loss_coef * end_loss
+    else:  # U = A - c_R (l_R + c_E l_E) - c_P l_P
+        advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
+        losses = args.end_loss_coef * (losses if args.piecewise_auxiliary_ratio else end_loss)
+        batch = batch._replace(advantage=advantage - args.reward_loss_coef * losses)
+        loss, metrics = deep_spi.loss_fn(params, batch, key, agent, replace(args, norm_adv=False), distance, weight)
+    if args.value_aware_coef:
+        critic = partial(agent.actor_critic.apply, jax.lax.stop_gradient(params.actor_critic))
+        predicted_z, *_ = dream_step(params, z, batch.action, key, agent, args)
+        errors = critic(predicted_z)[1] - critic(jax.lax.stop_gradient(next_z))[1]
+        metrics["losses/value_aware_loss"] = 0.5 * masked_mean(errors**2, batch.valid & ~ended)
+        loss = loss + args.value_aware_coef * metrics["losses/value_aware_loss"]
+    return loss, metrics | {"losses/end_loss": end_loss}
 
 
 def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
@@ -269,74 +276,76 @@ def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> t
     log_ratio = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0] - batch.log_prob
     ratio = jnp.exp(log_ratio)
     advantage = batch.advantage
-    if args.norm_adv:
+    if args.norm_adv and not args.norm_returns:
         advantage = advantage - mean(advantage)
         advantage = advantage / (jnp.sqrt(mean(advantage**2)) + 1e-8)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
     entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
     value_error = smooth_l1_loss if args.use_huber else lambda error: 0.5 * error**2
-    value_losses = value_error(value - batch.value - batch.advantage)
+    value_losses = value_error(value - batch.target)
     if args.clip_vloss:
         change = jnp.clip(value - batch.value, -args.clip_coef, args.clip_coef)
-        value_losses = jnp.maximum(value_losses, value_error(change - batch.advantage))
+        value_losses = jnp.maximum(value_losses, value_error(batch.value + change - batch.target))
     value_loss = mean(value_losses)
-    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+    real_value_loss = weighted_mean(value_error(value - batch.real_target), batch.real_weight)
+    critic_loss = value_loss + args.real_value_coef * real_value_loss
+    loss = policy_loss - args.ent_coef * entropy + args.vf_coef * critic_loss
     return loss, {
         "dreams/policy_loss": policy_loss,
         "dreams/value_loss": value_loss,
+        "dreams/real_value_loss": real_value_loss,
         "dreams/entropy": entropy,
         "dreams/approx_kl": mean(ratio - 1 - log_ratio),
     }
 
 
-def learning_rates(iteration: Int[Scalar, ""], args: Args) -> Optimizers:
-    """Of each optimizer in this iteration."""
-    prefill = replay.prefill_iterations(args)
-    progress = (iteration - prefill) / (args.total_timesteps // (args.num_envs * args.num_steps) - prefill)
-    if args.progressive == "none":
-        real, dreams = 1.0 if args.dyna_style else 0.0, 1.0
-    else:
-        dreams = progress if args.progressive == "linear" else (1.0 - 0.01**progress) / 0.99
-        real = 1.0 - dreams
-    left, left_of_heads = (1.0 - progress if anneal else 1.0 for anneal in (args.anneal_lr, args.anneal_heads_lr))
-    heads = args.heads_learning_rate * left_of_heads
-    return Optimizers(args.learning_rate * left, heads * dreams, heads * real, args.discriminator_learning_rate * left)
+def dream_and_learn(
+    params: Params, opt_state: Optimizers, z: Float[Array, "M *z"], awake: Float[Array, " M"], target: Float[Array, " M"],
+    key: jax.Array, iteration: Int[Scalar, ""], agent: Agent, optimizers: Optimizers, args: Args,
+) -> tuple[tuple[Params, Optimizers], dict[str, Scalar]]:  # fmt: skip
+    """Dreams from latents (where `awake` is 1) whose real returns the critic takes for `target`; then all minibatch gradient
+    steps of actor and critic on them."""
+    rates = learning_rates(iteration, args)
+    dream_key, shuffle_key = jax.random.split(key)
+    dreams = imagine(params, z, awake, dream_key, agent, args)
+    advantages, value = dream_advantages(dreams, args.gamma, args.gae_lambda), dreams.value[:-1]
+    returns = value + advantages
+    if args.norm_returns:
+        low, high = weighted_quantiles(returns, dreams.weight, (0.05, 0.95))
+        advantages = advantages / jnp.maximum(high - low, 1.0)
+    first = lambda x: jnp.zeros_like(dreams.weight).at[0].set(x)  # noqa: E731
+    batch = HeadsBatch(
+        dreams.z, dreams.action, dreams.log_prob, value, advantages, returns, dreams.weight, first(target), first(awake)
+    )
+    size = dreams.weight.size
+    batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
+    keys = jax.random.split(shuffle_key, args.imagination_epochs)
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+    shuffled = shuffled.reshape(args.imagination_epochs * args.dream_minibatches, -1)
 
+    def minibatch_step(carry, indices):
+        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], minibatch, agent, args)
+        metrics |= track_gradients(grads, iteration, args, "grads/dreams/")
+        return descend("heads", grads, rates, *carry, optimizers), metrics
 
-def descend(
-    name: str, grads: Params, rates: Optimizers, params: Params, opt_state: Optimizers, optimizers: Optimizers
-) -> tuple[Params, Optimizers]:
-    """One step of the optimizer of that name."""
-    updates, moved = getattr(optimizers, name).update(grads, getattr(opt_state, name), params)
-    params = optax.apply_updates(params, jax.tree.map(lambda u: -getattr(rates, name) * u, updates))
-    return params, opt_state._replace(**{name: moved})
-
-
-def update_discriminator(
-    params: Params, opt_state: Optimizers, batch: Minibatch, key: jax.Array, agent: Agent, optimizers: Optimizers,
-    rates: Optimizers, args: Args,
-) -> tuple[Params, Optimizers]:  # fmt: skip
-    """The discriminator's gradient steps on a minibatch, towards the largest distance that it can see."""
-    n = batch.action.shape[0]
-    z = agent.encoder.apply(params.encoder, batch.obs)
-    predicted = agent.transition.apply(params.transition, z[:n], batch.action)
-
-    def loss(params, key):
-        distance = transition_distance(agent.discriminator, params.discriminator, z[:n], batch.action)
-        return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid)
-
-    def step(carry, key):
-        return descend("discriminator", jax.grad(loss)(carry[0], key), rates, *carry, optimizers), None
-
-    return jax.lax.scan(step, (params, opt_state), jax.random.split(key, args.discriminator_steps))[0]
+    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (params, opt_state), shuffled)
+    if args.slow_critic:
+        slow = optax.incremental_update(params.actor_critic, params.slow_critic, 1.0 - args.slow_critic)
+        params = params._replace(slow_critic=slow)
+    return (params, opt_state), jax.tree.map(partial(jnp.mean, axis=0), metrics) | {
+        "dreams/length": jnp.sum(dreams.weight) / jnp.maximum(jnp.sum(awake), 1.0),
+        "dreams/reward": weighted_mean(dreams.reward, dreams.weight),
+    }
 
 
 def update_model(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """All minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic."""
+    """All minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic. With
+    `--dreams-from replay` the latter learn in dreams after each of them."""
     rates = learning_rates(state.iteration, args)
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:
@@ -346,9 +355,10 @@ def update_model(
         count = args.update_epochs * args.num_minibatches
         draws = minibatch_indices(draw_key, args)
 
-    def take(draw):
+    def take(draw, params):
         if args.use_replay_buffer:
-            return replayed_minibatch(state.params, replay.sample(state.replay, draw, args), agent, args)
+            fields, *others = replay.for_policy(params, replay.sample(state.replay, draw, args), agent, args)
+            return Minibatch(**fields), *others
         first, env = draw
         length = 1 if args.minibatch_by == "transition" else args.num_steps
         ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
@@ -356,7 +366,8 @@ def update_model(
 
     def minibatch_step(carry, drawn):
         draw, key = drawn
-        batch, ended, weight = take(draw)
+        # clipping is about the policy before the update, or since it last dreamt
+        batch, ended, weight = take(draw, carry[0] if args.dreams_from == "replay" else state.params)
         if args.wasserstein_discriminator:
             carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)
         grads, metrics = jax.grad(model_loss, has_aux=True)(carry[0], batch, ended, weight, key, agent, args)
@@ -364,51 +375,37 @@ def update_model(
         carry = descend("model", grads, rates, *carry, optimizers)
         if args.dyna_style or args.progressive != "none":
             carry = descend("real_heads", grads, rates, *carry, optimizers)
+        if args.dreams_from == "replay":
+            z = agent.encoder.apply(carry[0].encoder, batch.obs)[: batch.action.shape[0]]
+            start = z, batch.valid.astype(jnp.float32), batch.target, jax.random.fold_in(key, 3)
+            carry, dreamt = dream_and_learn(*carry, *start, state.iteration, agent, optimizers, args)
+            metrics |= dreamt
         return carry, metrics
 
     drawn = draws, jax.random.split(loss_key, count)
     (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
     metrics = summarize(metrics, jnp.ones(count, bool), args.num_minibatches) | {
-        "charts/learning_rate": jnp.asarray(rates.model)
+        "charts/learning_rate": jnp.asarray(rates.model),
+        "charts/heads_learning_rate": jnp.asarray(rates.heads),
     }
     return state._replace(params=params, opt_state=opt_state), metrics
 
 
 def update_heads(
-    state: TrainState, steps: Rollout, key: jax.Array, agent: Agent, optimizers: Optimizers, args: Args
-) -> tuple[TrainState, dict[str, Scalar]]:
+    state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
+    args: Args,
+) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
     """All rounds of dreams from the latents of the rollout, and of minibatch gradient steps of actor and critic on them."""
-    rates = learning_rates(state.iteration, args)
     z = jax.lax.map(partial(agent.encoder.apply, state.params.encoder), steps.obs[:-1])
     z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
-    size, mean = args.imagination_horizon * z.shape[0], partial(jnp.mean, axis=0)
+    target = (advantages + steps.value[:-1]).reshape(-1)
 
-    def minibatch_step(carry, indices, batch):
-        batch = jax.tree.map(lambda x: x[indices], batch)
-        grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], batch, agent, args)
-        metrics |= track_gradients(grads, state.iteration, args, "grads/dreams/")
-        return descend("heads", grads, rates, *carry, optimizers), metrics
-
-    def dream_and_learn(carry, key):
-        dream_key, shuffle_key = jax.random.split(key)
-        dreams = imagine(carry[0], z, awake, dream_key, agent, args)
-        advantages = dream_advantages(dreams, args.gamma, args.gae_lambda)
-        batch = HeadsBatch(dreams.z, dreams.action, dreams.log_prob, dreams.value[:-1], advantages, dreams.weight)
-        batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
-        keys = jax.random.split(shuffle_key, args.imagination_epochs)
-        shuffled = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
-        shuffled = shuffled.reshape(args.imagination_epochs * args.num_minibatches, -1)
-        carry, metrics = jax.lax.scan(partial(minibatch_step, batch=batch), carry, shuffled)
-        dreamt = {
-            "dreams/length": jnp.sum(dreams.weight) / jnp.maximum(jnp.sum(awake), 1.0),
-            "dreams/reward": weighted_mean(dreams.reward, dreams.weight),
-        }
-        return carry, jax.tree.map(mean, metrics) | dreamt
+    def one_round(carry, key):
+        return dream_and_learn(*carry, z, awake, target, key, state.iteration, agent, optimizers, args)
 
     keys = jax.random.split(key, args.n_imagination_rollouts)
-    (params, opt_state), metrics = jax.lax.scan(dream_and_learn, (state.params, state.opt_state), keys)
-    metrics = jax.tree.map(mean, metrics) | {"charts/heads_learning_rate": jnp.asarray(rates.heads)}
-    return state._replace(params=params, opt_state=opt_state), metrics
+    (params, opt_state), metrics = jax.lax.scan(one_round, (state.params, state.opt_state), keys)
+    return state._replace(params=params, opt_state=opt_state), jax.tree.map(partial(jnp.mean, axis=0), metrics)
 
 
 def gather_experience(
@@ -434,14 +431,17 @@ def train_iteration(
     state: TrainState, env: Env, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
     """One rollout and the updates after it: the unit of work, jitted as a whole."""
+    agent = agent._replace(reward_range=env.reward_range)
     key, rollout_key, model_key, heads_key, trace_key = jax.random.split(state.key, 5)
     old_params = state.params
     state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
-    state, dream_metrics = update_heads(state, steps, heads_key, agent, optimizers, args)
-    metrics = metrics | dream_metrics | rollout_metrics(state.params, steps, advantages, env, agent)
+    if args.dreams_from == "rollout":
+        state, dream_metrics = update_heads(state, steps, advantages, heads_key, agent, optimizers, args)
+        metrics |= dream_metrics
+    metrics |= rollout_metrics(state.params, steps, advantages, env, agent)
     if args.log_dreams:  # of the model that has not learned from this rollout yet
-        trace = partial(trace_dreams, old_params, steps, trace_key, agent, args)
+        trace = partial(trace_dreams, old_params, steps, trace_key, agent, args, dream_step)
         learned = state.iteration - replay.prefill_iterations(args)
         metrics = metrics | occasionally(learned, args.log_dreams_every, trace, traces.PREFIX)
     return state._replace(iteration=state.iteration + 1), metrics

@@ -66,7 +66,7 @@ class Args:
     last: float = 0.05
     """the share of a run, at its end, whose episodes make its final score, in whole stretches"""
     scale: Scale | None = None
-    """common scale of the games; if not given human where that is known, or min-max"""
+    """common scale of the games; if not given human where that is known, or min-max (against: shares of --against's mean)"""
     against: str | None = None
     """the algorithm that others are said to improve on; if not given the first, ppo"""
     seed: int = 0
@@ -92,10 +92,12 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     """Aggregates over games, as texts and as a picture."""
     returns = args.metric == Args.metric
     scale = args.scale or (usual_scale(comparison) if returns else "min-max")
-    require(returns or scale == "min-max", f"--scale {scale}: is one of returns, and --metric asks for another number")
+    require(
+        returns or scale in ("min-max", "against"), f"--scale {scale}: is one of returns, and --metric asks for another number"
+    )
     against = args.against or comparison.algorithms[0]
     require(against in comparison.algorithms, f"--against {against}: is none of {', '.join(comparison.algorithms)}")
-    found = aggregate(normalised(comparison, raw, scale), scale, against, args.seed)
+    found = aggregate(normalised(comparison, raw, scale, against), scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:

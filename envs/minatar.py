@@ -45,6 +45,13 @@ GAMES = {
 }
 
 
+def in_colours(maps: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """An observation [H, W, C]: a colour for each kind of object, later kinds above earlier ones."""
+    maps = maps.astype(bool)
+    kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last kind; 0 of none
+    return COLOURS[kind]
+
+
 def is_installed() -> bool:
     """Whether the packages of the extra are there."""
     return all(importlib.util.find_spec(name) for name in PACKAGES)
@@ -117,10 +124,8 @@ class MinAtar:
         return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
 
     def render(self, state: MinAtarState) -> UInt8[np.ndarray, "160 160 3"]:
-        """The grid of the first game: a colour for each kind of object, later kinds above earlier ones."""
-        maps = np.asarray(state.game.observation[0], bool)  # [10, 10, C]
-        kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last kind; 0 of none
-        return COLOURS[kind].repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
+        """The grid of the first game, see `in_colours`."""
+        return in_colours(np.asarray(state.game.observation[0])).repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
 
     def exact_metrics(self, policy: Callable) -> dict[str, Array]:
         """Nothing: a game's dynamics are a program, not a table."""

@@ -23,6 +23,9 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu,
     "tanh": nn.tanh,
 }
+RANGES = {  # of each, the lowest rounded down
+    "relu": (0.0, np.inf), "elu": (-1.0, np.inf), "gelu": (-0.1701, np.inf), "silu": (-0.2785, np.inf), "tanh": (-1.0, 1.0)
+}  # fmt: skip
 SMALLEST = 36  # pixels along an axis from which the convolutions for frames leave anything
 STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # slope of each, rounded up
 
@@ -175,6 +178,12 @@ class ActorCritic(nn.Module):
 def make_encoder(args: Any) -> Encoder:
     """The encoder that the flags ask for."""
     return Encoder(args.activation, args.latent, args.num_categories, args.num_classes)
+
+
+def to_range(z: Float[Array, "N *z"], args: Any) -> Float[Array, "N *z"]:
+    """The nearest latent to z within the range of the encoder's activation: 1-Lipschitz, and no further from any latent than z
+    was. Codes stay as they are."""
+    return jnp.clip(z, *RANGES[args.activation]) if args.latent == "continuous" else z
 
 
 def make_actor_critic(args: Any, num_actions: int) -> ActorCritic:

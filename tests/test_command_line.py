@@ -67,9 +67,7 @@ def test_dreams_with_replay_a_critic_and_pictures(tmp_path):
     assert [step for step, _ in of_heads] == [96] and all(norm > 0 for _, norm in of_heads)
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
-    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
-        "dreams/outcomes": [96], "dreams/latent_error": [96]
-    }  # fmt: skip
+    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {"dreams/dream": [96]}
 
 
 OPTIONS = [

@@ -25,6 +25,7 @@ class Deterministic:
 
 
 MIN_SCALE = 1e-6  # of a normal
+SCALE = math.log(2)  # of one whose network says 0
 
 
 def clipped_normal(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "*shape"]:
@@ -106,6 +107,11 @@ def positive_scale(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 positive_scale.defjvps(lambda tangent, scale, _: tangent * (1.0 - jnp.exp(MIN_SCALE - scale)))  # the sigmoid of x
+
+
+def initial_bias(key: jax.Array, shape: tuple[int, ...], components: int, scale: float) -> Float[Array, "A maps C"]:
+    """Initialiser: 0 for the first `components` maps, the locations; for scales what `positive_scale` turns into `scale`."""
+    return jnp.zeros(shape).at[:, components:].set(scale + math.log(-math.expm1(-scale)))
 
 
 def soft_mixture(

@@ -42,6 +42,15 @@ def weighted_mean(x: Float[Array, "*shape"], weight: Float[Array, "*shape"]) -> 
     return jnp.sum(weight * x) / jnp.maximum(jnp.sum(weight), 1e-8)
 
 
+def weighted_quantiles(
+    x: Float[Array, "*shape"], weight: Float[Array, "*shape"], shares: tuple[float, ...]
+) -> Float[Array, " q"]:
+    """The smallest x below or at which lies that share of all weight, for each of the shares; nothing that has no weight."""
+    order = jnp.argsort(x, axis=None)
+    x, reached = x.reshape(-1)[order], jnp.cumsum(weight.reshape(-1)[order])
+    return x[jnp.searchsorted(reached, jnp.asarray(shares) * reached[-1])]
+
+
 def decayed_sums(x: Float[Array, "T N"], decay: Float[Array, "T N"]) -> Float[Array, "T N"]:
     """y[t] = x[t] + decay[t] y[t + 1], and y[T] = 0."""
 

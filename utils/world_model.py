@@ -10,16 +10,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from envs.registry import pays_beyond_one
-from utils.distributions import Categorical, Deterministic, Normal
+from utils.distributions import SCALE, Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
-from utils.runs.flags import Count, Needs, NotNegative, Positive, Share, require
+from utils.runs.flags import Count, Needs, NotNegative, Positive, Share, Sizes, as_typed, require
 
 SAMPLED = ("l2", "hamming")  # costs of a sample
+SCALED = ("normal", "mixture_normal")  # densities with a scale
 
 CONTINUOUS = Needs("continuous latents", latent="continuous")
 CODES = Needs(latent="categorical")
 PENALISED = Needs(lipschitz_nets=False)
 SAMPLES = Needs("a cost that samples: --categorical-cost l2 or hamming", categorical_cost=SAMPLED)
+Density = Annotated[Literal["deterministic", "normal", "mixture_normal"], CONTINUOUS]
 
 
 @dataclass
@@ -27,19 +29,24 @@ class WorldModelArgs:
     """Flags of the world model."""
 
     # of continuous latents
-    transition_density: Annotated[Literal["deterministic", "normal", "mixture_normal"], CONTINUOUS] = "mixture_normal"
+    transition_density: Density = "mixture_normal"
     """continuous latents: distribution of the next; mixture_normal is the soft mixture, a weighted average of normals"""
     mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
     """components of mixture_normal"""
+    initial_scale: Annotated[Positive, CONTINUOUS, Needs("a density with scales", transition_density=SCALED)] = SCALE
+    """scale of each component at the start, of which Lipschitz networks take a tenth; one that starts small changes slowly"""
     lipschitz_nets: Annotated[bool, CONTINUOUS] = True
     """continuous latents: transition and reward networks that are K-Lipschitz for every value of their parameters; otherwise
-    unconstrained ones, with a penalty on their gradients"""
+    unconstrained ones, with a penalty on their gradients if --lambda-gp is above 0"""
     lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
     """K of the Lipschitz networks"""
     lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.01
     """weight of the gradient penalty of unconstrained networks; 0 for none"""
     use_wgan_gp: Annotated[bool, CONTINUOUS, PENALISED] = False
     """penalise (gradient norm - 1)^2, not its square: the networks are to have slopes near 1, and not to be flat"""
+    transition_layers: Annotated[Sizes, CONTINUOUS] = ()
+    """widths of the layers of a transition network that predicts by how much the latent changes (each even, for Lipschitz
+    networks); with no number behind it, the paper's two layers"""
     # of categorical latents
     world_model: Annotated[Literal["fc", "transformer", "softmoe"], CODES] = "fc"
     """categorical latents: transition network"""
@@ -62,6 +69,8 @@ class WorldModelArgs:
             self.lambda_gp > 0 or not self.use_wgan_gp,
             f"--lambda-gp {self.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
         )
+        even = not self.lipschitz_nets or not any(size % 2 for size in self.transition_layers)
+        require(even, f"{as_typed('transition_layers', self.transition_layers)}: Lipschitz networks need even widths")
         require(
             not self.clip_reward_net_output or self.reward_clip,
             "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",

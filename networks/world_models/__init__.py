@@ -26,19 +26,19 @@ class Squashed(nn.Module):
 
 def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]:
     """The networks that the flags ask for: transition (z, action) -> distribution of z', and reward (z, action) -> [N]."""
+    density = args.transition_density, args.mixture_components, args.initial_scale
     if args.latent == "categorical":
         networks = CATEGORICAL[args.world_model]
         temperature = args.gumbel_temperature if args.use_gumbel_softmax else None
         transition = networks.Transition(num_actions, args.activation, temperature)
         reward = networks.Reward(num_actions, args.activation)
-    elif args.lipschitz_nets:
-        constant = args.lipschitz_constant
-        transition = lipschitz.Transition(num_actions, args.transition_density, args.mixture_components, constant)
-        reward = lipschitz.Reward(num_actions, constant)
     else:
-        density, components = args.transition_density, args.mixture_components
-        transition = unconstrained.Transition(num_actions, density, components, args.activation)
-        reward = unconstrained.Reward(num_actions, args.activation)
+        networks, last = (lipschitz, args.lipschitz_constant) if args.lipschitz_nets else (unconstrained, args.activation)
+        if args.transition_layers:
+            transition = networks.DeepTransition(num_actions, *density, last, args.transition_layers)
+        else:
+            transition = networks.Transition(num_actions, *density, last)
+        reward = networks.Reward(num_actions, last)
     return transition, Squashed(reward) if args.clip_reward_net_output else reward
 
 

@@ -3,6 +3,7 @@
 Source: the paper's networks (two 2 x 2 convolutions; dense 256, 256), with the layers of `networks/lipschitz.py` in them.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from networks.lipschitz import (
     still_init,
 )
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import Deterministic, Normal, average_scale, positive_scale
+from utils.distributions import SCALE, Deterministic, Normal, average_scale, initial_bias, positive_scale
 
 SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
 
@@ -59,6 +60,7 @@ class Transition(nn.Module):
     num_actions: int
     density: str = "mixture_normal"
     components: int = 5
+    initial_scale: float = SCALE
     constant: float = 1.0
 
     @nn.compact
@@ -75,7 +77,7 @@ class Transition(nn.Module):
         if not vector:
             p = self.param("vertical", still_init, (c, c // 2, num_actions, g))
             q = self.param("horizontal", still_init, (c, c // 2, num_actions, g))
-        bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
+        bias = self.param("bias", initial_bias, (num_actions, maps, channels), components, self.initial_scale)
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
@@ -101,6 +103,53 @@ class Transition(nn.Module):
         scales = scales.reshape(*z.shape[:3], components, channels) + taken(bias[:, components:])[:, None, None]
         scale = average_scale(taken(weights)[:, None, None, :, None], positive_scale(scales), axis=3)
         return Normal((1 - SCALE_SHARE) * self.constant * loc, SCALE_SHARE * self.constant * scale, 1.0)
+
+
+class DeepTransition(nn.Module):
+    """A transition network of several layers, K-Lipschitz as `Transition` is.
+
+    Certified convolutions of these widths (dense layers where z is a vector), to each of which the action adds a bias of its
+    own, end in a 1-Lipschitz change g of z; then z' = a z + b g with max |a| + |b| <= K for every action, which is K-Lipschitz
+    however a (of each channel) and b are weighed. It starts at a = 1 and b = 0.1, or what of these K leaves. (Where there are
+    scales, locations and scales share K as they do there.)
+    """
+
+    num_actions: int
+    density: str
+    components: int
+    initial_scale: float
+    constant: float
+    layers: Sequence[int]
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
+        components = self.components if self.density == "mixture_normal" else 1
+        maps = components if self.density == "deterministic" else 2 * components
+        num_actions, channels = self.num_actions, z.shape[-1]
+        of_each = lambda name, init, *shape: of_action(self.param(name, init, (num_actions, *shape)), action)  # noqa: E731
+
+        x = z
+        for k, features in enumerate(self.layers):
+            bias = of_each(f"action_{k}", nn.initializers.normal(0.1), features)
+            x = group_sort(LipschitzConv(features, name=f"layer_{k}")(x) + bias[:, None, None])
+        x = jnp.stack([LipschitzConv(channels, name=f"map_{k}")(x) for k in range(maps)], axis=3)
+        bias = partial(initial_bias, components=components, scale=self.initial_scale)
+        x = x + of_each("bias", bias, maps, channels)[:, None, None]
+        weights = jnp.ones((1, 1, 1, 1, 1))
+        if components > 1:
+            weights = nn.softmax(of_each("mixture", nn.initializers.zeros, components))[:, None, None, :, None]
+        change = jnp.sum(weights * x[:, :, :, :components], axis=3)
+
+        kept = of_each("kept", nn.initializers.ones, channels)
+        changed = of_each("changed", nn.initializers.constant(0.1), 1)
+        limit = self.constant * (1.0 if self.density == "deterministic" else 1.0 - SCALE_SHARE)
+        steepest = jnp.max(jnp.abs(kept), axis=1, keepdims=True) + jnp.abs(changed)
+        within = limit / jnp.maximum(steepest, limit)
+        loc = (within * kept)[:, None, None] * z + (within * changed)[:, None, None] * change
+        if self.density == "deterministic":
+            return Deterministic(loc)
+        scale = average_scale(weights, positive_scale(x[:, :, :, components:]), axis=3)
+        return Normal(loc, SCALE_SHARE * self.constant * scale, 1.0)
 
 
 class Reward(nn.Module):

@@ -3,14 +3,17 @@
 Nothing bounds their Lipschitz constants but, where asked for, a penalty on their gradients (`utils/world_model.py`).
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from networks.architectures import ACTIVATIONS, dense
 from networks.convolution import conv2d
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import Deterministic, Normal, positive_scale, soft_mixture
+from utils.distributions import SCALE, Deterministic, Normal, initial_bias, positive_scale, soft_mixture
 
 
 class Transition(nn.Module):
@@ -19,6 +22,7 @@ class Transition(nn.Module):
     num_actions: int
     density: str = "mixture_normal"
     components: int = 5
+    initial_scale: float = SCALE
     activation: str = "relu"
 
     @nn.compact
@@ -30,14 +34,13 @@ class Transition(nn.Module):
         taps = 1 if z.shape[1:3] == (1, 1) else 2  # kernels of a vector see it alone
         kernel = self.param("hidden_kernel", init, (taps, taps, channels, 2 * channels))
         bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
-        hidden = z @ kernel[0, 0] if taps == 1 else conv2d(z, kernel, padding="SAME")
-        hidden = ACTIVATIONS[self.activation](hidden + bias)
+        hidden = ACTIVATIONS[self.activation](convolved(z, kernel) + bias)
 
         g = groups(channels)
         c, o = 2 * channels // g, channels // g
         per_action = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=2, out_axis=1, batch_axis=(0, 3))
         kernels = self.param("kernels", per_action, (num_actions, maps * o, taps**2 * c, g))
-        bias = self.param("bias", nn.initializers.zeros, (num_actions, maps, channels))
+        bias = self.param("bias", initial_bias, (num_actions, maps, channels), components, self.initial_scale)
         x = by_group(hidden)
         x = jnp.concatenate([shift(x, i, j) for i in range(taps) for j in range(taps)], axis=3)
         raw = product(of_action(kernels, action), x)
@@ -51,6 +54,46 @@ class Transition(nn.Module):
             logits = jnp.take_along_axis(logits.reshape(-1, num_actions, components), action[:, None, None], 1)
             weights = nn.softmax(logits).reshape(-1, 1, 1, components, 1)
         return soft_mixture(weights, loc, scale, axis=3)
+
+
+class DeepTransition(nn.Module):
+    """A transition network of several layers: 3 x 3 convolutions of these widths (dense layers where z is a vector), to each of
+    which the action adds a bias of its own. What comes out is the *change* of z, and little of it at first: consecutive frames
+    differ little."""
+
+    num_actions: int
+    density: str
+    components: int
+    initial_scale: float
+    activation: str
+    layers: Sequence[int]
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
+        components = self.components if self.density == "mixture_normal" else 1
+        maps = components if self.density == "deterministic" else 2 * components
+        taps = 1 if z.shape[1:3] == (1, 1) else 3
+        hidden, one_hot = z, nn.one_hot(action, self.num_actions)
+        for k, features in enumerate(self.layers):
+            shape = (taps, taps, hidden.shape[-1], features)
+            kernel = self.param(f"kernel_{k}", nn.initializers.orthogonal(np.sqrt(2)), shape)
+            of_the_action = dense(features, name=f"action_{k}")(one_hot)[:, None, None]
+            hidden = ACTIVATIONS[self.activation](convolved(hidden, kernel) + of_the_action)
+        raw = dense(maps * z.shape[-1], 0.1, name="change")(hidden).reshape(*z.shape[:3], maps, -1)
+        raw = raw + self.param("bias", initial_bias, (1, maps, z.shape[-1]), components, self.initial_scale)
+        loc = z[:, :, :, None] + raw[:, :, :, :components]
+        if self.density == "deterministic":
+            return Deterministic(loc[:, :, :, 0])
+        weights = jnp.ones((1, 1, 1, 1, 1))
+        if components > 1:
+            logits = dense(components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
+            weights = nn.softmax(logits).reshape(-1, 1, 1, components, 1)
+        return soft_mixture(weights, loc, positive_scale(raw[:, :, :, components:]), axis=3)
+
+
+def convolved(x: Float[Array, "N h w c"], kernel: Float[Array, "k k c o"]) -> Float[Array, "N h w o"]:
+    """The map convolved with the kernel, as large as it was."""
+    return x @ kernel[0, 0] if kernel.shape[:2] == (1, 1) else conv2d(x, kernel, padding="SAME")
 
 
 class Reward(nn.Module):

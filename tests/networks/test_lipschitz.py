@@ -19,7 +19,7 @@ from networks.lipschitz import (
     orthogonal_conv_kernel,
     projection,
 )
-from networks.world_models.lipschitz import Reward, Transition
+from networks.world_models.lipschitz import DeepTransition, Reward, Transition
 
 TOLERANCE = 1e-4
 SIZE = 4  # of the feature maps that are materialised
@@ -48,7 +48,9 @@ def parameter_cases(params):
         "zeros": [jnp.zeros_like(p) for p in leaves],
         "scales": [p * 10.0 ** jnp.linspace(-6, 3, p.shape[0]).reshape(-1, *(1,) * (p.ndim - 1)) for p in normal],
     }
-    cases["x1e25"] = [p if p.ndim > 1 else leaf for p, leaf in zip(cases["x1e25"], leaves, strict=True)]  # not the biases
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    biases = ["bias" in name or "action" in name for name in names]  # which are not made small again
+    cases["x1e25"] = [leaf if bias else p for p, leaf, bias in zip(cases["x1e25"], leaves, biases, strict=True)]
     return {name: jax.tree.unflatten(tree, case) for name, case in cases.items()}
 
 
@@ -177,18 +179,24 @@ def test_trained_layers_keep_singular_values_near_one():
     assert np.median(conv_values) > 0.9
 
 
+def make_transition(density, layers, constant=1.0):
+    return DeepTransition(3, density, 5, 0.7, constant, layers) if layers else Transition(3, density, constant=constant)
+
+
 @pytest.mark.parametrize(
-    "density, z_shape",
+    "density, z_shape, layers",
     [
-        ("deterministic", (2, 2, 32)),
-        pytest.param("normal", (2, 2, 32), marks=pytest.mark.slow),
-        ("mixture_normal", (2, 2, 32)),
-        ("mixture_normal", (1, 1, 80)),  # a vector: nothing is shifted, and there are more groups
+        ("deterministic", (2, 2, 32), ()),
+        pytest.param("normal", (2, 2, 32), (), marks=pytest.mark.slow),
+        ("mixture_normal", (2, 2, 32), ()),
+        ("mixture_normal", (1, 1, 80), ()),  # a vector: nothing is shifted, and there are more groups
+        pytest.param("deterministic", (1, 1, 24), (40, 16), marks=pytest.mark.slow),
+        ("mixture_normal", (2, 2, 8), (16,)),
     ],
 )
-def test_transition_is_k_lipschitz_with_noise_fixed(density, z_shape):
+def test_transition_is_k_lipschitz_with_noise_fixed(density, z_shape, layers):
     constant = 1.5
-    module = Transition(3, density, constant=constant)
+    module = make_transition(density, layers, constant)
     initial = module.init(jax.random.key(0), jnp.ones((1, *z_shape)), jnp.zeros(1, jnp.int32))
     keys = jax.random.split(jax.random.key(3), 5)
 
@@ -214,17 +222,24 @@ def test_transition_is_k_lipschitz_with_noise_fixed(density, z_shape):
 
 
 @pytest.mark.parametrize(
-    "density, shape",
-    [("deterministic", (5, 5, 32)), ("normal", (5, 5, 32)), ("mixture_normal", (5, 5, 32)), ("mixture_normal", (1, 1, 128))],
+    "density, shape, layers",
+    [
+        ("deterministic", (5, 5, 32), ()),
+        ("normal", (5, 5, 32), ()),
+        ("mixture_normal", (5, 5, 32), ()),
+        ("mixture_normal", (1, 1, 128), ()),
+        ("deterministic", (1, 1, 64), (32,)),
+        ("normal", (5, 5, 8), (32, 16)),
+    ],
 )
-def test_transition_starts_near_the_identity(density, shape):
-    module = Transition(3, density)
+def test_transition_starts_near_the_identity(density, shape, layers):
+    module = make_transition(density, layers)
     z = nn.relu(jax.random.normal(jax.random.key(0), (6, *shape)))
     action = jnp.arange(6) % 3
     predicted = module.apply(module.init(jax.random.key(1), z, action), z, action)
     share = 1.0 if density == "deterministic" else 0.9
     error = jnp.linalg.norm(predicted.mean() - share * z) / jnp.linalg.norm(z)
-    assert error < 0.1, error
+    assert error < (0.2 if layers else 0.1), error
 
 
 def test_reward_is_k_lipschitz_for_each_action():

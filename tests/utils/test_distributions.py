@@ -25,7 +25,7 @@ from utils.distributions import (
     soft_mixture,
     straight_through,
 )
-from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
+from utils.losses import masked_mean, masked_normalize, smooth_l1_loss, weighted_quantiles
 
 KEY = jax.random.key(0)
 GROUPS = 16  # of the maps below
@@ -253,3 +253,11 @@ def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actio
     gradient = lambda f: jax.tree.leaves(jax.jit(jax.grad(lambda p, z: jnp.sum(g * f(p, z)), argnums=(0, 1)))(params, z))  # noqa: E731
     for actual, expected in zip(gradient(fast), gradient(slow), strict=True):
         assert_allclose(actual, expected, atol=2e-5 * max(1.0, float(jnp.abs(expected).max())))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), max_size=12).filter(lambda x: any(w for _, w in x)))
+def test_weighted_quantiles_are_those_of_repeated_numbers(numbers):
+    x, weight = np.array(numbers, np.float32).T
+    found = weighted_quantiles(jnp.asarray(x), jnp.asarray(weight), (0.0625, 0.5, 0.9375))  # shares without rounding
+    assert_allclose(found, np.quantile(np.repeat(x, weight.astype(int)), (0.0625, 0.5, 0.9375), method="inverted_cdf"))

@@ -41,7 +41,8 @@ CATEGORICAL = [
     for c in CATEGORICAL_COSTS
     for s in (({}, {"use_gumbel_softmax": True}) if c in ("l2", "hamming") else ({},))
 ]
-QUICK = [CONTINUOUS[2], CONTINUOUS[7], CATEGORICAL[1], CATEGORICAL[9], CATEGORICAL[14]]
+CONTINUOUS += [{"transition_density": "deterministic", "lipschitz_nets": n, "transition_layers": (32,)} for n in (False, True)]
+QUICK = [CONTINUOUS[2], CONTINUOUS[-2], CATEGORICAL[1], CATEGORICAL[9], CATEGORICAL[14]]
 ALL = [flags if flags in QUICK else pytest.param(flags, marks=pytest.mark.slow) for flags in CONTINUOUS + CATEGORICAL]
 name = lambda flags: "-".join(str(v) for v in flags.values())  # noqa: E731
 
@@ -115,6 +116,23 @@ def test_loss_of_unconstrained_normals_is_the_expected_error_and_that_of_certifi
     args = deep_spi.Args()
     sampled = smooth_l1_loss(predicted.sample(KEY) - next_z).sum((1, 2, 3))
     assert_allclose(transition_loss(predicted, next_z, KEY, args), sampled, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [(), (8,)])
+@pytest.mark.parametrize("certified", [False, True])
+@pytest.mark.parametrize("density, components", [("normal", 1), ("mixture_normal", 5)])
+def test_scales_start_where_they_are_asked_to(certified, density, components, layers):
+    """At a latent of zeros, of which the networks make nothing but their biases; an average of k normals has 1/sqrt(k) of the
+    scale, and certified networks take a tenth of it."""
+    args = deep_spi.Args(transition_density=density, lipschitz_nets=certified, initial_scale=0.05, transition_layers=layers)
+    transition, _ = make_world_model(args, 3)
+    z, action = jnp.zeros((2, 1, 1, 16)), jnp.array([0, 2])
+    params = transition.init(KEY, z, action)
+    # but for those of the actions, which enter before the last layer
+    params = jax.tree_util.tree_map_with_path(lambda path, x: x * ("action_" not in jax.tree_util.keystr(path)), params)
+    predicted = transition.apply(params, z, action)
+    assert_array_equal(predicted.loc, 0.0)
+    assert_allclose(predicted.scale, (0.1 if certified else 1.0) * 0.05 / components**0.5, rtol=1e-3)
 
 
 def test_penalty_is_a_squared_directional_gradient():

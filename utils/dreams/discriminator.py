@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float, Int
 
+from utils.dreams.optimizers import Optimizers, descend
+from utils.losses import masked_mean
 from utils.runs.flags import Count, Needs, Positive, refuse_unread
 from utils.world_model import transition_loss
 
@@ -45,3 +48,23 @@ def transition_distance(
         return value(next_z) - value(predicted.sample(key))
 
     return distance
+
+
+def update_discriminator(
+    params: Any, opt_state: Optimizers, batch: Any, key: jax.Array, agent: Any, optimizers: Optimizers, rates: Optimizers,
+    args: Any,
+) -> tuple[Any, Optimizers]:  # fmt: skip
+    """The discriminator's gradient steps on a script's minibatch, towards the largest distance that it can see: parameters and
+    states of the optimizers after them."""
+    n = batch.action.shape[0]
+    z = agent.encoder.apply(params.encoder, batch.obs)
+    predicted = agent.transition.apply(params.transition, z[:n], batch.action)
+
+    def loss(params, key):
+        distance = transition_distance(agent.discriminator, params.discriminator, z[:n], batch.action)
+        return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid)
+
+    def step(carry, key):
+        return descend("discriminator", jax.grad(loss)(carry[0], key), rates, *carry, optimizers), None
+
+    return jax.lax.scan(step, (params, opt_state), jax.random.split(key, args.discriminator_steps))[0]

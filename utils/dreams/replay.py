@@ -23,7 +23,7 @@ class ReplayArgs:
     """Flags of the replay buffer."""
 
     use_replay_buffer: bool = False
-    """learn on sequences replayed from the device's memory instead of the fresh rollout (dreams still start from that)"""
+    """learn on sequences replayed from the device's memory instead of the fresh rollout"""
     replay_capacity: Annotated[Count, WANTED] = 500_000
     """environment steps that it holds, the oldest making room (28 KB each on Atari)"""
     replay_prefill: Annotated[Count, WANTED] = 20_000
@@ -172,6 +172,26 @@ def add(replay: Any, steps: Any, args: Any) -> Any:
 def sample(replay: Any, key: jax.Array, args: Any) -> Replayed:
     """`replay_batch_size` stored sequences of `replay_length` + 1 steps, [T, B], drawn uniformly; they may overlap."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), _buffer(args).sample(replay, key).experience)
+
+
+def for_policy(
+    params: Any, steps: Replayed, agent: Any, args: Any
+) -> tuple[dict[str, Array], Bool[Array, " N"], Float[Array, " N"]]:
+    """The fields of a script's `Minibatch` of the steps, for the policy and critic of these parameters; which of the steps
+    ended; and how much each counts (`--off-policy`)."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    obs = flat(steps.obs)
+    logits, value = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
+    value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
+    taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
+    ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))
+    truncated_ratio = jnp.minimum(ratio, 1.0)
+    advantage, target = vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
+    weight = truncated_ratio if args.off_policy == "vtrace" else ratio
+    steps = jax.tree.map(lambda x: flat(x[:-1]), steps)
+    fields = {"obs": obs, "action": steps.action, "log_probs": flat(log_probs[:-1]), "value": flat(value[:-1])}
+    fields |= {"advantage": flat(advantage), "target": flat(target), "reward": steps.reward, "valid": steps.valid}
+    return fields, steps.terminated, flat(weight[:-1])
 
 
 def vtrace(

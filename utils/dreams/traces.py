@@ -1,51 +1,60 @@
-"""Pictures of dreams: how far the world model, given the actions that were taken, stays with what really happened."""
+"""A picture of dreams: how far the world model, given the actions that were taken, stays with what really happened."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
+from envs.minatar import in_colours
+from networks.architectures import SMALLEST
 from utils.runs.flags import Count, Needs
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 PREFIX = "dreams/trace/"  # of the names of arrays to be drawn, see `trace_dreams`
-EXAMPLES = 4  # dreams that are drawn on their own
+PICTURE = "dreams/dream"  # the name of what is drawn
+COLUMNS = 9  # frames of a dream that are drawn, at most
+LIKELY = 0.05  # probabilities of an end below this are not written beside a frame
 
 
 @dataclass
 class DreamTraceArgs:
-    """Flags of the pictures of dreams."""
+    """Flags of the picture of dreams."""
 
     log_dreams: bool = False
-    """log figures of dreams beside what really followed, given the same actions: rewards, ends, and the error of the latent,
-    over the horizon of a dream, or the rollout if that is shorter"""
+    """log a picture of dreams beside what really followed, given the same actions: one dream frame by frame, and of all of them
+    rewards, ends, and the error of the latent, over the horizon of a dream, or the rollout if that is shorter"""
     log_dreams_every: Annotated[Count, Needs(log_dreams=True)] = 100
-    """updates from one such figure to the next"""
+    """updates from one such picture to the next"""
 
 
-def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any) -> dict[str, Float[Array, "H B"]]:
+def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any, dream_step: Callable) -> dict[str, Array]:
     """Dreams from the first latents of a rollout, with the actions taken in it, beside the rollout.
 
-    H is the horizon of a dream, or the length of the rollout if that is less. `alive` is 1 while the real episode has not
-    ended: nothing real is left to compare with thereafter. `error` is the distance of the dreamt next latent from the real one,
-    `no_change` that of the first latent from it: Euclidean for continuous latents, for categorical ones the share of variables
-    that differ.
+    H is the horizon of a dream, or the length of the rollout if that is less. `alive` [H, B] is 1 while the real episode has
+    not ended: nothing real is left to compare with thereafter. `error` is the distance of the dreamt next latent from the real
+    one, `no_change` that of the first latent from it: Euclidean for continuous latents, for categorical ones the share of
+    variables that differ. One dream, that in which most rewards and ends happened, is there step by step: the number of its
+    environment `example`, the actions `taken` [H] in it, its observations `frames` [H+1, *obs], and `like` [H+1, *obs], for
+    each of its latents the observation of the whole rollout whose latent is nearest: what it dreams of.
 
     Args:
         params, agent: a script's networks; the parameters are best those before they learned from this rollout.
         steps: the rollout.
         key: draws next latents.
         args: the script's flags.
+        dream_step: the script's step in the world model.
     """
     horizon = min(args.imagination_horizon, args.num_steps)
-    first_z = agent.encoder.apply(params.encoder, steps.obs[0])
-    after = jax.tree.map(lambda x: x[:horizon], steps._replace(obs=steps.obs[1:]))
+    real_z = jax.lax.map(partial(agent.encoder.apply, params.encoder), steps.obs)  # [T+1, B, *z]
+    after = jax.tree.map(lambda x: x[:horizon], steps._replace(obs=real_z[1:], value=None))
 
     def distance(a, b):
         if args.latent == "categorical":
@@ -56,58 +65,129 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any)
         z, alive = carry
         real, key = now
         alive = alive * real.valid
-        real_z = agent.encoder.apply(params.encoder, real.obs)
-        next_z = agent.transition.apply(params.transition, z, real.action).sample(key)
-        return (next_z, alive), {
-            "alive": alive,
-            "reward": real.reward,
-            "dreamt_reward": agent.reward.apply(params.reward, z, real.action),
-            "end": real.terminated.astype(jnp.float32),
-            "dreamt_end": nn.sigmoid(agent.end.apply(params.end, z, real.action)),
-            "error": distance(next_z, real_z),
-            "no_change": distance(first_z, real_z),
-        }
+        next_z, reward, ends = dream_step(params, z, real.action, key, agent, args)
+        return (next_z, alive), (
+            {
+                "alive": alive,
+                "reward": real.reward,
+                "dreamt_reward": reward,
+                "end": real.terminated.astype(jnp.float32),
+                "dreamt_end": ends,
+                "error": distance(next_z, real.obs),
+                "no_change": distance(real_z[0], real.obs),
+            },
+            next_z,
+        )
 
-    start = first_z, jnp.ones(first_z.shape[0])
-    _, traces = jax.lax.scan(step, start, (after, jax.random.split(key, horizon)))
+    start = real_z[0], jnp.ones(real_z.shape[1])
+    _, (traces, dreamt_z) = jax.lax.scan(step, start, (after, jax.random.split(key, horizon)))
+    happened = jnp.abs(traces["reward"]) + traces["end"] + 0.1  # and rather long than short
+    example = jnp.argmax(jnp.sum(traces["alive"] * happened, axis=0))
+    of_example = jnp.concatenate([real_z[:1, example], dreamt_z[:, example]]).reshape(horizon + 1, -1)
+    flat = real_z.reshape(-1, of_example.shape[1])
+    # |a - b|^2 but for |a|^2
+    distances = jnp.sum(flat**2, axis=1) - 2.0 * jnp.matmul(of_example, flat.T, precision="highest")
+    own = jnp.arange(horizon + 1) * real_z.shape[1] + example  # what really came to be, wherever nothing is nearer
+    is_own = jnp.take_along_axis(distances, own[:, None], axis=1)[:, 0] <= jnp.min(distances, axis=1)
+    traces |= {
+        "example": example,
+        "taken": after.action[:, example],
+        "frames": steps.obs[: horizon + 1, example],
+        "like": steps.obs.reshape(-1, *steps.obs.shape[2:])[jnp.where(is_own, own, jnp.argmin(distances, axis=1))],
+    }
     return {PREFIX + name: x for name, x in traces.items()}
 
 
-def draw(traces: dict[str, Float[np.ndarray, "H B"]]) -> dict[str, "Figure"]:
-    """Figures of what `trace_dreams` returned, by name: rewards and ends, on average and in the dreams in which most happened;
-    the error of the latent over the horizon."""
+def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
+    """Numbers to compare runs by, of what `trace_dreams` returned, over all steps that really happened: the error of the dreamt
+    latents as a share of that of a model in which nothing changes, and by how much the squared error of the dreamt rewards is
+    less than the variance of the real ones, as a share of that. What is no number is left out: where nothing changed, say, or
+    all rewards were equal."""
+    of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
+    alive = of["alive"] > 0
+    error, still, real, dreamt = (of[name][alive].astype(float) for name in ("error", "no_change", "reward", "dreamt_reward"))
+    measured = {}
+    if still.sum() > 0:
+        measured["dreams/latent_error"] = error.sum() / still.sum()
+    if len(real) and real.var() > 1e-12 * np.mean(real**2):
+        measured["dreams/explained_reward"] = 1 - np.mean((real - dreamt) ** 2) / real.var()
+    return {name: float(value) for name, value in measured.items() if np.isfinite(value)}
+
+
+def draw(traces: dict[str, np.ndarray]) -> "Figure":
+    """The picture of what `trace_dreams` returned. It is to be understood by itself."""
     from matplotlib.figure import Figure  # here, because it takes a second to import and most runs do without
 
-    traces = {name.removeprefix(PREFIX): x for name, x in traces.items()}
-    alive = traces["alive"] > 0
-    x = np.arange(1, len(alive) + 1)
-    count = np.maximum(alive.sum(axis=1), 1)
-    happened = np.where(alive, np.abs(traces["reward"]) + traces["end"], 0.0).sum(axis=0)
-    examples = np.argsort(-happened, kind="stable")[:EXAMPLES]
+    of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
+    alive = of["alive"] > 0
+    horizon, environments = alive.shape
+    shown = np.unique(np.linspace(0, horizon, COLUMNS).round().astype(int))  # all steps, or some of them
+    figure = Figure(figsize=(max(11.0, 1.25 * len(shown) + 0.6), 7.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
 
-    outcomes = Figure(figsize=(3 * (1 + len(examples)), 5), layout="constrained")
-    grid = outcomes.subplots(2, 1 + len(examples), sharex=True, sharey="row", squeeze=False)
-    for row, (name, title) in zip(grid, (("reward", "reward"), ("end", "probability of an end")), strict=True):
-        for column, axes in enumerate(row):
-            for source, style in ((name, "o-"), (f"dreamt_{name}", "x--")):
-                values = np.where(alive, traces[source], 0.0)
-                if column == 0:
-                    y = np.where(alive.any(axis=1), values.sum(axis=1) / count, np.nan)
-                else:
-                    y = np.where(alive[:, examples[column - 1]], values[:, examples[column - 1]], np.nan)
-                axes.plot(x, y, style, label="real" if source == name else "dreamt")
-            axes.set_title(f"{title}, {'mean' if column == 0 else f'environment {examples[column - 1]}'}", fontsize=9)
-    grid[0, 0].legend()
-    for axes in grid[1]:
-        axes.set_xlabel("step of the dream")
+    example = of["example"]
+    title = f"Environment {example}, in which most happened: what was real, and what the world model dreamt of the same actions"
+    above.suptitle(title, fontsize=11)
+    rows = above.subplots(2, len(shown), squeeze=False)
+    limit = max(np.abs(of[name].astype(float)).max() for name in ("frames", "like"))
+    for row, name, kind in zip(rows, ("frames", "like"), ("", "dreamt_"), strict=True):
+        for axes, k in zip(row, shown, strict=True):
+            lives = k == 0 or alive[k - 1, example]
+            show_observation(axes, of[name][k] if lives else None, limit)
+            said = []
+            if k and lives:
+                end = of[f"{kind}end"][k - 1, example]
+                said.append(f"reward {of[f'{kind}reward'][k - 1, example]:.2g}")
+                said += [f"end: {end:.0%}" if kind else "the end"] if end >= LIKELY else []
+            axes.set_xlabel("\n".join(said), fontsize=8)
+        row[0].set_ylabel("dreamt" if kind else "real", fontsize=10)
+    for axes, k in zip(rows[0], shown, strict=True):
+        axes.set_title(f"step {k}\naction {of['taken'][k - 1]}" if k else "start", fontsize=8)
+    said = "A dream is numbers: its row shows the observation of this rollout whose latent is nearest.\n"
+    said += f"Blank: the real episode is over. Ends less likely than {LIKELY:.0%} are not written."
+    above.supxlabel(said, fontsize=8)
 
-    errors = Figure(figsize=(5, 4), layout="constrained")
-    axes = errors.subplots()
-    for name, label in (("error", "dreamt"), ("no_change", "first latent, unchanged")):
-        of = [traces[name][t, alive[t]] if alive[t].any() else np.full(1, np.nan) for t in range(len(x))]
-        (line,) = axes.plot(x, [np.mean(v) for v in of], "o-", label=label)
-        low, high = ([np.quantile(v, q) for v in of] for q in (0.1, 0.9))
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="step of the dream", ylabel="distance from the real latent", ylim=(0, None))
-    axes.legend()
-    return {"dreams/outcomes": outcomes, "dreams/latent_error": errors}
+    below.suptitle(f"All {environments} dreams: means over those whose real episode goes on", fontsize=11)
+    reward, end, error = below.subplots(1, 3)
+    x = np.arange(1, horizon + 1)
+
+    def mean(name):
+        values = np.where(alive, of[name], 0.0).sum(axis=1)
+        return np.where(alive.any(axis=1), values / np.maximum(alive.sum(axis=1), 1), np.nan)
+
+    for axes, name, title in ((reward, "reward", "reward of each step"), (end, "end", "probability that the episode ends")):
+        axes.plot(x, mean(name), "o-", label="real")
+        axes.plot(x, mean(f"dreamt_{name}"), "x--", label="dreamt")
+        axes.set_title(title, fontsize=9)
+        axes.legend(fontsize=8)
+    still = mean("no_change")
+    error.plot(x, np.divide(mean("error"), still, out=np.full(horizon, np.nan), where=still > 0), "x--", color="C1")
+    error.axhline(1.0, color="grey", linewidth=1)
+    error.set_title("error of the dreamt latent\n(0: none; 1: as if nothing changed)", fontsize=9)
+    for axes in (reward, end, error):
+        axes.set_xlabel("step of the dream", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_xlim(0.5, horizon + 0.5)
+    for axes in (end, error):
+        axes.set_ylim(0, None)
+    return figure
+
+
+def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: float) -> None:
+    """An observation as a person sees it: the last of stacked frames, a grid in colours, or the numbers of a vector as bars, up
+    to `limit`."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if obs is None:
+        for side in axes.spines.values():
+            side.set_visible(False)
+    elif obs.ndim == 3 and min(obs.shape[1:]) >= SMALLEST:
+        axes.imshow(obs[-1], cmap="gray", vmin=0, vmax=255)
+    elif obs.ndim == 3 and min(obs.shape[:2]) > 1:
+        axes.imshow(in_colours(obs))
+    elif obs.ndim == 2:
+        axes.imshow(obs, cmap="gray")
+    else:
+        axes.barh(np.arange(obs.size), obs.reshape(-1))
+        axes.set_xlim(-limit, limit)
+        axes.axvline(0.0, color="grey", linewidth=1)

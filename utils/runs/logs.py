@@ -30,6 +30,7 @@ from utils.occasionally import only_measured
 from utils.runs import scores
 from utils.runs.checkpoints import write_whole
 from utils.runs.flags import RunArgs
+from utils.runs.launch import one_line
 
 METRICS = "metrics.jsonl"
 LEARNING = "charts/learning_rate"  # what every update has, and no rollout that only fills a buffer
@@ -259,7 +260,11 @@ class Logger:
             if improvement is not None:
                 metrics["charts/relative_improvement"] = improvement
         if dreams:
-            pictures |= {name: figure_to_image(figure) for name, figure in traces.draw(dreams).items()}
+            metrics |= traces.measures(dreams)
+            try:
+                pictures[traces.PICTURE] = figure_to_image(traces.draw(dreams))
+            except Exception as error:  # of whatever kind: a picture is not worth a run
+                self.say(f"*** no picture of dreams at step {self.step:,}: {one_line(error)} ***")
         self._write(metrics, pictures, histograms)
         self._show(metrics, now)
         losses = [name for name, value in metrics.items() if name.startswith(STOPPING) and not math.isfinite(value)]

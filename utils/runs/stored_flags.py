@@ -8,6 +8,9 @@ from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, m
 
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags that make something depend on how much of the run is left
 
+# what runs did before there was a flag for it, where that is not the default of the flag
+BEFORE = {"transition_layers": (), "value_aware_coef": 0.0, "real_value_coef": 0.0, "bounded_dreams": False}
+
 
 def to_store(args: Any) -> dict[str, Any]:
     """All flags, as JSON has them."""
@@ -17,7 +20,7 @@ def to_store(args: Any) -> dict[str, Any]:
 
 
 def from_store(args_type: type, stored: dict[str, Any]) -> Any:
-    """The flags that `to_store` stored; what was declared since has its environment's default.
+    """The flags that `to_store` stored; what was declared since is as it was before, or has its environment's default.
 
     Raises:
         UsageError: a stored flag is not declared.
@@ -26,6 +29,7 @@ def from_store(args_type: type, stored: dict[str, Any]) -> Any:
     unknown = [name for name in stored if name not in fields]
     if unknown:
         raise UsageError(f"the run was made with --{unknown[0].replace('_', '-')}, which there is no more: use its commit")
+    stored = {name: value for name, value in BEFORE.items() if name in fields} | stored
     several = {name for name, field in fields.items() if isinstance(field.default, tuple)}
     return make_args(args_type, **{name: tuple(value) if name in several else value for name, value in stored.items()})
 

@@ -11,11 +11,12 @@ from utils.study.grid import PlannedRun
 from utils.study.records import RunRecord, final_score, labels
 
 FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # algorithms in the order of figures and tables
-Scale = Literal["human", "baseline", "min-max"]
+Scale = Literal["human", "baseline", "min-max", "against"]
 SCALES = {
     "human": "0 is random play, 1 a human's score",
     "baseline": "relative improvement on the published PPO: (score - baseline) / |baseline|",
     "min-max": "of each game 0 is the lowest score of the runs compared, 1 the highest",
+    "against": "1 is the mean score of the algorithm that others are compared with, on the same game",
 }
 
 
@@ -78,7 +79,9 @@ def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str
     return {key: scores(runs) for key, runs in comparison.runs.items()}
 
 
-def normalised(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale) -> dict[str, list[np.ndarray]]:
+def normalised(
+    comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale, against: str
+) -> dict[str, list[np.ndarray]]:
     """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games of which all
     algorithms have finished a run.
 
@@ -101,6 +104,10 @@ def normalised(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], s
                 known is not None and bool(known.baseline), f"--scale baseline: there is none of {env_id}; say --scale min-max"
             )
             convert = known.relative_improvement
+        elif scale == "against":
+            mean = float(np.mean(raw[against, env_id]))
+            require(mean > 0, f"--scale against: {against} has a mean score of {mean:g} on {env_id}; say --scale min-max")
+            convert = lambda score, mean=mean: score / mean  # noqa: E731
         else:
             convert = lambda score, low=low, width=width: (score - low) / width  # noqa: E731
         for name in comparison.algorithms:

@@ -4,6 +4,7 @@ Nothing but the folders of the runs, and what each has printed, says where a stu
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import os
@@ -32,6 +33,7 @@ RECORD = "study.json"
 LOGS = "logs"
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # lines of a log around what a run has printed
 TAIL_BYTES = 20_000
+LONGEST = 120  # characters of flags in a name, of which file systems allow 255
 
 
 class PlannedRun(NamedTuple):
@@ -90,8 +92,9 @@ def args_of(path: Path) -> type:
 
 
 def slug(flags: list[str]) -> str:
-    """Flags as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", " ".join(flags).replace("_", "-")).strip("-")
+    """Flags as part of a file's name: cut off where they are many, and told apart by a digest."""
+    text = re.sub(r"[^A-Za-z0-9.+-]+", "-", " ".join(flags).replace("_", "-")).strip("-")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def plan(

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_spi
 import dream_spi
 from envs.confounding_gridworld import RIGHT, build_model, optimal_value, policy_value
-from networks.architectures import ActorCritic
+from networks.architectures import ACTIVATIONS, RANGES, ActorCritic, to_range
 from networks.discriminator import TotalVariationCritic, WassersteinCritic
 from tests.networks.test_lipschitz import TOLERANCE, parameter_cases
 from tests.probes import CueEnv
@@ -116,7 +116,9 @@ def test_exact_critics_see_no_advantage_on_average():
 def test_learns_the_optimum_in_dreams_of_the_true_model():
     """Actor and critic from scratch, in dreams of 8 steps that start in all cells."""
     model, _, agent, params = known_world(lambda value: 0.0 * value)
-    args = dream_spi.Args(num_envs=64, total_timesteps=512 * 120, latent="categorical", heads_learning_rate=5e-4)
+    args = dream_spi.Args(
+        num_envs=64, total_timesteps=512 * 120, latent="categorical", heads_learning_rate=5e-4, real_value_coef=0.0
+    )
     actor_critic = ActorCritic(4, (64,))
     agent = agent._replace(encoder=Identity(), actor_critic=actor_critic)
     cells, alive = jnp.eye(16)[:, None], jnp.asarray(np.flatnonzero(~model.terminal))
@@ -129,8 +131,9 @@ def test_learns_the_optimum_in_dreams_of_the_true_model():
     def iteration(state, key):
         cell_key, key = jax.random.split(key)
         obs = cells[jax.random.choice(cell_key, alive, (9, 64))]
-        steps = deep_spi.Rollout(obs, *[None] * 6, jnp.ones((8, 64), bool), None)
-        state, _ = dream_spi.update_heads(state, steps, key, agent, optimizers, args)
+        steps = deep_spi.Rollout(obs, jnp.zeros((9, 64)), *[None] * 5, jnp.ones((8, 64), bool), None)
+        zeros = jnp.zeros((8, 64))
+        state, _ = dream_spi.update_heads(state, steps, zeros, key, agent, optimizers, args)
         return state._replace(iteration=state.iteration + 1)
 
     for k in range(120):
@@ -141,6 +144,35 @@ def test_learns_the_optimum_in_dreams_of_the_true_model():
     assert best[model.start] > 8.0
     assert reached[model.start] > 0.98 * best[model.start]
     assert_allclose(value[alive], reached[alive], atol=0.5)
+
+
+def test_dreams_stay_where_what_is_real_can_be():
+    """A transition that leaves the range of relu, rewards of 7 where the environment pays at most 2, values of 1000."""
+
+    class Away(nn.Module):
+        def __call__(self, z, action):
+            return Deterministic(z - 1.0)
+
+    class Of(nn.Module):
+        value: float
+
+        def __call__(self, z, action=None):
+            of_all = jnp.full(len(z), self.value)
+            return of_all if action is not None else (jnp.zeros((len(z), 2)), of_all)
+
+    agent = dream_spi.Agent(None, Of(1000.0), Away(), Of(7.0), Of(-50.0), None, reward_range=(0.0, 2.0))
+    params, z = dream_spi.Params(None, {}, {}, {}, {}, None), jnp.full((3, 1, 1, 4), 1.5)
+    args = dream_spi.Args(imagination_horizon=3, gamma=0.9)
+    for bounded, latents, reward, value in ((True, (1.5, 0.5, 0.0), 2.0, 20.0), (False, (1.5, 0.5, -0.5), 7.0, 1000.0)):
+        flags = replace(args, bounded_dreams=bounded)
+        dreams = dream_spi.imagine(params, z, jnp.ones(3), jax.random.key(0), agent, flags)
+        assert_allclose(dreams.z[:, 0, 0, 0, 0], latents)
+        assert_allclose(dreams.reward, reward), assert_allclose(dreams.value, value, rtol=1e-5)
+    for activation, (low, high) in RANGES.items():
+        x = jnp.linspace(-9, 9, 2001)
+        seen = ACTIVATIONS[activation](x)
+        assert low <= seen.min() <= low + 0.01 and seen.max() <= high
+        assert_array_equal(to_range(x, replace(args, activation=activation)), jnp.clip(x, low, high))
 
 
 def test_dream_advantages_by_hand():
@@ -164,11 +196,12 @@ class Heads(nn.Module):
 
 
 def test_heads_loss_by_hand():
-    args = dream_spi.Args(norm_adv=False, clip_coef=0.2, clip_vloss=False)
+    args = dream_spi.Args(norm_adv=False, clip_coef=0.2, clip_vloss=False, real_value_coef=0.25)
     batch = dream_spi.HeadsBatch(
         z=jnp.array([[0.0, 0.5], [np.log(3.0), 0.0], [7.0, 7.0]]), action=jnp.array([0, 1, 0]),
         log_prob=jnp.log(jnp.array([0.4, 0.25, 0.5])), value=jnp.array([0.5, 0.0, 3.0]), advantage=jnp.array([2.0, -1.0, 9.0]),
-        weight=jnp.array([1.0, 0.5, 0.0]),
+        target=jnp.array([2.5, -1.0, 12.0]),
+        weight=jnp.array([1.0, 0.5, 0.0]), real_target=jnp.array([2.5, 0.0, 0.0]), real_weight=jnp.array([1.0, 0.0, 0.0]),
     )  # fmt: skip
     params = dream_spi.Params(None, {"params": {"w": 1.0}}, None, None, None, None)
     agent = dream_spi.Agent(None, Heads(), None, None, None, None)
@@ -180,7 +213,8 @@ def test_heads_loss_by_hand():
     assert_allclose(metrics["dreams/policy_loss"], policy_loss, rtol=1e-5)
     assert_allclose(metrics["dreams/entropy"], entropy, rtol=1e-5)
     assert_allclose(metrics["dreams/value_loss"], value_loss, rtol=1e-5)
-    assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * value_loss, rtol=1e-5)
+    assert_allclose(metrics["dreams/real_value_loss"], 0.5 * 2.0**2)  # of the only latent that was not dreamt
+    assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * (value_loss + 0.25 * 2.0), rtol=1e-5)
     # a value that has moved from 0.5 to 0.9, by more than 0.2, towards a target of 2.5: as if it were at 0.7
     batch = batch._replace(z=batch.z.at[0, 1].set(0.9))
     for flags, first, second in (
@@ -199,7 +233,8 @@ def dream_setup(**flags):
     )
     check_flags(args)
     env = CueEnv(16)
-    agent, optimizers = dream_spi.make_agent(args, env.num_actions), dream_spi.make_optimizer(args)
+    agent = dream_spi.make_agent(args, env.num_actions)._replace(reward_range=env.reward_range)
+    optimizers = dream_spi.make_optimizer(args)
     return args, env, agent, optimizers, dream_spi.init_state(args, env, agent, optimizers)
 
 
@@ -214,6 +249,7 @@ def changed(before, after):
 
 
 MODEL = {"encoder", "transition", "reward", "end"}
+ALTERNATING = {"dreams_from": "replay", "imagination_epochs": 1}
 REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_batch_size": 16, "replay_length": 4}
 REAL = [
     pytest.param({}, set(), marks=pytest.mark.slow),
@@ -221,6 +257,7 @@ REAL = [
     pytest.param(
         REPLAY | {"wasserstein_discriminator": True, "discriminator_steps": 2}, {"discriminator"}, marks=pytest.mark.slow
     ),
+    (REPLAY | ALTERNATING | {"slow_critic": 0.9, "end_loss": "huber"}, {"actor_critic", "slow_critic"}),
 ]
 
 
@@ -235,9 +272,37 @@ def test_each_update_changes_its_own_parameters_alone(flags, real):
         after_rollout, steps, advantages = dream_spi.gather_experience(state, jax.random.key(k), env, agent, args)
         after_model, _ = update_model(after_rollout, steps, advantages, jax.random.key(10 + k))
         assert changed(state.params, after_model.params) == MODEL | real
-        after_heads, _ = update_heads(after_model, steps, jax.random.key(20 + k))
+        if args.dreams_from == "replay":
+            state = after_model
+            continue
+        after_heads, _ = update_heads(after_model, steps, advantages, jax.random.key(20 + k))
         assert changed(after_model.params, after_heads.params) == {"actor_critic"}
         state = after_heads
+
+
+def test_slow_critic_and_normalised_returns():
+    """Dreams bootstrap from the slow critic, which then follows; advantages are divided by the range of the dreamt returns."""
+    flags = {"norm_adv": False, "ent_coef": 0.0, "bounded_dreams": False, "slow_critic": 0.75}
+    args, env, agent, optimizers, state = dream_setup(**flags)
+    params = state.params._replace(slow_critic=jax.tree.map(lambda x: 40.0 * x, state.params.actor_critic))
+    z = agent.encoder.apply(params.encoder, env.reset()[1])
+    awake = jnp.ones(len(z)).at[3].set(0.0)
+    imagine = jax.jit(partial(dream_spi.imagine, agent=agent, args=args))
+    dreams = imagine(params, z, awake, jax.random.split(jax.random.key(0))[0])
+    assert_allclose(dreams.value[0], agent.actor_critic.apply(params.slow_critic, z)[1], rtol=1e-5)
+    of = {}
+    for norm in (False, True):
+        given = {"agent": agent, "optimizers": optimizers, "args": replace(args, norm_returns=norm, imagination_epochs=1)}
+        learn = jax.jit(partial(dream_spi.dream_and_learn, **given))
+        (after, _), of[norm] = learn(params, state.opt_state, z, awake, awake, jax.random.key(0), 0)
+        assert changed(params, after) == {"actor_critic", "slow_critic"}
+        follows = jax.tree.map(lambda slow, new: 0.75 * slow + 0.25 * new, params.slow_critic, after.actor_critic)
+        jax.tree.map(partial(assert_allclose, rtol=1e-6, atol=1e-7), after.slow_critic, follows)
+    returns = dreams.value[:-1] + dream_spi.dream_advantages(dreams, args.gamma, args.gae_lambda)
+    counted = np.asarray(returns)[np.asarray(dreams.weight) > 0]
+    low, high = np.quantile(counted, (0.05, 0.95), method="inverted_cdf")
+    assert high - low > 1.5
+    assert_allclose(of[True]["dreams/policy_loss"] * (high - low), of[False]["dreams/policy_loss"], rtol=1e-3)
 
 
 def test_the_discriminator_learns_from_its_own_loss_alone():
@@ -338,7 +403,7 @@ def test_traces_of_dreams_by_hand():
         def __call__(self, z, action):
             return z.reshape(len(z), -1)[:, 0] + action
 
-    args = dream_spi.Args(num_steps=4, imagination_horizon=3)
+    args = dream_spi.Args(num_steps=4, imagination_horizon=3, bounded_dreams=False)
     table = lambda *rows, dtype=jnp.float32: jnp.asarray(rows, dtype).T  # noqa: E731
     obs = table([0, 2, 4, 6, 8], [5, 7, 1, 3, 5])[..., None, None, None]
     ends = table([0, 0, 0, 0], [1, 0, 0, 0], dtype=bool)  # the second environment's first step; then a dummy step
@@ -355,7 +420,7 @@ def test_traces_of_dreams_by_hand():
     )
     agent = dream_spi.Agent(Identity(), None, Plus(), FirstOf(), FirstOf(), None)
     params = dream_spi.Params({}, None, {}, {}, {}, None)
-    taken = trace_dreams(params, steps, jax.random.key(0), agent, args)
+    taken = trace_dreams(params, steps, jax.random.key(0), agent, args, dream_spi.dream_step)
     of = {name.removeprefix(traces.PREFIX): np.asarray(x) for name, x in taken.items()}
     assert_array_equal(of["alive"], np.array([[1, 1, 1], [1, 0, 0]]).T)
     assert_allclose(of["error"][:, 0], [1, 2, 3])
@@ -366,12 +431,30 @@ def test_traces_of_dreams_by_hand():
     assert_allclose(of["dreamt_end"][:, 0], jax.nn.sigmoid(jnp.array([0.0, 2.0, 2.0])), rtol=1e-6)
     assert_array_equal(of["end"], np.array([[0, 0, 0], [1, 0, 0]]).T)
 
-    figures = traces.draw({name: np.asarray(x) for name, x in taken.items()})
-    real, dreamt = figures["dreams/outcomes"].axes[0].lines  # the mean reward of those that live
+    # the second environment has 7 and an end, the first 6; it dreams of 5, 6, 7, 8, and all but 8 were seen (4 is no nearer)
+    assert of["example"] == 1
+    assert_array_equal(of["taken"], [0, 0, 0])
+    assert_allclose(of["frames"][:, 0, 0, 0], [5, 7, 1, 3])
+    assert_allclose(of["like"][:, 0, 0, 0], [5, 6, 7, 8])
+
+    taken = {name: np.asarray(x) for name, x in taken.items()}
+    # rewards 1, 2, 3 and 7, of variance 5.1875, dreamt as 0, 2, 2 and 5
+    expected = {
+        "dreams/latent_error": (1 + 2 + 3 + 1) / (2 + 4 + 6 + 2),
+        "dreams/explained_reward": 1 - (1 + 0 + 1 + 4) / 4 / 5.1875,
+    }
+    assert traces.measures(taken) == pytest.approx(expected)
+    nothing = dict.fromkeys(taken, np.zeros((3, 2)))
+    assert traces.measures(nothing) == {}
+
+    figure = traces.draw(taken)
+    axes = {axes.get_title(): axes for axes in figure.axes}
+    real, dreamt = axes["reward of each step"].lines  # the mean of those that live
     assert_allclose(real.get_ydata(), [4, 2, 3])
     assert_allclose(dreamt.get_ydata(), [(0 + 5) / 2, 2, 2])
-    assert "environment 1" in figures["dreams/outcomes"].axes[1].get_title()  # the one that ended
-    assert_allclose(figures["dreams/latent_error"].axes[0].lines[0].get_ydata(), [1, 2, 3])
+    assert_allclose(figure.axes[-1].lines[0].get_ydata(), [1 / 2, 2 / 4, 3 / 6])
+    columns = [axes for axes in figure.axes if axes.get_title().startswith("step")]
+    assert [axes.get_xlabel() for axes in columns] == ["reward 7\nthe end", "", ""]
 
 
 def test_shares_of_real_data_and_dreams():
@@ -385,6 +468,7 @@ def test_shares_of_real_data_and_dreams():
         ("none", True): [(1, 1)] * 3,
         ("linear", False): [(1, 0), (0.5, 0.5), (0, 1)],
         ("exponential", False): [(1, 0), (1 - 0.9 / 0.99, 0.9 / 0.99), (0, 1)],
+        ("late", False): [(1, 1e-8), (1 - 1e-4, 1e-4), (0, 1)],
     }
     for (progressive, dyna), values in expected.items():
         for iteration, (real, dreams) in zip((0, 5, 10), values, strict=True):
@@ -398,6 +482,87 @@ def test_shares_of_real_data_and_dreams():
             assert_allclose([found.model, found.real_heads, found.heads], [1 - iteration / 10, real, dreams], atol=1e-6)
     found = dream_spi.learning_rates(jnp.asarray(5), replace(args, anneal_heads_lr=True, progressive="linear", anneal_lr=False))
     assert_allclose([found.model, found.real_heads, found.heads], [1.0, 0.25, 0.25], atol=1e-6)
+
+
+def test_rates_and_clipping_of_single_networks():
+    """One step of Adam moves each parameter by its rate; a network's clipped gradient does not depend on the others'."""
+    flags = {"encoder_learning_rate": 3e-3, "learning_rate": 1e-3, "critic_learning_rate": 4e-3, "heads_learning_rate": 2e-3}
+    args, _, _, optimizers, state = dream_setup(decoupled_layers=True, weight_decay=0.0, adam_eps=1e-12, **flags)
+    grads, rates = jax.tree.map(jnp.ones_like, state.params), dream_spi.learning_rates(jnp.asarray(0), args)
+    of = lambda name: dream_spi.descend(name, grads, rates, state.params, state.opt_state, optimizers)[0]  # noqa: E731
+
+    def moved(before, after):
+        return [float(jnp.max(jnp.abs(a - b))) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+
+    after = of("model")
+    assert_allclose(moved(state.params.encoder, after.encoder), 3e-3, rtol=1e-3)
+    assert_allclose(moved(state.params.reward, after.reward), 1e-3, rtol=1e-3)
+    after, before = of("heads").actor_critic["params"], state.params.actor_critic["params"]
+    for name, rate in (("actor", 2e-3), ("hidden", 2e-3), ("critic", 4e-3), ("critic_hidden", 4e-3)):
+        assert_allclose(moved(before[name], after[name]), rate, rtol=1e-3)
+    huge = grads._replace(transition=jax.tree.map(lambda g: 1e6 * g, grads.transition))
+    for apart, expected in ((True, 1.0), (False, 0.0)):  # beside a large epsilon Adam's step is in proportion to the gradient
+        optimizers = dream_spi.make_optimizer(replace(args, clip_apart=apart, adam_eps=1.0))
+        states, at_one = dream_spi.Optimizers(*(o.init(state.params) for o in optimizers)), dream_spi.Optimizers(*[1.0] * 4)
+        after = [dream_spi.descend("model", g, at_one, state.params, states, optimizers)[0].reward for g in (grads, huge)]
+        first, second = (np.sum(moved(state.params.reward, x)) for x in after)
+        assert first > 1e-3
+        assert_allclose(second / first, expected, atol=0.05)
+
+
+def test_ends_by_hubers_loss_stand_in_the_utility():
+    """Of the probability given the next latent, weighted as rewards are; its gradient reaches the encoder."""
+    args, env, agent, _, state = dream_setup(
+        end_loss="huber", end_loss_coef=2.0, transition_loss_coef=0.5, reward_loss_coef=0.25, value_aware_coef=0.0
+    )
+    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
+    _, steps, advantages = gather(state, jax.random.key(0))
+    first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
+    batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
+    ended = jnp.arange(len(batch.action)) % 3 == 0
+    z = agent.encoder.apply(state.params.encoder, batch.obs)[-len(ended) :]
+    probability = nn.sigmoid(agent.end.apply(state.params.end, z, jnp.zeros_like(batch.action)))
+    losses = 0.5 * (probability - ended) ** 2  # below 1
+    loss = jax.jit(jax.value_and_grad(lambda params: dream_spi.model_loss(params, batch, ended, 1.0, key, agent, args)[0]))
+    found, grads = loss(state.params)
+    without = jax.jit(jax.value_and_grad(lambda params: deep_spi.loss_fn(params, batch, key, agent, args)[0]))
+    without, grads_without = without(state.params)
+    added = 2.0 * 0.25 * jnp.sum(losses * batch.valid) / jnp.sum(batch.valid)
+    assert_allclose(found - without, added, rtol=1e-4)
+    assert {"end", "encoder"} <= changed(grads, grads_without)
+    largest = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), grads.encoder, grads_without.encoder)
+    assert max(jax.tree.leaves(largest)) > 1e-4
+
+
+def test_predictions_learn_the_values_of_what_followed():
+    """Half the squared error of the critic at the next latent as it is dreamt, and no network but the transition learns from
+    it."""
+    flags = {"latent": "continuous", "lipschitz_nets": False, "transition_density": "deterministic", "transition_layers": (8,)}
+    args = dream_spi.Args(num_envs=16, num_steps=8, num_minibatches=2, fc_layers=(), value_aware_coef=2.0, **flags)
+    check_flags(args)
+    env = CueEnv(16)
+    agent = dream_spi.make_agent(args, env.num_actions)
+    state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
+    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
+    _, steps, advantages = gather(state, jax.random.key(0))
+    first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
+    batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
+    assert not batch.valid.all()
+    z = agent.encoder.apply(state.params.encoder, batch.obs)
+    n, value = len(batch.action), lambda z: agent.actor_critic.apply(state.params.actor_critic, z)[1]
+    dreamt = jnp.maximum(agent.transition.apply(state.params.transition, z[:n], batch.action).loc, 0.0)
+    ended = jnp.arange(n) % 5 == 0
+    counted = np.asarray(batch.valid & ~ended)
+    errors = np.where(counted, value(dreamt) - value(z[-n:]), 0.0)
+
+    def loss(params, coef):
+        return dream_spi.model_loss(params, batch, ended, 1.0, key, agent, replace(args, value_aware_coef=coef))[0]
+
+    (found, grads), (without, grads_without) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(state.params, c) for c in (2.0, 0.0)
+    )
+    assert_allclose(found - without, np.sum(errors**2) / counted.sum(), rtol=1e-3)
+    assert changed(grads, grads_without) == {"transition"}
 
 
 def test_dreams_that_count_for_nothing_leave_real_data_alone():

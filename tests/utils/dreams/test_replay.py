@@ -203,7 +203,8 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     _, steps = deep_spi.rollout(state, jax.random.key(0), env, agent, args)
     advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
     fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)
-    batch, ended, weight = dream_spi.replayed_minibatch(state.params, replayed(steps), agent, args)
+    fields, ended, weight = replay.for_policy(state.params, replayed(steps), agent, args)
+    batch = dream_spi.Minibatch(**fields)
     assert_array_equal(ended, steps.terminated.reshape(-1))
     assert_allclose(weight, 1.0, rtol=1e-5)
     for name in fresh._fields:
@@ -225,7 +226,8 @@ def test_what_an_older_policy_did_is_weighed(off_policy):
     stored = replayed(random_steps(deep_spi, jax.random.key(5), 6, 4, obs_shape=(3,), num_actions=3))
     params = dream_spi.init_params(jax.random.key(0), agent, stored.obs[0])
     params = jax.tree.map(lambda x: 5 * x, params)  # the actor's output layer starts near 0
-    batch, _, weight = dream_spi.replayed_minibatch(params, stored, agent, args)
+    fields, _, weight = replay.for_policy(params, stored, agent, args)
+    batch = dream_spi.Minibatch(**fields)
     z = agent.encoder.apply(params.encoder, stored.obs.reshape(-1, 3))
     logits, value = agent.actor_critic.apply(params.actor_critic, z)
     log_probs = jax.nn.log_softmax(logits).reshape(7, 4, 3)
@@ -247,7 +249,8 @@ def test_what_an_older_policy_did_is_weighed(off_policy):
         reward=jnp.where(masked, 1e3, stored.reward),
         log_probs=jnp.where(masked[..., None], -50.0, stored.log_probs),
     )
-    other_batch, _, other_weight = dream_spi.replayed_minibatch(params, other, agent, args)
+    fields, _, other_weight = replay.for_policy(params, other, agent, args)
+    other_batch = dream_spi.Minibatch(**fields)
     assert loss(batch, weight=weight)[0] == loss(other_batch, weight=other_weight)[0]
 
 

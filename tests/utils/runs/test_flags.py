@@ -92,6 +92,12 @@ DREAM_MISTAKES = [
     (["--imagination-horizon=0"], "--imagination-horizon", "at least 1"),
     (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
     (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
+    (["--dream-minibatches=5"], "--dream-minibatches", "another number"),
+    (["--dreams-from=replay"], "--dreams-from", "--use-replay-buffer"),
+    (["--slow-critic=1"], "--slow-critic", "[0, 1)"),
+    (["--slow-critic=0.9", "--clip-vloss"], "--slow-critic", "clip-vloss"),
+    (["--end-loss=huber", "--reward-loss-coef=0"], "--end-loss", "--reward-loss-coef"),
+    (["--critic-learning-rate=1e-3"], "--critic-learning-rate", "--decoupled-layers"),
     (["--weight-decay=-1"], "--weight-decay", "0 or more"),
     (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
     (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
@@ -251,8 +257,9 @@ def test_an_environments_family_has_defaults_of_its_own():
             "--total-timesteps 5000000", "--num-steps 128", "--fc-layers (none)", "--learning-rate 0.001", "--num-minibatches 8"
         ]  # fmt: skip
     assert own_defaults(atari) == []
-    # dreams have a rate of their own, whatever the environment
-    assert parse_flags(dream_spi.Args, ["--env-id=Breakout-MinAtar"]).learning_rate == dream_spi.Args.learning_rate
+    # dreams have a rate of their own
+    assert dream_spi.Args.learning_rate == ppo.Args.learning_rate
+    assert parse_flags(dream_spi.Args, ["--env-id=Breakout-MinAtar"]).learning_rate == 2 * game.learning_rate
     for script in (ppo, deep_mdp, deep_spi, dream_spi):
         check_flags(make_args(script.Args, env_id="Seaquest-MinAtar"))
     with pytest.raises(UsageError, match="--decoupled-layers: is read only with dense layers, which --fc-layers names"):

@@ -99,7 +99,8 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
                 del of["charts/learning_rate"], of["losses/policy_loss"]
             else:
                 value = jnp.full((3, 2), float("nan") if k == 3 else 1.0)
-                of |= {traces.PREFIX + name: value for name in TRACES}
+                one = {"example": jnp.asarray(1), "taken": jnp.zeros(3), "frames": jnp.zeros((4, 2)), "like": jnp.ones((4, 2))}
+                of |= {traces.PREFIX + name: x for name, x in (dict.fromkeys(TRACES, value) | one).items()}
                 of[traces.PREFIX + MEASURED] = jnp.asarray(float(k != 3))
             run.log(STATE, of)
     written = scalars(run.folder)
@@ -109,9 +110,7 @@ def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path
     assert out.index("compiling") < out.index("first update after") and "not finite" not in out
     events = EventAccumulator(str(run.folder), size_guidance={"images": 0})
     events.Reload()
-    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {
-        "dreams/outcomes": [30, 50], "dreams/latent_error": [30, 50]
-    }  # fmt: skip
+    assert {tag: [p.step for p in events.Images(tag)] for tag in events.Tags()["images"]} == {"dreams/dream": [30, 50]}
     assert not any(name.startswith(traces.PREFIX) for name in written)
 
 

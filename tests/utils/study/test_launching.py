@@ -58,6 +58,14 @@ def test_names_sets_and_flags(tmp_path):
     assert read_plan(tmp_path) == runs[:3]
 
 
+def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
+    many = "deep_spi " + " ".join(f"--transition-loss-coef {k}e-3" for k in range(1, 30))
+    names = {run.name for run in plan((many, f"{many} --gamma 0.9"), GAMES, [1], [], tmp_path)}
+    assert len(names) == 4 and max(map(len, names)) < 200
+    for name in names:
+        (tmp_path / f"{name}.log").touch()
+
+
 @pytest.mark.parametrize(
     "scripts, env_ids, flags, said",
     [
