@@ -109,6 +109,13 @@ def positive_scale(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 positive_scale.defjvps(lambda tangent, scale, _: tangent * (1.0 - jnp.exp(MIN_SCALE - scale)))  # the sigmoid of x
 
 
+def count_maps(density: str, components: int) -> tuple[int, int]:
+    """How many components a density has (of a mixture, so many), and how many maps a network predicts for it: of each component
+    the location, and its scale where it has one."""
+    components = components if density == "mixture_normal" else 1
+    return components, components if density == "deterministic" else 2 * components
+
+
 def initial_bias(key: jax.Array, shape: tuple[int, ...], components: int, scale: float) -> Float[Array, "A maps C"]:
     """Initialiser: 0 for the first `components` maps, the locations; for scales what `positive_scale` turns into `scale`."""
     return jnp.zeros(shape).at[:, components:].set(scale + math.log(-math.expm1(-scale)))

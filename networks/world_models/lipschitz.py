@@ -23,7 +23,7 @@ from networks.lipschitz import (
     still_init,
 )
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import SCALE, Deterministic, Normal, average_scale, initial_bias, positive_scale
+from utils.distributions import SCALE, Deterministic, Normal, average_scale, count_maps, initial_bias, positive_scale
 
 SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
 
@@ -65,8 +65,7 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
-        components = self.components if self.density == "mixture_normal" else 1
-        maps = components if self.density == "deterministic" else 2 * components
+        components, maps = count_maps(self.density, self.components)
         num_actions, channels = self.num_actions, z.shape[-1]
         hidden = group_sort(LipschitzConv(2 * channels, mirror_init, still_init, name="hidden")(z))
 
@@ -123,8 +122,7 @@ class DeepTransition(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
-        components = self.components if self.density == "mixture_normal" else 1
-        maps = components if self.density == "deterministic" else 2 * components
+        components, maps = count_maps(self.density, self.components)
         num_actions, channels = self.num_actions, z.shape[-1]
         of_each = lambda name, init, *shape: of_action(self.param(name, init, (num_actions, *shape)), action)  # noqa: E731
 

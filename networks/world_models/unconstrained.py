@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from networks.architectures import ACTIVATIONS, dense
 from networks.convolution import conv2d
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import SCALE, Deterministic, Normal, initial_bias, positive_scale, soft_mixture
+from utils.distributions import SCALE, Deterministic, Normal, count_maps, initial_bias, positive_scale, soft_mixture
 
 
 class Transition(nn.Module):
@@ -27,8 +27,7 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
-        components = self.components if self.density == "mixture_normal" else 1
-        maps = components if self.density == "deterministic" else 2 * components
+        components, maps = count_maps(self.density, self.components)
         num_actions, channels = self.num_actions, z.shape[-1]
         init = nn.initializers.lecun_normal()
         taps = 1 if z.shape[1:3] == (1, 1) else 2  # kernels of a vector see it alone
@@ -70,8 +69,7 @@ class DeepTransition(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Deterministic | Normal:
-        components = self.components if self.density == "mixture_normal" else 1
-        maps = components if self.density == "deterministic" else 2 * components
+        components, maps = count_maps(self.density, self.components)
         taps = 1 if z.shape[1:3] == (1, 1) else 3
         hidden, one_hot = z, nn.one_hot(action, self.num_actions)
         for k, features in enumerate(self.layers):
