@@ -25,10 +25,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
+from envs.frames import Stacks
 from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
+from envs.scan import scan_steps
 from networks.architectures import make_actor_critic, make_encoder
 from networks.world_models import make_world_model
+from utils.devices import by_device
 from utils.guarantees.monitor import MonitorArgs, monitor_occasionally
 from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
@@ -79,6 +82,8 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     """actor and critic each have their own dense layers; the encoder is shared"""
     decoupled_repr: bool = False
     """the critic has an encoder of its own, and dense layers of its own after it; nothing is shared"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """what encoder, actor and critic compute in; parameters, world model and losses are float32 in any case"""
     # world model
     transition_loss_coef: NotNegative = 5e-4
     """c_P: weight of the transition loss"""
@@ -154,7 +159,7 @@ class Rollout(NamedTuple):
     the environment ignored the action and started a new one.
     """
 
-    obs: Num[Array, "T+1 B *obs"]
+    obs: Num[Array, "T+1 B *obs"] | Stacks
     value: Float[Array, "T+1 B"]
     action: Int[Array, "T B"]
     log_probs: Float[Array, "T B A"]  # of all actions
@@ -218,27 +223,23 @@ def make_optimizer(args: Args) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
 
 
-def rollout(state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:
-    """Takes T steps in each environment with the current policy."""
+def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:
+    """Takes T steps in each environment with the current policy. (A program of its own: one with emulators in it is compiled
+    for this process alone.)"""
 
     def policy(obs):
         return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs), obs)
 
-    def step(carry, key):
-        env_state, obs = carry
+    def act(obs, key):
         logits, value = policy(obs)
-        action = jax.random.categorical(key, logits)
-        log_probs = jax.nn.log_softmax(logits)
-        env_state, after = env.step(env_state, action)
-        record = (
-            obs, value, action, log_probs, after.reward, after.terminated, after.truncated, after.valid, after.episode
-        )  # fmt: skip
-        return (env_state, after.obs), Rollout(*record)
+        return jax.random.categorical(key, logits), (value, jax.nn.log_softmax(logits))
 
-    (env_state, obs), steps = jax.lax.scan(step, (state.env_state, state.obs), jax.random.split(key, args.num_steps))
-    _, value = policy(obs)
-    steps = steps._replace(obs=jnp.concatenate([steps.obs, obs[None]]), value=jnp.concatenate([steps.value, value[None]]))
-    return state._replace(env_state=env_state, obs=obs), steps
+    key, act_key = jax.random.split(state.key)
+    keys = jax.random.split(act_key, args.num_steps)
+    env_state, obs, (all_obs, action, (value, log_probs), after) = scan_steps(act, env, state.env_state, state.obs, keys)
+    value = jnp.concatenate([value, policy(obs)[1][None]])
+    _, reward, *told = after
+    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(all_obs, value, action, log_probs, reward, *told)
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
@@ -329,15 +330,17 @@ def gather(
         x = x[first + jnp.arange(length)[:, None], env]
         return x.reshape(-1, *x.shape[2:])
 
-    return Minibatch(
-        obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
-        action=take(steps.action),
-        log_probs=take(steps.log_probs),
-        value=take(steps.value),
-        advantage=take(advantages),
-        target=take(advantages + steps.value[:-1]),
-        reward=take(steps.reward),
-        valid=take(steps.valid),
+    return by_device(
+        Minibatch(
+            obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
+            action=take(steps.action),
+            log_probs=take(steps.log_probs),
+            value=take(steps.value),
+            advantage=take(advantages),
+            target=take(advantages + steps.value[:-1]),
+            reward=take(steps.reward),
+            valid=take(steps.valid),
+        )
     )
 
 
@@ -382,23 +385,23 @@ def update(
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
     """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
 
-    def log_probs(obs):  # a step at a time, as in the rollout: so that what has not changed is not rounded differently
+    def log_probs(t):  # a step at a time, as in the plain rollout: so that what has not changed is rounded alike
+        obs = steps.obs[t]
         logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
 
-    log_probs = jax.lax.map(log_probs, steps.obs[:-1])
+    log_probs = jax.lax.map(log_probs, jnp.arange(len(steps.valid)))
     return jnp.where(steps.valid[..., None], log_probs - steps.log_probs, 0.0)
 
 
-def train_iteration(
-    state: TrainState, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
+def learn(
+    state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """One rollout and the update on it: the unit of work, jitted as a whole."""
-    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    """The update on a rollout, and what to log of both. A program of its own, which the next run finds compiled."""
+    key, update_key = jax.random.split(state.key)
     old_params = state.params
-    state, steps = rollout(state._replace(key=key), rollout_key, env, agent, args)
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)
-    state, metrics = update(state, steps, advantages, update_key, agent, optimizer, args)
+    state, metrics = update(state._replace(key=key), steps, advantages, update_key, agent, optimizer, args)
     if args.monitor_guarantee:
         log_ratios = partial(policy_change, state.params, steps, agent)
         draw = jax.random.fold_in(update_key, 2)
@@ -421,11 +424,13 @@ def main(args: Args) -> None:
     env = make_env(args, run.iteration)
     agent = make_agent(args, env.num_actions)
     optimizer = make_optimizer(args)
-    iteration = jax.jit(partial(train_iteration, env=env, agent=agent, optimizer=optimizer, args=args), donate_argnums=0)
+    jit = partial(jax.jit, donate_argnums=0)
+    act = jit(partial(rollout, env=env, agent=agent, args=args))
+    improve = jit(partial(learn, env=env, agent=agent, optimizer=optimizer, args=args))
     with run:
         state = run.restore(init_state(args, env, agent, optimizer), env, agent)
         for _ in range(run.iteration, run.num_iterations):
-            state, metrics = iteration(state)
+            state, metrics = improve(*act(state))
             run.log(state, metrics)
 
 

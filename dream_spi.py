@@ -33,6 +33,7 @@ from envs.registry import make_env
 from networks.architectures import to_range
 from networks.discriminator import make_discriminator
 from networks.world_models import make_end_predictor
+from utils.devices import by_device
 from utils.dreams import replay, traces
 from utils.dreams.discriminator import DiscriminatorArgs, transition_distance, update_discriminator
 from utils.dreams.ends import EndArgs, end_logit, end_losses
@@ -104,8 +105,10 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
         said = "--decoupled-repr: a dream has no observations for an encoder of the critic's own; take --decoupled-layers"
         require(not self.decoupled_repr, said)
         starts = self.replay_batch_size * self.replay_length if self.dreams_from == "replay" else self.num_envs * self.num_steps
-        steps, count = starts * self.imagination_horizon, self.dream_minibatches
-        require(steps % count == 0, f"--dream-minibatches {count}: {steps} steps of dreams do not divide; take another number")
+        steps, parts = starts * self.imagination_horizon, self.dream_minibatches * self.num_devices
+        said = f"--dream-minibatches {self.dream_minibatches}: {steps} steps of dreams do not divide into {parts} equal parts"
+        said += f" (--num-devices {self.num_devices})" if self.num_devices > 1 else ""
+        require(steps % parts == 0, f"{said}; take another number")
         refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), "deep_spi.py, of real data alone")
 
 
@@ -119,7 +122,7 @@ class Agent(NamedTuple):
     end: nn.Module
     discriminator: nn.Module | None
     slow_critic: bool = False  # there is one
-    reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's, which `train_iteration` knows
+    reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's, which `learn` knows
 
 
 class Params(NamedTuple):
@@ -325,7 +328,7 @@ def dream_and_learn(
     shuffled = shuffled.reshape(args.imagination_epochs * args.dream_minibatches, -1)
 
     def minibatch_step(carry, indices):
-        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        minibatch = by_device(jax.tree.map(lambda x: x[indices], batch))
         grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], minibatch, agent, args)
         metrics |= track_gradients(grads, iteration, args, "grads/dreams/")
         return descend("heads", grads, rates, *carry, optimizers), metrics
@@ -358,7 +361,7 @@ def update_model(
     def take(draw, params):
         if args.use_replay_buffer:
             fields, *others = replay.for_policy(params, replay.sample(state.replay, draw, args), agent, args)
-            return Minibatch(**fields), *others
+            return by_device(Minibatch(**fields)), *others
         first, env = draw
         length = 1 if args.minibatch_by == "transition" else args.num_steps
         ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
@@ -396,45 +399,39 @@ def update_heads(
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
     """All rounds of dreams from the latents of the rollout, and of minibatch gradient steps of actor and critic on them."""
-    z = jax.lax.map(partial(agent.encoder.apply, state.params.encoder), steps.obs[:-1])
+    z = jax.lax.map(lambda t: agent.encoder.apply(state.params.encoder, steps.obs[t]), jnp.arange(len(steps.valid)))
     z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
-    target = (advantages + steps.value[:-1]).reshape(-1)
+    start = by_device((z, awake, (advantages + steps.value[:-1]).reshape(-1)))
 
     def one_round(carry, key):
-        return dream_and_learn(*carry, z, awake, target, key, state.iteration, agent, optimizers, args)
+        return dream_and_learn(*carry, *start, key, state.iteration, agent, optimizers, args)
 
     keys = jax.random.split(key, args.n_imagination_rollouts)
     (params, opt_state), metrics = jax.lax.scan(one_round, (state.params, state.opt_state), keys)
     return state._replace(params=params, opt_state=opt_state), jax.tree.map(partial(jnp.mean, axis=0), metrics)
 
 
-def gather_experience(
-    state: TrainState, key: jax.Array, env: Env, agent: Agent, args: Args
-) -> tuple[TrainState, Rollout, Float[Array, "T B"]]:
-    """A rollout, kept for replay where asked for, and its advantages."""
-    state, steps = rollout(state, key, env, agent, args)
-    advantages = compute_gae(steps, args.gamma, args.gae_lambda)
+def store(state: TrainState, steps: Rollout, args: Args) -> tuple[TrainState, Float[Array, "T B"]]:
+    """Keeps a rollout for replay where asked for, and computes its advantages."""
     if args.use_replay_buffer:
         state = state._replace(replay=replay.add(state.replay, steps, args))
-    return state, steps, advantages
+    return state, compute_gae(steps, args.gamma, args.gae_lambda)
 
 
-def prefill_iteration(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[TrainState, dict[str, Scalar]]:
-    """A rollout to fill the buffer, and no update."""
-    key, rollout_key = jax.random.split(state.key)
-    state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
-    metrics = rollout_metrics(state.params, steps, advantages, env, agent)
-    return state._replace(iteration=state.iteration + 1), metrics
+def prefill(state: TrainState, steps: Rollout, env: Env, agent: Agent, args: Args) -> tuple[TrainState, dict[str, Scalar]]:
+    """In the place of `learn` while the buffer fills."""
+    state, advantages = store(state, steps, args)
+    return state._replace(iteration=state.iteration + 1), rollout_metrics(state.params, steps, advantages, env, agent)
 
 
-def train_iteration(
-    state: TrainState, env: Env, agent: Agent, optimizers: Optimizers, args: Args
+def learn(
+    state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """One rollout and the updates after it: the unit of work, jitted as a whole."""
+    """The updates after a rollout."""
     agent = agent._replace(reward_range=env.reward_range)
-    key, rollout_key, model_key, heads_key, trace_key = jax.random.split(state.key, 5)
+    key, model_key, heads_key, trace_key = jax.random.split(state.key, 4)
     old_params = state.params
-    state, steps, advantages = gather_experience(state._replace(key=key), rollout_key, env, agent, args)
+    state, advantages = store(state._replace(key=key), steps, args)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
     if args.dreams_from == "rollout":
         state, dream_metrics = update_heads(state, steps, advantages, heads_key, agent, optimizers, args)
@@ -451,7 +448,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
     """The state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
-    buffer = replay.init_replay(env.obs_spec, env.num_actions, args) if args.use_replay_buffer else None
+    buffer = replay.init_replay(env, args) if args.use_replay_buffer else None
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
     opt_state = Optimizers(*(optimizer.init(params) for optimizer in optimizers))
     return TrainState(params, opt_state, env_state, obs, buffer, key, jnp.zeros((), jnp.int32))
@@ -462,17 +459,18 @@ def main(args: Args) -> None:
     check_run(args)
     run = Run(args, "dream_spi", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)
-    replay.check_memory(env.obs_spec, env.num_actions, args)
+    replay.check_memory(env, args)
     agent = make_agent(args, env.num_actions)
     optimizers = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
-    prefill = jit(partial(prefill_iteration, env=env, agent=agent, args=args))
-    train = jit(partial(train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
+    act = jit(partial(rollout, env=env, agent=agent, args=args))
+    fill = jit(partial(prefill, env=env, agent=agent, args=args))
+    improve = jit(partial(learn, env=env, agent=agent, optimizers=optimizers, args=args))
     with run:
         state = run.restore(init_state(args, env, agent, optimizers), env, agent)
-        state = replay.go_on(state, prefill, run.iteration, env, args)
+        state = replay.go_on(state, lambda state: fill(*act(state)), run.iteration, env, args)
         for k in range(run.iteration, run.num_iterations):
-            state, metrics = (prefill if k < replay.prefill_iterations(args) else train)(state)
+            state, metrics = (fill if k < replay.prefill_iterations(args) else improve)(*act(state))
             run.log(state, metrics)
 
 

@@ -28,6 +28,7 @@ from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
 from utils.runs.checkpoints import write_csv
+from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL
 from utils.runs.launch import describe_device, run_main
@@ -153,6 +154,7 @@ def main(args: Args) -> None:
     output = args.output or default_output(args, run)
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
     print(f"{run.progress['name']}: {run.progress['script']} on {run.args.env_id} after {run.progress['step']:,} steps")
+    keep_compiled()
     print(describe_device(), flush=True)
 
     said = time.monotonic()

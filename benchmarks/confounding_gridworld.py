@@ -136,7 +136,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     @jax.jit
     def run(state):
         def iteration(state, _):
-            state, metrics = script.train_iteration(state, env, agent, optimizer, flags)
+            state, metrics = script.learn(*script.rollout(state, env, agent, flags), env, agent, optimizer, flags)
             policy = metrics["charts/policy_matrix"][::CELL_PIXELS, ::CELL_PIXELS] / 255.0
             up = {f"up, {where}": policy[row[i], UP] for where, i in zip(("above", "below"), env.model.choices, strict=True)}
             return state, {key: metrics[key] for key in (VALUE, DISTANCE, DISTINCT)} | up

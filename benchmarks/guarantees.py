@@ -94,7 +94,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     @jax.jit
     def run(state):
         def iteration(state, _):
-            state, metrics = deep_spi.train_iteration(state, env, agent, optimizer, flags)
+            state, metrics = deep_spi.learn(*deep_spi.rollout(state, env, agent, flags), env, agent, optimizer, flags)
             return state, ({VALUE: metrics[VALUE]}, tables_of(state.params))
 
         iterations = flags.total_timesteps // (flags.num_envs * flags.num_steps)

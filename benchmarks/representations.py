@@ -80,10 +80,10 @@ def play(script: ModuleType, run: LoadedRun, skip: int, key: jax.Array) -> Any:
     """A rollout of the run's policy, after so many steps, or a few more, that are thrown away."""
     env_state, obs = run.env.reset()
     state = script.TrainState(**dict.fromkeys(script.TrainState._fields))
-    state = state._replace(params=run.params, env_state=env_state, obs=obs)
-    rollout = jax.jit(lambda state, key: script.rollout(state, key, run.env, run.agent, run.args))
-    for k in jax.random.split(key, 1 + -(-skip // run.args.num_steps)):
-        state, steps = rollout(state, k)
+    state = state._replace(params=run.params, env_state=env_state, obs=obs, key=key)
+    rollout = jax.jit(lambda state: script.rollout(state, run.env, run.agent, run.args))
+    for _ in range(1 + -(-skip // run.args.num_steps)):
+        state, steps = rollout(state)
     return steps
 
 
@@ -145,8 +145,8 @@ def measure(run: LoadedRun, skip: int, key: jax.Array) -> dict[str, float | None
     require(not lacking, f"{script.__name__}.py has no {', '.join(lacking)}")
     play_key, model_key = jax.random.split(key)
     steps = play(script, run, skip, play_key)
-    encode = jax.jit(lambda params, obs: jax.lax.map(lambda x: run.agent.encoder.apply(params, x), obs))
-    z = encode(run.params.encoder, steps.obs)
+    encode = lambda t: run.agent.encoder.apply(run.params.encoder, steps.obs[t])  # noqa: E731
+    z = jax.jit(lambda: jax.lax.map(encode, jnp.arange(len(steps.obs))))()
     found = dict.fromkeys(MEASURES) | of_latents(*map(np.asarray, (steps.valid, z, steps.obs)))
     return found | (measure_model(script, run, steps, z, model_key) if hasattr(run.agent, "transition") else {})
 

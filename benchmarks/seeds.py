@@ -76,7 +76,8 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     varied = {name: jnp.array([run[name] for run in runs]) for name in runs[0] if name != "seed"}
 
     def iterate(state, varied):
-        state, metrics = module.train_iteration(state, env, agent, optimizer, replace(args, **varied))
+        flags = replace(args, **varied)
+        state, metrics = module.learn(*module.rollout(state, env, agent, flags), env, agent, optimizer, flags)
         return state, (metrics["charts/episodic_return"], metrics["charts/episodes"])
 
     iteration = jax.jit(jax.vmap(iterate), donate_argnums=0)

@@ -2,18 +2,21 @@
 
     uv run benchmarks/throughput.py
     uv run benchmarks/throughput.py --world-models    # Deep SPI with each of its world models instead
+    uv run benchmarks/throughput.py --torch           # besides, the same network and update in PyTorch
     uv run --extra minatar benchmarks/throughput.py --env-ids Breakout-MinAtar Seaquest-MinAtar --rejax
 
 In one run, on whatever device is there: the rate of a float32 matrix product, that of random actions in the environments, and
 for each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start
-to first update and the peak memory. All settings take turns, round after round, so that a busy machine slows them alike; the
-medians over rounds are printed and written as JSON. Compare ratios within one run, not seconds between runs.
+to first update, of a first and of a second start, and the peak memory. All settings take turns, round after round, so that a
+busy machine slows them alike; the medians over rounds are printed and written as JSON. Compare ratios within one run, not
+seconds between runs.
 """
 
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -21,7 +24,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -78,6 +80,8 @@ class Args:
     """time Deep SPI with each world model, instead of all scripts; only on the first game"""
     startup: bool = True
     """also start each script as a user does, for the time to the first update and the peak memory"""
+    torch: bool = False
+    """afterwards time what PPO computes on Atari in PyTorch: see benchmarks/torch_ppo.py (several GB to download)"""
     rejax: bool = False
     """afterwards time another public JAX PPO, rejax's, on the first game, one of MinAtar's: see benchmarks/rejax_ppo.py"""
     output: str = "throughput.json"
@@ -120,37 +124,36 @@ class Setting:
         self.env = make_env(self.args)
         self.label = f"{name} {self.args.env_id} ({self.env.num_actions} actions)"
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
-        plain = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step"}
+        plain = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step", "overlap_rollout"}
         self.counted = plain and name != "dream_spi" and family(self.args.env_id) == "atari"
         agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
-        iterate = lambda state: module.train_iteration(state, self.env, agent, optimizer, self.args)  # noqa: E731
-        iteration = jax.jit(iterate, donate_argnums=0)
-        rollout = jax.jit(partial(module.rollout, env=self.env, agent=agent, args=self.args))
+        rollout = lambda state: module.rollout(state, self.env, agent, self.args)  # noqa: E731
+        learn = lambda state, steps: module.learn(state, steps, self.env, agent, optimizer, self.args)  # noqa: E731
         start = time.perf_counter()
-        self.iteration = iteration.lower(self.state).compile()
+        self.rollout = jax.jit(rollout, donate_argnums=0).lower(self.state).compile()
+        self.learn = jax.jit(learn, donate_argnums=0).lower(*jax.eval_shape(rollout, self.state)).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.rollout = rollout.lower(self.state, self.state.key).compile()
-        self.total, self.rolling = [], []
+        self.rolling, self.learning = [], []
         self.run()
-        self.total.clear(), self.rolling.clear()
+        self.rolling.clear(), self.learning.clear()
 
     def run(self) -> None:
-        """Times one rollout alone and one whole iteration."""
-        took, (state, _) = seconds(self.rollout, self.state, self.state.key)
+        """Times one rollout and the update on it."""
+        took, (state, steps) = seconds(self.rollout, self.state)
         self.rolling.append(took)
-        took, (self.state, _) = seconds(self.iteration, state)
-        self.total.append(took)
+        took, (self.state, _) = seconds(self.learn, state, steps)
+        self.learning.append(took)
 
     def report(self, matrix_rate: float, env_rates: dict[str, float]) -> dict:
         """The medians."""
-        total, rolling = statistics.median(self.total), statistics.median(self.rolling)
-        rate = self.args.num_envs * self.args.num_steps / total
+        rolling, learning = statistics.median(self.rolling), statistics.median(self.learning)
+        rate = self.args.num_envs * self.args.num_steps / (rolling + learning)
         return {
             "setting": self.label,
             "steps_per_second": rate,
             "rollout_seconds": rolling,
-            "update_seconds": total - rolling,
+            "update_seconds": learning,
             "compile_seconds": self.compile_seconds,
             "share_of_matrix_rate": rate * flops_per_step(self.args) / matrix_rate if self.counted else None,
             "share_of_env_rate": rate / env_rates[self.args.env_id],
@@ -169,7 +172,7 @@ class Alone:
             scan = jax.jit(lambda state: jax.lax.scan(env.step, state, actions))
             self.play = lambda: jax.block_until_ready(scan(state))
         else:
-            self.play = lambda: [env.pool.step(action) for action in actions]
+            self.play = lambda: [env.pool.step(action) for action in actions]  # single frames of Atari
         self.play()
 
     def run(self) -> None:
@@ -183,10 +186,13 @@ class Alone:
         return self.steps / statistics.median(self.seconds)
 
 
-def time_rejax(env_id: str, rounds: int) -> list[dict]:
-    """Rows of rejax's PPO, in an environment of its own."""
-    command = [UV, "run", "--script", str(ROOT / "benchmarks" / "rejax_ppo.py"), env_id, str(rounds)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def time_peer(script: str, *given) -> list[dict]:
+    """Rows of a peer's PPO, in an installation of its own."""
+    command = [UV, "run", "--script", str(ROOT / "benchmarks" / script), *map(str, given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        print(f"*** {shlex.join(command)} failed: its rows are left out ***")
+        return []
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -203,14 +209,17 @@ def peak_memory(pid: int) -> int:
     return int(found[1]) if found else 0
 
 
-def startup(script: str, env_id: str) -> dict:
-    """Starts a script as a user does and reads off the time to the first update and the peak memory."""
+def startup(command: str, env_id: str, cache: str) -> dict:
+    """Starts a script as a user does and reads off the time to the first update and the peak memory; `cache` is a folder for
+    compiled programs."""
+    script, *flags = command.split()
     with tempfile.TemporaryDirectory() as folder:
         args = make_args(ppo.Args, env_id=env_id)
-        steps = f"--total-timesteps={3 * args.num_envs * args.num_steps}"
-        command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", steps, f"--logdir={folder}"]
+        steps = f"--total-timesteps={(3 + 32 * ('--use-replay-buffer' in flags)) * args.num_envs * args.num_steps}"
+        command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", steps, f"--logdir={folder}", *flags]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        kept = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=kept)
         first, peak, output = None, 0, ""
         for line in process.stdout:
             output += line
@@ -219,8 +228,9 @@ def startup(script: str, env_id: str) -> dict:
             peak = max(peak, peak_memory(process.pid))
         status = process.wait()
         if status != 0 or first is None:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
-    return {"script": script, "first_update_seconds": first, "peak_memory_gib": peak / 2**20}
+            print(f"*** {shlex.join(command)} failed, and is left out: ***\n{output}")
+            return {}
+    return {"script": " ".join([script, *flags]), "first_update_seconds": first, "peak_memory_gib": peak / 2**20}
 
 
 def main(args: Args) -> None:
@@ -229,7 +239,12 @@ def main(args: Args) -> None:
         not args.rejax or (family(args.env_ids[0]) == "minatar" and shutil.which(UV)),
         "--rejax: needs one of MinAtar's games as the first of --env-ids, and uv",
     )
+    require(
+        not args.torch or (family(args.env_ids[0]) == "atari" and shutil.which(UV)),
+        "--torch: needs one of Atari's games as the first of --env-ids, and uv",
+    )
     print(describe_device())
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
     matrix = jnp.ones((MATRIX, MATRIX))
     product = jax.jit(lambda a: a @ a)
     shape = {"num_envs": args.num_envs, "num_steps": args.num_steps}
@@ -244,6 +259,7 @@ def main(args: Args) -> None:
         by_transition = {"minibatch_by": "transition"}
         kinds = [(name, {}) for name in SCRIPTS]
         of_pools = [("ppo", by_transition), ("deep_spi", by_transition), ("ppo", {"env_step": "callback"})]
+        of_pools += [(name, {"overlap_rollout": True}) for name in ("ppo", "deep_spi")]
         wanted = []
         for env_id in args.env_ids:
             more = of_pools if family(env_id) == "atari" else []
@@ -292,16 +308,26 @@ def main(args: Args) -> None:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
 
     write()  # other processes follow, which may fail
-    for row in time_rejax(args.env_ids[0], args.rounds) if args.rejax else []:
+    peers = time_peer("rejax_ppo.py", args.env_ids[0], args.rounds) if args.rejax else []
+    if args.torch:
+        flags = flags_of[args.env_ids[0]]
+        peers += time_peer("torch_ppo.py", flags.num_envs, flags.num_steps, settings[0].env.num_actions, args.rounds)
+    for row in peers:
         row["relative_to_first"] = row["steps_per_second"] / rows[0]["steps_per_second"]
         result["settings"].append(row)
-        print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}")
+        split = "".join(f"{row[name]:{n}.2f} s" for name, n in (("rollout_seconds", 29), ("update_seconds", 7)) if name in row)
+        print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}{split}")
     if args.startup and not args.world_models:
-        for name in ("ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py"):
-            row = startup(name, args.env_ids[0])
+        commands = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py", "dream_spi.py --use-replay-buffer"]
+        for command in commands:
+            with tempfile.TemporaryDirectory() as cache:
+                row, again = (startup(command, args.env_ids[0], cache) for _ in range(2))
+            if not (row and again):
+                continue
+            row["second_start_seconds"] = again["first_update_seconds"]
             result["startup"].append(row)
-            wait, memory = row["first_update_seconds"], row["peak_memory_gib"]
-            print(f"{name}: first update {wait:.0f} s after the start, peak memory {memory:.1f} GiB")
+            wait, again, memory = row["first_update_seconds"], row["second_start_seconds"], row["peak_memory_gib"]
+            print(f"{command}: first update {wait:.0f} s after the start, then {again:.0f} s; peak memory {memory:.1f} GiB")
     write()
     print(f"written: {args.output}")
 

@@ -162,6 +162,7 @@ class ConfoundingGridworld:
 
     num_actions = len(ACTIONS)
     saveable = True
+    stacks_frames = False
 
     def __init__(self, num_envs: int, seed: int, n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99):
         self.num_envs, self.gamma = num_envs, gamma

@@ -80,6 +80,7 @@ class MinAtar:
     """
 
     saveable = True
+    stacks_frames = False
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
         if not is_installed():

@@ -73,6 +73,7 @@ class Env(Protocol):
     num_envs: int
     num_actions: int
     obs_spec: jax.ShapeDtypeStruct  # of one environment's observation
+    stacks_frames: bool  # an observation is a stack of frames, of which `envs.frames` stores the newest
     reward_range: tuple[float, float]  # of the rewards that the agent is trained on; infinite where not known
     saveable: bool  # the state that it returns is all there is of it: a checkpoint holds it, and a run goes on to the bit
 

@@ -1,5 +1,6 @@
 """Every environment there is, by its id."""
 
+from functools import partial
 from typing import Any
 
 from envs.atari import CLASSIC, atari_ids, make_pool
@@ -8,6 +9,9 @@ from envs.confounding_gridworld import ConfoundingGridworld, build_model
 from envs.minatar import GAMES as MINATAR
 from envs.minatar import MinAtar
 from envs.protocol import Env
+from envs.scan import Halves
+
+UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # of what is played, not trained
 
 
 def env_ids() -> list[str]:
@@ -40,5 +44,7 @@ def make_env(args: Any, iteration: int = 0) -> Env:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
     if args.env_id in MINATAR:
         return MinAtar(args.env_id, args.num_envs, args.seed)
-    start = args.env_id, args.num_envs, args.seed
-    return make_pool(*start, args.reward_clip, args.stochastic_env, args.env_step, iteration, args.full_action_space)
+    flags = args.reward_clip, args.stochastic_env, args.env_step, iteration, args.full_action_space, args.num_devices
+    pool = partial(make_pool, args.env_id, args.num_envs, args.seed, *flags)
+    half = args.num_envs // 2
+    return Halves(pool(slice(half)), pool(slice(half, None))) if args.overlap_rollout else pool()

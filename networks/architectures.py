@@ -26,23 +26,27 @@ ACTIVATIONS: dict[str, Callable] = {
 RANGES = {  # of each, the lowest rounded down
     "relu": (0.0, np.inf), "elu": (-1.0, np.inf), "gelu": (-0.1701, np.inf), "silu": (-0.2785, np.inf), "tanh": (-1.0, 1.0)
 }  # fmt: skip
+FLOAT32 = jnp.dtype("float32")
 SMALLEST = 36  # pixels along an axis from which the convolutions for frames leave anything
 STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # slope of each, rounded up
 
 
+# What has a `dtype` multiplies in that, and adds its bias in float32: the gradient of a bias is a sum over a whole batch and
+# its maps, which in bfloat16 stops growing after a few hundred terms.
 class Conv(nn.Module):
     """A VALID convolution with square kernels, orthogonal initialisation."""
 
     features: int
     size: int
     stride: int
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w O"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv2d(x, kernel, self.stride) + bias
+        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride).astype(FLOAT32) + bias
 
 
 class GridLayer(nn.Module):
@@ -51,17 +55,28 @@ class GridLayer(nn.Module):
     features: int
     size: int
     activation: Callable
+    dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w O"]:
+    def __call__(self, x: Num[Array, "N H W C"]) -> Float[Array, "N h w O"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
-        return grid_layer(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)), self.activation)
+        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return grid_layer(x.astype(self.dtype), kernel, bias, self.activation)
 
 
-def dense(features: int, scale: float = float(np.sqrt(2)), name: str | None = None) -> nn.Dense:
+class Dense(nn.Module):
     """A dense layer with orthogonal initialisation of the given gain."""
-    return nn.Dense(features, kernel_init=nn.initializers.orthogonal(scale), name=name)
+
+    features: int
+    gain: float = 2**0.5
+    dtype: jnp.dtype = FLOAT32
+
+    @nn.compact
+    def __call__(self, x: Num[Array, "*batch d"]) -> Float[Array, "*batch k"]:
+        kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (x.shape[-1], self.features)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return (x.astype(self.dtype) @ kernel).astype(FLOAT32) + bias
 
 
 class Encoder(nn.Module):
@@ -72,6 +87,8 @@ class Encoder(nn.Module):
     A categorical latent is read off them by a dense layer of logits: of each variable the likeliest class, with the gradient
     of the softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling).
 
+    All layers but that one multiply in `dtype`.
+
     Raises:
         ValueError: observations have three axes, and are neither frames nor a grid.
     """
@@ -80,29 +97,29 @@ class Encoder(nn.Module):
     latent: str = "continuous"
     num_categories: int = 32
     num_classes: int = 32
+    dtype: jnp.dtype = FLOAT32
 
     @nn.compact
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
         if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, as emulators return them
             x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
-            x = activation(Conv(32, 8, 4)(x))
-            x = activation(Conv(64, 4, 2)(x))
-            x = activation(Conv(64, 3, 1)(x))
+            x = activation(Conv(32, 8, 4, self.dtype)(x))
+            x = activation(Conv(64, 4, 2, self.dtype)(x))
+            x = activation(Conv(64, 3, 1, self.dtype)(x))
         elif obs.ndim == 4:  # a grid of cells
             if min(obs.shape[1:3]) < 3 or max(obs.shape[1:3]) >= SMALLEST:
                 raise ValueError(
                     f"observations of shape {obs.shape[1:]} are neither frames, [channels, height, width], of {SMALLEST} "
                     f"pixels or more along each axis, nor a grid, [height, width, channels], of 3 to {SMALLEST - 1} cells"
                 )
-            x = GridLayer(16, 3, activation)(obs.astype(jnp.float32))
-            x = activation(dense(128)(x.reshape(x.shape[0], -1)))[:, None, None, :]
+            x = GridLayer(16, 3, activation, self.dtype)(obs)
+            x = activation(Dense(128, dtype=self.dtype)(x.reshape(x.shape[0], -1)))[:, None, None, :]
         else:
-            x = obs.reshape(obs.shape[0], -1).astype(jnp.float32)
-            x = activation(dense(64)(x))[:, None, None, :]
+            x = activation(Dense(64, dtype=self.dtype)(obs.reshape(obs.shape[0], -1)))[:, None, None, :]
         if self.latent == "continuous":
             return x
-        logits = dense(self.num_categories * self.num_classes, 1.0, name="code")(x.reshape(x.shape[0], -1))
+        logits = Dense(self.num_categories * self.num_classes, 1.0, name="code")(x.reshape(x.shape[0], -1))
         logits = logits.reshape(-1, self.num_categories, self.num_classes)
         hard = nn.one_hot(jnp.argmax(logits, axis=-1), self.num_classes)
         return straight_through(hard, nn.softmax(logits))
@@ -114,11 +131,12 @@ class Hidden(nn.Module):
     layers: Sequence[int]
     activation: str
     layer_norm: bool
+    dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Float[Array, "N d"]) -> Float[Array, "N k"]:
         for features in self.layers:
-            x = dense(features)(x)
+            x = Dense(features, dtype=self.dtype)(x)
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
             x = ACTIVATIONS[self.activation](x)
@@ -129,7 +147,8 @@ class ActorCritic(nn.Module):
     """The latent policy pi(a|z), as logits, and the value V(z).
 
     The two share their dense layers. With `own_layers` each has its own, so that only the latent is shared; with `own_encoder`
-    the critic has an encoder too, of that kind, and looks at the observation itself.
+    the critic has an encoder too, of that kind, and looks at the observation itself. The dense layers multiply in `dtype`, the
+    heads in float32.
     """
 
     num_actions: int
@@ -138,6 +157,7 @@ class ActorCritic(nn.Module):
     layer_norm: bool = False
     own_layers: bool = False
     own_encoder: Encoder | None = None
+    dtype: jnp.dtype = FLOAT32
 
     @nn.compact
     def __call__(
@@ -145,12 +165,13 @@ class ActorCritic(nn.Module):
     ) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
         """Logits and values; the observations are for the critic's own encoder alone."""
         flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        hidden = critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="hidden")(flat(z))
+        kind = self.layers, self.activation, self.layer_norm, self.dtype
+        hidden = critic_hidden = Hidden(*kind, name="hidden")(flat(z))
         if self.own_layers or self.own_encoder is not None:
             critic_z = z if self.own_encoder is None else self.own_encoder(obs)
-            critic_hidden = Hidden(self.layers, self.activation, self.layer_norm, name="critic_hidden")(flat(critic_z))
-        logits = dense(self.num_actions, 0.01, name="actor")(hidden)
-        value = dense(1, 1.0, name="critic")(critic_hidden)
+            critic_hidden = Hidden(*kind, name="critic_hidden")(flat(critic_z))
+        logits = Dense(self.num_actions, 0.01, name="actor")(hidden)
+        value = Dense(1, 1.0, name="critic")(critic_hidden)
         return logits, jnp.squeeze(value, -1)
 
     def policy_lipschitz(self, params: Any) -> Float[Array, ""]:
@@ -159,7 +180,7 @@ class ActorCritic(nn.Module):
 
         The product of the layers' spectral norms and steepest slopes, for logits; the softmax moves by at most a quarter of how
         far the difference of two logits does, since for probabilities p and changes v the sum of p_i |v_i - p.v| is at most
-        half of v's range. Layer normalisation has no finite constant: inf.
+        half of v's range. Layer normalisation has no finite constant: inf. Rounding is left out, of whatever type.
         """
         if self.layer_norm and self.layers:
             return jnp.asarray(jnp.inf)
@@ -177,7 +198,7 @@ class ActorCritic(nn.Module):
 
 def make_encoder(args: Any) -> Encoder:
     """The encoder that the flags ask for."""
-    return Encoder(args.activation, args.latent, args.num_categories, args.num_classes)
+    return Encoder(args.activation, args.latent, args.num_categories, args.num_classes, jnp.dtype(args.compute_dtype))
 
 
 def to_range(z: Float[Array, "N *z"], args: Any) -> Float[Array, "N *z"]:
@@ -190,4 +211,4 @@ def make_actor_critic(args: Any, num_actions: int) -> ActorCritic:
     """The heads that the flags ask for, and the critic's own encoder if they do."""
     own_encoder = make_encoder(args) if args.decoupled_repr else None
     layers = args.fc_layers, args.activation, args.use_layer_norm
-    return ActorCritic(num_actions, *layers, own_layers=args.decoupled_layers, own_encoder=own_encoder)
+    return ActorCritic(num_actions, *layers, args.decoupled_layers, own_encoder, jnp.dtype(args.compute_dtype))

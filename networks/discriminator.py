@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from networks.architectures import ACTIVATIONS, dense
+from networks.architectures import ACTIVATIONS, Dense
 from networks.lipschitz import LipschitzDense, LipschitzScalars, group_sort
 
 
@@ -26,7 +26,7 @@ class WassersteinCritic(nn.Module):
         self, z: Float[Array, "N h w c"], action: Int[Array, " N"], next_z: Float[Array, "N h w c"]
     ) -> Float[Array, " N"]:
         flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
-        x = group_sort(LipschitzDense(self.features)(flat(next_z)) + dense(self.features, name="condition")(flat(z)))
+        x = group_sort(LipschitzDense(self.features)(flat(next_z)) + Dense(self.features, name="condition")(flat(z)))
         x = group_sort(LipschitzDense(self.features)(x))
         return jnp.take_along_axis(LipschitzScalars(self.num_actions)(x), action[:, None], axis=1)[:, 0]
 
@@ -46,8 +46,8 @@ class TotalVariationCritic(nn.Module):
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"], next_z: Float[Array, "N V C"]) -> Float[Array, " N"]:
         x = jnp.concatenate([z.reshape(z.shape[0], -1), next_z.reshape(z.shape[0], -1)], axis=1)
         for _ in range(2):
-            x = ACTIVATIONS[self.activation](dense(self.features)(x))
-        logits = dense(self.num_actions, 1.0, name="logits")(x)
+            x = ACTIVATIONS[self.activation](Dense(self.features)(x))
+        logits = Dense(self.num_actions, 1.0, name="logits")(x)
         return nn.sigmoid(jnp.take_along_axis(logits, action[:, None], axis=1)[:, 0])
 
 

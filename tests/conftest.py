@@ -1,18 +1,29 @@
 """Shapes are checked in every test: jaxtyping's import hook wraps all functions of the helper packages."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 
 # most of the suite's time is compilation, of the slow tests' it is not; tests/test_command_line.py trains on Atari with what
 # users have (the first process decides, and its workers inherit it)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sys.argv)))
 
+if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="deep-spi-tests-")  # once for the whole suite
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
+if not jax.config.jax_platforms or "cpu" in jax.config.jax_platforms:
+    jax.config.update("jax_num_cpu_devices", 2)  # for those tests that use two; the others use the first
+
 CHECKED = ["envs", "networks", "utils.dreams", "utils.evaluation", "utils.guarantees", "utils.study"]
-MODULES = ("distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
+MODULES = ("devices", "distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
 CHECKED += [f"utils.{name}" for name in MODULES]
 install_import_hook(CHECKED, "beartype.beartype")
 

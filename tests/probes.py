@@ -22,6 +22,7 @@ class CueEnv:
 
     reward_range = (0.0, 1.0)
     saveable = True
+    stacks_frames = False
 
     def __init__(self, num_envs, num_actions=3):
         self.num_envs, self.num_actions = num_envs, num_actions
@@ -85,3 +86,8 @@ def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_ac
 def state_without_env(module, params, optimizer):
     """A training state around given parameters, for calling `update` without an environment."""
     return module.TrainState(params, optimizer.init(params), None, None, jax.random.key(0), jnp.zeros((), jnp.int32))
+
+
+def make_iteration(script, env, agent, optimizer, args):
+    """A rollout and the update on it, as one program."""
+    return jax.jit(lambda state: script.learn(*script.rollout(state, env, agent, args), env, agent, optimizer, args))

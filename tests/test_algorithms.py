@@ -18,7 +18,7 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_pool
 from envs.protocol import EpisodeStats
-from tests.probes import CueEnv, PixelCueEnv, random_steps, state_without_env
+from tests.probes import CueEnv, PixelCueEnv, make_iteration, random_steps, state_without_env
 from utils.distributions import Deterministic
 from utils.runs.flags import check_flags
 
@@ -402,7 +402,7 @@ def functions(script):
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
-ADDED = {"Args", "Agent", "Params", "make_agent", "init_params", "loss_fn", "train_iteration", "main"}
+ADDED = {"Args", "Agent", "Params", "make_agent", "init_params", "loss_fn", "learn", "main"}
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_what_the_scripts_share_is_the_same(theirs, ours, differ, lines):
 def learn(script, env, args, updates):
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
-    iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    iteration = make_iteration(script, env, agent, optimizer, args)
     history = []
     for _ in range(updates):
         state, metrics = iteration(state)
@@ -428,9 +428,11 @@ def learn(script, env, args, updates):
     return state, history
 
 
-@pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
-def test_learns_a_probe_of_known_value(script):
-    args = script.Args(num_envs=16, num_steps=8, total_timesteps=128 * 60, learning_rate=2e-3, fc_layers=(64,))
+@pytest.mark.parametrize(
+    "script, flags", [(ppo, {"compute_dtype": "bfloat16"}), pytest.param(deep_mdp, {}, marks=pytest.mark.slow), (deep_spi, {})]
+)
+def test_learns_a_probe_of_known_value(script, flags):
+    args = script.Args(num_envs=16, num_steps=8, total_timesteps=128 * 60, learning_rate=2e-3, fc_layers=(64,), **flags)
     env = CueEnv(16)
     state, history = learn(script, env, args, 60)
     assert history[0]["charts/episodic_return"] < 0.7

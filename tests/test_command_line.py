@@ -30,7 +30,7 @@ def assert_tracked(folder, written, *names):
     [
         pytest.param(PPO, ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
         ("deep_spi.py", ["--env-id=Breakout-v5"]),
-        ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", *CODES, *WATCHED]),
+        ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", "--overlap-rollout", *CODES, *WATCHED]),
         pytest.param("dream_spi.py", ["--env-id=CartPole-v1"], marks=pytest.mark.slow),  # with replay and codes: below
         pytest.param("deep_mdp_ppo.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
         pytest.param("dream_spi.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),

@@ -25,7 +25,9 @@ def train(script, args, run_seeds=(1,)):
     check_flags(args)
     env = make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
-    iteration = jax.jit(lambda state: script.train_iteration(state, env, agent, optimizer, args), donate_argnums=0)
+    iteration = jax.jit(
+        lambda state: script.learn(*script.rollout(state, env, agent, args), env, agent, optimizer, args), donate_argnums=0
+    )
     logged = []
     for seed in run_seeds:
         seeded = replace(args, seed=seed)

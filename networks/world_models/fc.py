@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from networks.architectures import ACTIVATIONS, dense
+from networks.architectures import ACTIVATIONS, Dense
 from utils.distributions import Categorical
 
 
@@ -18,9 +18,9 @@ class Torso(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"]) -> Float[Array, "N hidden"]:
         activation = ACTIVATIONS[self.activation]
-        x = dense(self.embedding, name="embed_z")(z.reshape(z.shape[0], -1))
-        x = x + dense(self.embedding, name="embed_action")(nn.one_hot(action, self.num_actions))
-        return activation(dense(self.hidden, name="hidden")(activation(x)))
+        x = Dense(self.embedding, name="embed_z")(z.reshape(z.shape[0], -1))
+        x = x + Dense(self.embedding, name="embed_action")(nn.one_hot(action, self.num_actions))
+        return activation(Dense(self.hidden, name="hidden")(activation(x)))
 
 
 class Transition(nn.Module):
@@ -33,7 +33,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"]) -> Categorical:
         x = Torso(self.num_actions, self.activation, name="torso")(z, action)
-        logits = dense(z.shape[1] * z.shape[2], 1.0, name="logits")(x)
+        logits = Dense(z.shape[1] * z.shape[2], 1.0, name="logits")(x)
         return Categorical(logits.reshape(z.shape), self.temperature)
 
 
@@ -46,4 +46,4 @@ class Reward(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"]) -> Float[Array, " N"]:
         x = Torso(self.num_actions, self.activation, name="torso")(z, action)
-        return dense(1, 1.0, name="reward")(x)[:, 0]
+        return Dense(1, 1.0, name="reward")(x)[:, 0]

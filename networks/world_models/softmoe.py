@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from networks.architectures import ACTIVATIONS, dense
+from networks.architectures import ACTIVATIONS, Dense
 from networks.world_models.fc import Reward
 from networks.world_models.tokens import embed_variables, variable_logits
 from utils.distributions import Categorical
@@ -51,7 +51,7 @@ class Transition(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"]) -> Categorical:
         x = embed_variables(self, z, self.width)
-        x = x + dense(self.width, name="embed_action")(nn.one_hot(action, self.num_actions))[:, None]
+        x = x + Dense(self.width, name="embed_action")(nn.one_hot(action, self.num_actions))[:, None]
         for _ in range(self.blocks):
             x = x + SoftMoE(self.experts, self.slots, 4 * self.width, self.activation)(nn.LayerNorm()(x))
         return Categorical(variable_logits(self, nn.LayerNorm()(x), z.shape[2]), self.temperature)

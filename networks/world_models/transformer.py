@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from networks.architectures import ACTIVATIONS, dense
+from networks.architectures import ACTIVATIONS, Dense
 from networks.world_models.fc import Reward
 from networks.world_models.tokens import embed_variables, variable_logits
 from utils.distributions import Categorical
@@ -28,12 +28,12 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "N V C"], action: Int[Array, " N"]) -> Categorical:
-        action_token = dense(self.width, name="embed_action")(nn.one_hot(action, self.num_actions))
+        action_token = Dense(self.width, name="embed_action")(nn.one_hot(action, self.num_actions))
         x = jnp.concatenate([action_token[:, None], embed_variables(self, z, self.width)], axis=1)
         causal = nn.make_causal_mask(x[..., 0])
         for _ in range(self.blocks):
             y = nn.LayerNorm()(x)
             x = x + nn.MultiHeadDotProductAttention(self.heads)(y, mask=causal)
-            y = ACTIVATIONS[self.activation](dense(4 * self.width)(nn.LayerNorm()(x)))
-            x = x + dense(self.width)(y)
+            y = ACTIVATIONS[self.activation](Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + Dense(self.width)(y)
         return Categorical(variable_logits(self, nn.LayerNorm()(x[:, 1:]), z.shape[2]), self.temperature)

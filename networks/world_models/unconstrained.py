@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from networks.architectures import ACTIVATIONS, dense
+from networks.architectures import ACTIVATIONS, Dense
 from networks.convolution import conv2d
 from networks.per_action import by_group, groups, of_action, product, shift
 from utils.distributions import SCALE, Deterministic, Normal, count_maps, initial_bias, positive_scale, soft_mixture
@@ -49,7 +49,7 @@ class Transition(nn.Module):
         loc, scale = raw[:, :, :, :components], positive_scale(raw[:, :, :, components:])
         weights = jnp.ones((1, 1, 1, 1, 1))
         if components > 1:
-            logits = dense(num_actions * components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
+            logits = Dense(num_actions * components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
             logits = jnp.take_along_axis(logits.reshape(-1, num_actions, components), action[:, None, None], 1)
             weights = nn.softmax(logits).reshape(-1, 1, 1, components, 1)
         return soft_mixture(weights, loc, scale, axis=3)
@@ -75,16 +75,16 @@ class DeepTransition(nn.Module):
         for k, features in enumerate(self.layers):
             shape = (taps, taps, hidden.shape[-1], features)
             kernel = self.param(f"kernel_{k}", nn.initializers.orthogonal(np.sqrt(2)), shape)
-            of_the_action = dense(features, name=f"action_{k}")(one_hot)[:, None, None]
+            of_the_action = Dense(features, name=f"action_{k}")(one_hot)[:, None, None]
             hidden = ACTIVATIONS[self.activation](convolved(hidden, kernel) + of_the_action)
-        raw = dense(maps * z.shape[-1], 0.1, name="change")(hidden).reshape(*z.shape[:3], maps, -1)
+        raw = Dense(maps * z.shape[-1], 0.1, name="change")(hidden).reshape(*z.shape[:3], maps, -1)
         raw = raw + self.param("bias", initial_bias, (1, maps, z.shape[-1]), components, self.initial_scale)
         loc = z[:, :, :, None] + raw[:, :, :, :components]
         if self.density == "deterministic":
             return Deterministic(loc[:, :, :, 0])
         weights = jnp.ones((1, 1, 1, 1, 1))
         if components > 1:
-            logits = dense(components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
+            logits = Dense(components, 0.01, name="mixture")(hidden.reshape(hidden.shape[0], -1))
             weights = nn.softmax(logits).reshape(-1, 1, 1, components, 1)
         return soft_mixture(weights, loc, positive_scale(raw[:, :, :, components:]), axis=3)
 
@@ -104,7 +104,7 @@ class Reward(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "N h w c"], action: Int[Array, " N"]) -> Float[Array, " N"]:
         x = z.reshape(z.shape[0], -1)
-        x = ACTIVATIONS[self.activation](dense(self.features)(x))
-        x = ACTIVATIONS[self.activation](dense(self.features)(x))
-        rewards = dense(self.num_actions, 1.0)(x)
+        x = ACTIVATIONS[self.activation](Dense(self.features)(x))
+        x = ACTIVATIONS[self.activation](Dense(self.features)(x))
+        rewards = Dense(self.num_actions, 1.0)(x)
         return jnp.take_along_axis(rewards, action[:, None], axis=1)[:, 0]

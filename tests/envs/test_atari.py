@@ -114,7 +114,7 @@ def test_where_envpool_refuses_its_operation_python_steps(monkeypatch):
     with pytest.raises(RuntimeError, match="unavailable on macOS"):
         make_pool("CartPole-v1", 2, 1, stepping="xla")
     env = make_pool("CartPole-v1", 4, 1)
-    assert env._step == env._callback_step
+    assert env._send == env._callback_send and env._receive == env._callback_receive
     refused = play_in(env, 60)
     monkeypatch.undo()
     jax.tree.map(np.testing.assert_array_equal, refused, play("CartPole-v1", 60))
@@ -123,7 +123,7 @@ def test_where_envpool_refuses_its_operation_python_steps(monkeypatch):
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pong-v5"])
 @pytest.mark.parametrize("stepping", ["xla", "callback"])
 def test_the_step_after_a_time_limit_is_none_either(env_id, stepping):
-    env = Pool(env_id, 3, 1, (-1.0, 1.0), stepping, max_episode_steps=7)
+    env = Pool(env_id, env_seeds(1, 3), (-1.0, 1.0), stepping, max_episode_steps=7)
     _, steps = play_in(env, 30)
     assert steps.truncated.any() and not (steps.truncated & steps.terminated).any()
     np.testing.assert_array_equal(~steps.valid[1:], (steps.terminated | steps.truncated)[:-1])

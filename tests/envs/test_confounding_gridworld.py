@@ -31,6 +31,7 @@ from envs.confounding_gridworld import (
     optimal_value,
     policy_value,
 )
+from tests.probes import make_iteration
 from utils.runs.flags import check_flags
 
 GAMMA = 0.99
@@ -238,7 +239,7 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
     env = script.make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
-    iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    iteration = make_iteration(script, env, agent, optimizer, args)
     state, metrics = iteration(state)
     z = agent.encoder.apply(state.params.encoder, jnp.asarray(env.frames))
     policy = np.asarray(jax.nn.softmax(agent.actor_critic.apply(state.params.actor_critic, z)[0]), np.float64)
@@ -271,10 +272,10 @@ def test_benchmark_trains_as_the_script_does(script):
     results = []
     for environment, networks in ((env, agent), (cells, short_cut)):
         state = script.init_state(args, environment, networks, optimizer)
-        given = {"env": environment, "agent": networks, "optimizer": optimizer, "args": args}
-        iteration = jax.jit(partial(script.train_iteration, **given))
+        rollout = jax.jit(partial(script.rollout, env=environment, agent=networks, args=args))
+        learn = jax.jit(partial(script.learn, env=environment, agent=networks, optimizer=optimizer, args=args))
         for _ in range(3):
-            state, metrics = iteration(state)
+            state, metrics = learn(*rollout(state))
         results.append((state.params, metrics["charts/init_value"]))
     (params, value), (other_params, other_value) = results
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other_params), strict=True):

@@ -10,6 +10,13 @@ from numpy.testing import assert_allclose
 from networks.convolution import conv2d, cpu_conv, grid_layer, valid_conv
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """A GPU rounds the factors of its products, by default, and differently in different algorithms."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def assert_same(x_shape, kernel_shape, stride):
     x_key, kernel_key, g_key = jax.random.split(jax.random.key(0), 3)
     x, kernel = jax.random.normal(x_key, x_shape), jax.random.normal(kernel_key, kernel_shape)

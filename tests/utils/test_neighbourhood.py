@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from tests.probes import CueEnv, random_steps, state_without_env
+from tests.probes import CueEnv, make_iteration, random_steps, state_without_env
 from utils.neighbourhood import SHRINK, TRIES, backtrack, outside, ratio_metrics
 
 
@@ -147,7 +147,7 @@ def test_backtracking_holds_categorical_policies_in_training():
     env = CueEnv(16)
     agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
     state = deep_spi.init_state(args, env, agent, optimizer)
-    iteration = jax.jit(partial(deep_spi.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    iteration = make_iteration(deep_spi, env, agent, optimizer, args)
     fractions = []
     for _ in range(8):
         state, metrics = iteration(state)

@@ -18,6 +18,7 @@ import deep_spi
 from envs.atari import make_pool
 from networks.architectures import Encoder, make_encoder
 from networks.world_models import make_world_model, softmoe, transformer, unconstrained
+from tests.probes import make_iteration
 from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
 from utils.runs.flags import check_flags
@@ -285,7 +286,7 @@ def train_a_little(script, env_id, flags):
     env = make_pool(args.env_id, 4, 1)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
-    iteration = jax.jit(partial(script.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+    iteration = make_iteration(script, env, agent, optimizer, args)
     for _ in range(3):
         state, metrics = iteration(state)
         losses = {k: float(v) for k, v in metrics.items() if k.startswith("losses/")}

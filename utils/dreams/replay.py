@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from envs.frames import STACK, Newest, Stacks
 from envs.protocol import Env
+from envs.registry import family
+from utils.devices import make_split
 from utils.losses import decayed_sums
 from utils.runs.flags import LARGEST, Count, Needs, NotNegative, refuse_unread, require
 from utils.runs.memory import free_memory
@@ -25,7 +28,7 @@ class ReplayArgs:
     use_replay_buffer: bool = False
     """learn on sequences replayed from the device's memory instead of the fresh rollout"""
     replay_capacity: Annotated[Count, WANTED] = 500_000
-    """environment steps that it holds, the oldest making room (28 KB each on Atari)"""
+    """environment steps that it holds, the oldest making room (7 KB each on Atari)"""
     replay_prefill: Annotated[Count, WANTED] = 20_000
     """environment steps before the first update"""
     replay_ratio: Annotated[NotNegative, WANTED] = 4.0
@@ -46,8 +49,12 @@ class ReplayArgs:
         """Raises UsageError where the flags of the buffer do not go together, or not with those of the script around them."""
         if not self.use_replay_buffer:
             return
+        require(
+            self.replay_batch_size % self.num_devices == 0,
+            f"--replay-batch-size {self.replay_batch_size}: --num-devices {self.num_devices} cannot share it; change one",
+        )
         refuse_unread(self, ("update_epochs", "minibatch_by"), "the fresh rollout, without --use-replay-buffer")
-        shortest = (self.replay_length + 1) * self.num_envs
+        shortest = (self.replay_length + 1 + steps_before(family(self.env_id) == "atari")) * self.num_envs
         require(
             self.replay_prefill >= shortest,
             f"--replay-prefill {self.replay_prefill}: less than a sequence of --replay-length {self.replay_length} from each "
@@ -77,7 +84,7 @@ class ReplayArgs:
 class Replayed(NamedTuple):
     """Consecutive steps, in the convention of a script's `Rollout`; of the last one only `obs` counts."""
 
-    obs: Num[Array, "T B *obs"]
+    obs: Num[Array, "T B *obs"] | Newest | Stacks  # of stacked frames the newest where it is stored
     action: Int[Array, "T B"]
     log_probs: Float[Array, "T B A"]  # of all actions, of the policy that acted
     reward: Float[Array, "T B"]
@@ -122,24 +129,31 @@ def replay_updates(args: Any) -> int:
     return round(args.replay_ratio * args.num_envs * args.num_steps / (args.replay_batch_size * args.replay_length))
 
 
-def _buffer(args: Any) -> Any:
+def steps_before(stacks_frames: bool) -> int:
+    """Steps that a sequence needs before its first one, for the frames that are stacked there."""
+    return STACK - 1 if stacks_frames else 0
+
+
+def _buffer(args: Any, stacks_frames: bool) -> Any:
+    length = args.replay_length + 1 + steps_before(stacks_frames)
     return flashbax.make_trajectory_buffer(
         add_batch_size=args.num_envs,
         sample_batch_size=args.replay_batch_size,
-        sample_sequence_length=args.replay_length + 1,
+        sample_sequence_length=length,
         period=1,
-        min_length_time_axis=args.replay_length + 1,
+        min_length_time_axis=length,
         max_length_time_axis=args.replay_capacity // args.num_envs,
     )
 
 
-def _empty_step(obs_spec: jax.ShapeDtypeStruct, num_actions: int) -> Replayed:
-    flag, number = jnp.zeros((), bool), jnp.zeros(())
-    obs = jnp.zeros(obs_spec.shape, obs_spec.dtype)
+def _empty_step(env: Any) -> Replayed:
+    flag, number, num_actions = jnp.zeros((), bool), jnp.zeros(()), env.num_actions
+    shape, dtype = env.obs_spec.shape, env.obs_spec.dtype
+    obs = Newest(jnp.zeros(shape[1:], dtype), jnp.zeros((), jnp.int8)) if env.stacks_frames else jnp.zeros(shape, dtype)
     return Replayed(obs, jnp.zeros((), jnp.int32), jnp.zeros(num_actions), number, flag, flag, flag)
 
 
-def check_memory(obs_spec: jax.ShapeDtypeStruct, num_actions: int, args: Any) -> None:
+def check_memory(env: Env, args: Any) -> None:
     """Checks that the device has enough free memory for the buffer, if one is asked for.
 
     Raises:
@@ -147,8 +161,10 @@ def check_memory(obs_spec: jax.ShapeDtypeStruct, num_actions: int, args: Any) ->
     """
     if not args.use_replay_buffer:
         return
-    bytes_per_step = sum(x.nbytes for x in _empty_step(obs_spec, num_actions))
+    bytes_per_step = sum(x.nbytes for x in jax.tree.leaves(_empty_step(env)))
     needed, free = args.replay_capacity * bytes_per_step, max(0, free_memory() - KEPT_FREE)
+    if jax.default_backend() != "cpu":  # each device holds a share; those of a CPU have the same memory
+        free *= args.num_devices
     fits = free // bytes_per_step // args.num_envs * args.num_envs
     remedy = f"ask for {fits} or less" if fits else "free some, or leave out --use-replay-buffer"
     require(
@@ -158,20 +174,27 @@ def check_memory(obs_spec: jax.ShapeDtypeStruct, num_actions: int, args: Any) ->
     )
 
 
-def init_replay(obs_spec: jax.ShapeDtypeStruct, num_actions: int, args: Any) -> Any:
+def init_replay(env: Any, args: Any) -> Any:
     """An empty buffer."""
-    return _buffer(args).init(_empty_step(obs_spec, num_actions))
+    return make_split(lambda: _buffer(args, env.stacks_frames).init(_empty_step(env)))
 
 
 def add(replay: Any, steps: Any, args: Any) -> Any:
     """The buffer with a rollout added, which goes on where the last one ended."""
-    fields = steps._asdict() | {"obs": steps.obs[:-1]}
-    return _buffer(args).add(replay, Replayed(*(jnp.swapaxes(fields[name], 0, 1) for name in Replayed._fields)))
+    stacks_frames = isinstance(steps.obs, Stacks)
+    obs = jax.tree.map(lambda x: x[:-1], steps.obs.newest() if stacks_frames else steps.obs)
+    fields = steps._asdict() | {"obs": obs}
+    steps = Replayed(*(fields[name] for name in Replayed._fields))
+    return _buffer(args, stacks_frames).add(replay, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), steps))
 
 
 def sample(replay: Any, key: jax.Array, args: Any) -> Replayed:
     """`replay_batch_size` stored sequences of `replay_length` + 1 steps, [T, B], drawn uniformly; they may overlap."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), _buffer(args).sample(replay, key).experience)
+    stacks_frames = isinstance(replay.experience.obs, Newest)
+    stored = _buffer(args, stacks_frames).sample(replay, key).experience
+    stored = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stored)
+    steps = jax.tree.map(lambda x: x[steps_before(stacks_frames) :], stored)
+    return steps._replace(obs=Stacks(stored.obs.frame, steps.obs.age)) if stacks_frames else steps
 
 
 def for_policy(
@@ -180,7 +203,7 @@ def for_policy(
     """The fields of a script's `Minibatch` of the steps, for the policy and critic of these parameters; which of the steps
     ended; and how much each counts (`--off-policy`)."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-    obs = flat(steps.obs)
+    obs = flat(steps.obs[jnp.arange(len(steps.obs))])
     logits, value = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
     value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
     taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
@@ -188,7 +211,7 @@ def for_policy(
     truncated_ratio = jnp.minimum(ratio, 1.0)
     advantage, target = vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
     weight = truncated_ratio if args.off_policy == "vtrace" else ratio
-    steps = jax.tree.map(lambda x: flat(x[:-1]), steps)
+    steps = jax.tree.map(lambda x: flat(x[:-1]), steps._replace(obs=None))
     fields = {"obs": obs, "action": steps.action, "log_probs": flat(log_probs[:-1]), "value": flat(value[:-1])}
     fields |= {"advantage": flat(advantage), "target": flat(target), "reward": steps.reward, "valid": steps.valid}
     return fields, steps.terminated, flat(weight[:-1])

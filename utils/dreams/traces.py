@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
@@ -53,7 +52,8 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
         dream_step: the script's step in the world model.
     """
     horizon = min(args.imagination_horizon, args.num_steps)
-    real_z = jax.lax.map(partial(agent.encoder.apply, params.encoder), steps.obs)  # [T+1, B, *z]
+    encode = lambda t: agent.encoder.apply(params.encoder, steps.obs[t])  # noqa: E731
+    real_z = jax.lax.map(encode, jnp.arange(len(steps.obs)))  # [T+1, B, *z]
     after = jax.tree.map(lambda x: x[:horizon], steps._replace(obs=real_z[1:], value=None))
 
     def distance(a, b):
@@ -89,11 +89,12 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
     distances = jnp.sum(flat**2, axis=1) - 2.0 * jnp.matmul(of_example, flat.T, precision="highest")
     own = jnp.arange(horizon + 1) * real_z.shape[1] + example  # what really came to be, wherever nothing is nearer
     is_own = jnp.take_along_axis(distances, own[:, None], axis=1)[:, 0] <= jnp.min(distances, axis=1)
+    like = jnp.where(is_own, own, jnp.argmin(distances, axis=1))
     traces |= {
         "example": example,
         "taken": after.action[:, example],
-        "frames": steps.obs[: horizon + 1, example],
-        "like": steps.obs.reshape(-1, *steps.obs.shape[2:])[jnp.where(is_own, own, jnp.argmin(distances, axis=1))],
+        "frames": steps.obs[jnp.arange(horizon + 1), example],
+        "like": steps.obs[like // real_z.shape[1], like % real_z.shape[1]],
     }
     return {PREFIX + name: x for name, x in traces.items()}
 

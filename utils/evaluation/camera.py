@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from envs.registry import make_env
+from envs.registry import UNDIVIDED, make_env
 from utils.evaluation.play import Film, policy_of
 from utils.evaluation.video import has_ffmpeg, write_video
 
@@ -42,7 +42,7 @@ class Camera:
         """
         seed = int(np.random.SeedSequence([self.args.seed, step]).generate_state(1)[0])
         if self.film is None:  # one environment, and one compilation
-            env = make_env(dataclasses.replace(self.args, num_envs=1, seed=seed))
+            env = make_env(dataclasses.replace(self.args, num_envs=1, seed=seed, **UNDIVIDED))
             self.film = Film(env, lambda params, obs: policy_of(params, self.agent)(obs))
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{step:012d}.{'mp4' if has_ffmpeg() else 'gif'}"

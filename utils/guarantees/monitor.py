@@ -118,7 +118,8 @@ def model_terms(
     place of a sample's, its expectation: the probability that the model gives to other codes than phi(s').
     """
     shape = steps.action.shape
-    z = agent.encoder.apply(params.encoder, steps.obs.reshape(-1, *steps.obs.shape[2:]))
+    z = jax.lax.map(lambda t: agent.encoder.apply(params.encoder, steps.obs[t]), jnp.arange(len(steps.obs)))
+    z = z.reshape(-1, *z.shape[2:])
     n = steps.action.size
     z, next_z, action = z[:n], z[-n:], steps.action.reshape(-1)
     predicted_reward = jnp.clip(agent.reward.apply(params.reward, z, action), *reward_range)

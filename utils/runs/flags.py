@@ -120,6 +120,10 @@ class RunArgs:
     env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"
     """how the compiled program steps envpool: xla, within it; callback, through Python, the same transitions a little slower;
     auto takes xla where envpool offers it (Linux)"""
+    overlap_rollout: Annotated[bool, POOL] = False
+    """envpool: two halves of the environments take turns, the policy acting in one while the other's emulators are at work"""
+    num_devices: Annotated[Count, MAY_CHANGE] = 1
+    """devices of this machine that share the environments, and the work of each minibatch"""
     gridworld_n_path: Annotated[int, ON_GRIDWORLD] = 5
     """ConfoundingGridworld-v0: the column of the two choices"""
     gridworld_epsilon: Annotated[float, ON_GRIDWORLD] = 0.2
@@ -203,6 +207,12 @@ class RunArgs:
             self.env_step != "xla" or sys.platform.startswith("linux"),
             f"--env-step xla: envpool has no such step on {sys.platform}; leave it out",
         )
+        emulated, linux = family(self.env_id) in ("atari", "classic"), sys.platform.startswith("linux")
+        require(
+            self.num_devices == 1 or not emulated or (linux and self.env_step != "callback"),
+            f"--num-devices {self.num_devices}: only envpool's own step runs on several devices, which it has on Linux; "
+            + ("leave out --env-step callback" if linux else "use one"),
+        )
         if self.env_id == GRIDWORLD:
             try:
                 check_gridworld(self)
@@ -227,6 +237,19 @@ def check_minibatches(args: Any) -> None:
         args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
         f"--minibatch-by env: --num-envs {args.num_envs} does not divide into --num-minibatches {args.num_minibatches}: "
         "change one of the two",
+    )
+    shares = args.num_devices * (1 + args.overlap_rollout)
+    require(
+        args.num_envs % shares == 0,
+        f"--num-envs {args.num_envs}: does not divide into {shares} equal parts (--num-devices {args.num_devices}"
+        f"{', two halves each' if args.overlap_rollout else ''}): change one of them",
+    )
+    rows, what = (args.num_envs, "environments") if args.minibatch_by == "env" else (steps, "transitions")
+    rows //= args.num_minibatches
+    require(
+        rows % args.num_devices == 0,
+        f"--num-devices {args.num_devices}: a minibatch has {rows} {what}, which do not divide into as many equal parts; take "
+        "fewer --num-minibatches or more --num-envs",
     )
     require(
         args.total_timesteps >= steps,

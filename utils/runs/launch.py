@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from utils.devices import use_devices
+from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.quiet_start import HEEDED
 
@@ -53,7 +55,7 @@ def run_main(main: Callable[[], None]) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
@@ -98,17 +100,25 @@ def check_run(args: Any) -> None:
             else f"({why}); JAX_PLATFORMS=cpu does without a GPU"
         )
         raise UsageError(f"JAX cannot start {what}, or see docs/install.md") from None
+    found = len(jax.devices())
+    keep_compiled()
+    known = " (JAX_NUM_CPU_DEVICES makes a CPU look like several)" if jax.default_backend() == "cpu" else ""
+    require(
+        args.num_devices <= found, f"--num-devices {args.num_devices}: JAX finds {found} here; ask for {found} or fewer{known}"
+    )
+    use_devices(args.num_devices)
 
 
 def describe_device() -> str:
     """One line on what JAX computes on; where that is the CPU, a second one on how to get a GPU used."""
     device = jax.devices()[0]
+    used = "one" if (mesh := jax.sharding.get_mesh()).empty else mesh.size
     if device.platform != "cpu":
-        return f"device: {device.device_kind} ({jax.device_count()} visible, one used), jax {jax.__version__}"
+        return f"device: {device.device_kind} ({jax.device_count()} visible, {used} used), jax {jax.__version__}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     why = "JAX_PLATFORMS asks for it" if "cpu" in os.environ.get("JAX_PLATFORMS", "") else "JAX found no GPU"
     return (
-        f"device: CPU, {cores} cores, jax {jax.__version__}\n"
+        f"device: CPU, {cores} cores{'' if used == 'one' else f' as {used} devices'}, jax {jax.__version__}\n"
         f"*** RUNNING ON THE CPU: {why}. For an NVIDIA GPU: uv sync --extra cuda13 (driver 580 or newer), or\n"
         "*** uv sync --extra cuda12 (driver 525 or newer); without uv: pip install 'jax[cuda13]'. ***"
     )

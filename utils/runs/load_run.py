@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from envs.protocol import Env
-from envs.registry import make_env
+from envs.registry import UNDIVIDED, make_env
 from utils.runs.checkpoints import Checkpoints, Damaged, Saved, find, load
 from utils.runs.flags import UsageError
 from utils.runs.folder import CHECKPOINTS, MODEL
@@ -70,7 +70,7 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
 
     Args:
         path: of a run's folder: its final model, or if it has none its last checkpoint; or of one checkpoint.
-        flags: in the place of the run's own, such as `num_envs=1` or `seed=100`.
+        flags: in the place of the run's own, such as `num_envs=1` or `seed=100`. One device is used, whatever the run had.
 
     Raises:
         UsageError: nothing can be loaded from there, or not by this code.
@@ -80,7 +80,7 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
         script = importlib.import_module(saved.progress["script"])
     except ModuleNotFoundError:
         raise UsageError(f"{path}: was made by {saved.progress['script']}.py, which is not on Python's path") from None
-    args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **flags)
+    args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **UNDIVIDED | flags)
     try:
         env = make_env(args)
     except ImportError as error:  # an extra

@@ -6,7 +6,7 @@
     with run:
         state = run.restore(init_state(...), env, agent)
         for _ in range(run.iteration, run.num_iterations):
-            state, metrics = train_iteration(state)
+            state, metrics = learn(*rollout(state))
             run.log(state, metrics)
 
 The state may be donated to the next iteration as soon as it was logged.
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from utils.devices import distribute, on_one_device
 from utils.evaluation.camera import Camera
 from utils.histograms import statistics
 from utils.runs import folder
@@ -139,8 +140,10 @@ class Run:
             now, before = folder.versions(), stored["versions"]
             both = [name for name in now if name in before]  # an extra may have come since, or have gone
             changed = [f"{name} {before[name]} -> {now[name]}" for name in both if before[name] != now[name]]
+            if (devices := stored["flags"].get("num_devices", 1)) != self.args.num_devices:
+                changed.append(f"devices {devices} -> {self.args.num_devices}")
             if changed:
-                self.said.append(f"*** other versions ({', '.join(changed)}): the results may not be the same to the bit ***")
+                self.said.append(f"*** not as before: {', '.join(changed)}: the results may not be the same to the bit ***")
 
     def __enter__(self) -> "Run":
         self.signals = Signals()
@@ -299,6 +302,7 @@ class Run:
         self.left_out = {} if env.saveable else {"env_state": None, "obs": None}
         if hasattr(state, REFILLED) and not self.saves_replay:
             self.left_out[REFILLED] = None
+        state = distribute(state)
         if self.saved is None:
             return state
         targets = self._split(state)
@@ -352,7 +356,8 @@ class Run:
 
     def _film(self, params: Any, step: int) -> None:
         try:
-            path, episodic_return = self.camera.take(params, step)
+            with on_one_device():
+                path, episodic_return = self.camera.take(jax.device_put(params, jax.devices()[0]), step)
         except Exception as error:  # of whatever kind: a film is not worth a run
             return self.logger.say(f"*** no video at step {step:,}: {one_line(error)} ***")
         self.logger.say(f"video: {path} (return {'-' if episodic_return is None else f'{episodic_return:g}'})")

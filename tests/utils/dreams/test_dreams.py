@@ -261,6 +261,17 @@ REAL = [
 ]
 
 
+def gather_experience(state, env, agent, args):
+    """A rollout, stored, and its advantages."""
+    state, steps = dream_spi.rollout(state, env, agent, args)
+    state, advantages = dream_spi.store(state, steps, args)
+    return state, steps, advantages
+
+
+def prefill_iteration(state, env, agent, args):
+    return dream_spi.prefill(*dream_spi.rollout(state, env, agent, args), env, agent, args)
+
+
 @pytest.mark.parametrize("flags, real", REAL)
 def test_each_update_changes_its_own_parameters_alone(flags, real):
     """To the bit, twice over, so that no moment of the optimizers moves what has no gradient."""
@@ -269,7 +280,7 @@ def test_each_update_changes_its_own_parameters_alone(flags, real):
     update_model, update_heads = (jax.jit(partial(f, **given)) for f in (dream_spi.update_model, dream_spi.update_heads))
     state = state._replace(iteration=jnp.asarray(10))  # where progressive learns from both
     for k in range(2):
-        after_rollout, steps, advantages = dream_spi.gather_experience(state, jax.random.key(k), env, agent, args)
+        after_rollout, steps, advantages = gather_experience(state, env, agent, args)
         after_model, _ = update_model(after_rollout, steps, advantages, jax.random.key(10 + k))
         assert changed(state.params, after_model.params) == MODEL | real
         if args.dreams_from == "replay":
@@ -308,8 +319,8 @@ def test_slow_critic_and_normalised_returns():
 def test_the_discriminator_learns_from_its_own_loss_alone():
     """Its steps change nothing else, and the others' losses, whose gradients do reach it, leave it as it is."""
     args, env, agent, optimizers, state = dream_setup(wasserstein_discriminator=True, discriminator_steps=3)
-    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
-    state, steps, advantages = gather(state, jax.random.key(0))
+    gather = jax.jit(partial(gather_experience, env=env, agent=agent, args=args))
+    state, steps, advantages = gather(state)
     first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
     batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
     rates = dream_spi.Optimizers(*[1e-3] * 4)
@@ -515,8 +526,8 @@ def test_ends_by_hubers_loss_stand_in_the_utility():
     args, env, agent, _, state = dream_setup(
         end_loss="huber", end_loss_coef=2.0, transition_loss_coef=0.5, reward_loss_coef=0.25, value_aware_coef=0.0
     )
-    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
-    _, steps, advantages = gather(state, jax.random.key(0))
+    gather = jax.jit(partial(gather_experience, env=env, agent=agent, args=args))
+    _, steps, advantages = gather(state)
     first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
     batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
     ended = jnp.arange(len(batch.action)) % 3 == 0
@@ -543,8 +554,8 @@ def test_predictions_learn_the_values_of_what_followed():
     env = CueEnv(16)
     agent = dream_spi.make_agent(args, env.num_actions)
     state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
-    gather = jax.jit(partial(dream_spi.gather_experience, env=env, agent=agent, args=args))
-    _, steps, advantages = gather(state, jax.random.key(0))
+    gather = jax.jit(partial(gather_experience, env=env, agent=agent, args=args))
+    _, steps, advantages = gather(state)
     first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
     batch, key = deep_spi.gather(steps, advantages, first, where, args), jax.random.key(2)
     assert not batch.valid.all()
@@ -581,7 +592,9 @@ FAST = {"learning_rate": 2e-3, "heads_learning_rate": 2e-3, "transition_loss_coe
 
 
 def learn(state, env, agent, optimizers, args, iterations):
-    iteration = jax.jit(partial(dream_spi.train_iteration, env=env, agent=agent, optimizers=optimizers, args=args))
+    iteration = jax.jit(
+        lambda state: dream_spi.learn(*dream_spi.rollout(state, env, agent, args), env, agent, optimizers, args)
+    )
     history = []
     for _ in range(iterations):
         state, metrics = iteration(state)
@@ -591,7 +604,7 @@ def learn(state, env, agent, optimizers, args, iterations):
 
 def test_prefill_fills_the_buffer_and_learns_nothing():
     args, env, agent, optimizers, state = dream_setup(**REPLAY)
-    after, metrics = jax.jit(partial(dream_spi.prefill_iteration, env=env, agent=agent, args=args))(state)
+    after, metrics = jax.jit(partial(prefill_iteration, env=env, agent=agent, args=args))(state)
     jax.tree.map(assert_array_equal, (after.params, after.opt_state), (state.params, state.opt_state))
     assert after.iteration == 1 and after.replay.current_index == args.num_steps
     assert metrics["charts/episodes"] > 0 and not any(name.startswith(("losses/policy", "dreams/")) for name in metrics)
@@ -604,7 +617,7 @@ def test_learns_a_probe_from_replayed_data_alone(off_policy, monkeypatch):
     monkeypatch.setattr(dream_spi, "learning_rates", lambda *args: rates(*args)._replace(heads=0.0))
     flags = {"dyna_style": True, "replay_capacity": 8 * 128, "replay_ratio": 4.0, "off_policy": off_policy}
     args, env, agent, optimizers, state = dream_setup(**FAST, **REPLAY, **flags)
-    state, _ = jax.jit(partial(dream_spi.prefill_iteration, env=env, agent=agent, args=args))(state)
+    state, _ = jax.jit(partial(prefill_iteration, env=env, agent=agent, args=args))(state)
     state, history = learn(state, env, agent, optimizers, args, 38)
     assert history[0]["charts/episodic_return"] < 0.7
     assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.95

@@ -25,6 +25,11 @@ from utils.runs.flags import UsageError
 SMALL = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
 
 
+def plain(shape, num_actions):
+    """What the buffer reads of environments whose observations are not stacked."""
+    return SimpleNamespace(obs_spec=jax.ShapeDtypeStruct(shape, jnp.uint8), num_actions=num_actions, stacks_frames=False)
+
+
 class Sizes(NamedTuple):
     """The flags that the buffer reads."""
 
@@ -45,7 +50,7 @@ def test_only_stored_contiguous_sequences_come_back(num_envs, num_steps, spare, 
     held = max(length + 1, num_steps) + spare  # steps of each environment
     sizes = Sizes(num_envs, num_steps, held * num_envs + min(extra, num_envs - 1), 1000, length)
     rollouts = max(rollouts, -(-(length + 1) // num_steps))
-    buffer = replay.init_replay(jax.ShapeDtypeStruct((2,), jnp.uint8), 3, sizes)
+    buffer = replay.init_replay(plain((2,), 3), sizes)
     env = np.arange(num_envs)[None]
     for k in range(rollouts):
         time = np.arange(k * num_steps, (k + 1) * num_steps + 1)[:, None]
@@ -81,17 +86,18 @@ def test_only_stored_contiguous_sequences_come_back(num_envs, num_steps, spare, 
 
 def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
     args = dream_spi.Args(num_envs=8, use_replay_buffer=True)
-    obs = make_pool("Breakout-v5", 2, 1).obs_spec
-    assert obs.shape == (4, 84, 84) and obs.dtype == np.uint8
+    env = make_pool("Breakout-v5", 2, 1)
     monkeypatch.setattr(replay, "free_memory", lambda: replay.KEPT_FREE + 2**20)
-    with pytest.raises(UsageError, match="--replay-capacity 500000: takes 13.2 GiB .* ask for 32 or less"):
-        replay.check_memory(obs, 4, args)
-    replay.check_memory(obs, 4, replace(args, replay_capacity=32))
-    replay.check_memory(obs, 4, replace(args, use_replay_buffer=False))
+    with pytest.raises(UsageError, match="--replay-capacity 500000: takes 3.3 GiB .* ask for 144 or less"):
+        replay.check_memory(env, args)
+    replay.check_memory(env, replace(args, replay_capacity=144))
+    with pytest.raises(UsageError, match="--replay-capacity 152"):
+        replay.check_memory(env, replace(args, replay_capacity=152))
+    replay.check_memory(env, replace(args, use_replay_buffer=False))
     monkeypatch.undo()
     monkeypatch.setattr(replay, "free_memory", lambda: replay.KEPT_FREE)
     with pytest.raises(UsageError, match="0.0 GiB for it; free some, or leave out --use-replay-buffer"):
-        replay.check_memory(obs, 4, args)
+        replay.check_memory(env, args)
 
 
 def replayed(steps):
@@ -200,7 +206,7 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     env = CueEnv(8)
     agent = dream_spi.make_agent(args, env.num_actions)
     state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
-    _, steps = deep_spi.rollout(state, jax.random.key(0), env, agent, args)
+    _, steps = deep_spi.rollout(state, env, agent, args)
     advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
     fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)
     fields, ended, weight = replay.for_policy(state.params, replayed(steps), agent, args)
@@ -257,7 +263,7 @@ def test_what_an_older_policy_did_is_weighed(off_policy):
 def test_a_buffer_that_outlived_its_games_marks_the_last_step_of_each_as_none():
     """Three rollouts of two steps in a buffer of five: whether it has wrapped around or not."""
     sizes = Sizes(num_envs=2, num_steps=2, replay_capacity=10, replay_batch_size=4, replay_length=1)
-    buffer = replay.init_replay(jax.ShapeDtypeStruct((3,), jnp.uint8), 4, sizes)
+    buffer = replay.init_replay(plain((3,), 4), sizes)
     emulators, in_jax = make_pool("CartPole-v1", 2, 1), CueEnv(2)
     for k in range(3):
         steps = random_steps(deep_spi, jax.random.key(k), 2, 2, obs_shape=(3,))

@@ -40,7 +40,7 @@ class Uneven:
     """Games of environment i take 1 step and 40 (1 + i) in turn; a step pays what the action says; the 20th of a game is a lost
     life."""
 
-    num_actions, saveable, reward_range = 3, True, (0.0, 2.0)
+    num_actions, saveable, stacks_frames, reward_range = 3, True, False, (0.0, 2.0)
     obs_spec = jax.ShapeDtypeStruct((1,), jnp.float32)
 
     def __init__(self, num_envs):

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 import deep_spi
 from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
 from networks.architectures import ActorCritic
-from tests.probes import CueEnv
+from tests.probes import CueEnv, make_iteration
 from utils.distributions import Categorical
 from utils.guarantees.bounds import local_error, stepwise_bound, value_span
 from utils.guarantees.monitor import PREFIX, model_terms, monitor
@@ -102,10 +102,10 @@ class Played:
         self.params = [deep_spi.Params({}, table(log(policy)), *model_tables) for policy in (self.old, self.new)]
         self.args = deep_spi.Args(num_envs=2000, num_steps=100, latent="categorical", gamma=GAMMA)
         env_state, obs = self.env.reset()
-        state = deep_spi.TrainState(self.params[0], None, env_state, obs, None, None)
+        state = deep_spi.TrainState(self.params[0], None, env_state, obs, jax.random.key(0), None)
         play = jax.jit(partial(deep_spi.rollout, env=self.env, agent=self.agent, args=self.args))
-        state, _ = play(state, jax.random.key(0))  # after which the agents no longer walk in step
-        _, self.steps = play(state, jax.random.key(1))
+        state, _ = play(state)  # after which the agents no longer walk in step
+        _, self.steps = play(state)
         change = deep_spi.policy_change(self.params[1], self.steps, self.agent)
         measure = partial(monitor, agent=self.agent, args=self.args, reward_range=self.env.reward_range)
         measured = jax.jit(measure)(old=self.params[0], new=self.params[1], steps=self.steps, log_ratios=change,
@@ -184,7 +184,7 @@ def test_training_is_the_same_with_it_and_only_every_so_often_measured():
     for args in (plain, replace(plain, monitor_guarantee=True, monitor_every=2)):
         env = CueEnv(8)
         agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
-        iteration = jax.jit(partial(deep_spi.train_iteration, env=env, agent=agent, optimizer=optimizer, args=args))
+        iteration = make_iteration(deep_spi, env, agent, optimizer, args)
         state, history = deep_spi.init_state(args, env, agent, optimizer), []
         for _ in range(3):
             state, metrics = iteration(state)
@@ -225,8 +225,8 @@ def test_constants_that_are_not_certified_are_infinite(flags, infinite):
     agent = deep_spi.make_agent(args, 3)
     env_state, obs = env.reset()
     params = deep_spi.init_params(jax.random.key(0), agent, obs)
-    state = deep_spi.TrainState(params, None, env_state, obs, None, None)
-    _, steps = deep_spi.rollout(state, jax.random.key(1), env, agent, args)
+    state = deep_spi.TrainState(params, None, env_state, obs, jax.random.key(1), None)
+    _, steps = deep_spi.rollout(state, env, agent, args)
     reward_error, distance, constants = model_terms(params, agent, steps, jax.random.key(2), args, env.reward_range)
     assert {name for name, value in constants.items() if np.isinf(value)} == infinite
     assert bool(jnp.isfinite(reward_error).all() and jnp.isfinite(distance).all())

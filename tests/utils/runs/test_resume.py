@@ -79,6 +79,7 @@ def compiled_once(tmp_path, monkeypatch):
     """What is compiled is kept, here and in processes that are started."""
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # as here: XLA has a thread for each, and sums by threads
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
     yield
     jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,59 @@
+"""Several devices in one process (`--num-devices`).
+
+Arrays are split over them along their first axis, of environments or of a minibatch. The programs are those for one device, and
+XLA divides the work: what is a mean, a sum, or a decision there is one over all of it, and what is drawn is the same.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DEVICES = "devices"  # the name of the mesh's axis
+
+
+def use_devices(num_devices: int) -> AbstractContextManager:
+    """Has this thread compute on so many from now on; one is used in any case. In a `with` statement, until its end."""
+    if num_devices == 1:
+        return nullcontext()
+    devices = jax.devices()[:num_devices]
+    return jax.set_mesh(jax.make_mesh((num_devices,), (DEVICES,), axis_types=(AxisType.Auto,), devices=devices))
+
+
+def on_one_device() -> AbstractContextManager:
+    """In which the first device is used alone: what is played for a film is neither split nor done on each."""
+    return jax.set_mesh(None)
+
+
+def by_device(batch: Any) -> Any:
+    """Arrays, each split along its first axis into equal parts, one on each device. (Of a minibatch, whose steps come from all
+    devices, XLA would have each compute everything.)"""
+    if jax.sharding.get_abstract_mesh().empty:
+        return batch
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(DEVICES)), batch)
+
+
+def distribute(state: Any) -> Any:
+    """A script's state: what is of environments is split over the devices, all else is on each."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:  # what a checkpoint has is loaded to a device, and a program is compiled anew for what is on none yet
+        return jax.device_put(state, jax.devices()[0])
+    of_envs = {name: getattr(state, name) for name in ("env_state", "obs", "replay") if hasattr(state, name)}
+    everywhere = state._replace(**dict.fromkeys(of_envs))
+    state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), everywhere)
+    return state._replace(**jax.tree.map(lambda x: jax.device_put(x, split(x)), of_envs))
+
+
+def split(x: Any) -> NamedSharding:
+    """Where an array of environments belongs; one without axes is on each device."""
+    return NamedSharding(jax.sharding.get_mesh(), P(DEVICES) if x.ndim else P())
+
+
+def make_split(make: Callable[[], Any]) -> Any:
+    """What a function returns, made where `distribute` would put it: what all devices together have room for, one may not."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return make()
+    return jax.jit(make, out_shardings=jax.tree.map(split, jax.eval_shape(make)))()
