@@ -16,7 +16,7 @@ from envs.confounding_gridworld import RIGHT, build_model, optimal_value, policy
 from networks.architectures import ACTIVATIONS, RANGES, ActorCritic, to_range
 from networks.discriminator import TotalVariationCritic, WassersteinCritic
 from tests.networks.test_lipschitz import TOLERANCE, parameter_cases
-from tests.probes import CueEnv
+from tests.probes import CueEnv, make_iteration
 from tests.test_algorithms import Identity
 from utils.distributions import Categorical, Deterministic
 from utils.dreams import traces
@@ -592,10 +592,7 @@ FAST = {"learning_rate": 2e-3, "heads_learning_rate": 2e-3, "transition_loss_coe
 
 
 def learn(state, env, agent, optimizers, args, iterations):
-    iteration = jax.jit(
-        lambda state: dream_spi.learn(*dream_spi.rollout(state, env, agent, args), env, agent, optimizers, args)
-    )
-    history = []
+    iteration, history = make_iteration(dream_spi, env, agent, optimizers, args), []
     for _ in range(iterations):
         state, metrics = iteration(state)
         history.append(jax.device_get(metrics))
