@@ -23,8 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.throughput import Setting, seconds  # noqa: E402
-from utils.runs.flags import UsageError  # noqa: E402
-from utils.runs.launch import describe_device  # noqa: E402
+from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 INSTRUCTION = re.compile(r"%(?P<name>[\w.-]+) = .*? (?P<kind>[\w-]+)\(.*?metadata=\{op_name=\"(?P<source>[^\"]*)\"")
 CONTAINERS = {"while", "call", "conditional"}  # whose time is that of what they hold
@@ -89,7 +88,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(tyro.cli(Args)))

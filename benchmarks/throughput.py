@@ -39,8 +39,8 @@ import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from utils.runs.flags import UsageError, check_flags, make_args, require  # noqa: E402
-from utils.runs.launch import describe_device  # noqa: E402
+from utils.runs.flags import check_flags, make_args, require  # noqa: E402
+from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 MATRIX = 4096
 UV = os.environ.get("UV", "uv")  # `uv run` says which one it is
@@ -333,7 +333,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except UsageError as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(tyro.cli(Args)))
