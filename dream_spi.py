@@ -43,7 +43,7 @@ from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, masked_normalize, smooth_l1_loss, weighted_mean, weighted_quantiles
 from utils.metrics import rollout_metrics, summarize
 from utils.occasionally import occasionally
-from utils.runs.flags import Count, Default, Needs, NotNegative, Positive, Range, Sizes, refuse_unread, require
+from utils.runs.flags import Count, Default, Needs, NotNegative, Positive, Range, Sizes, at_least, refuse_unread, require
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
 from utils.world_model import CONTINUOUS, PENALISED, Density
@@ -77,6 +77,8 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     """passes over the dreams of one such round"""
     dream_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches in each pass"""
+    actor_after: Annotated[int, at_least(0)] = 0
+    """steps of real data before the actor learns in dreams; until then model and critic learn from the initial policy's"""
     bounded_dreams: bool = True
     """keep what is dreamt where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
     values in what such rewards allow"""
@@ -314,6 +316,7 @@ def dream_and_learn(
     dreams = imagine(params, z, awake, dream_key, agent, args)
     advantages, value = dream_advantages(dreams, args.gamma, args.gae_lambda), dreams.value[:-1]
     returns = value + advantages
+    advantages = jnp.where(iteration * args.num_envs * args.num_steps < args.actor_after, 0.0, advantages)
     if args.norm_returns:
         low, high = weighted_quantiles(returns, dreams.weight, (0.05, 0.95))
         advantages = advantages / jnp.maximum(high - low, 1.0)

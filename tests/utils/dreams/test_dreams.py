@@ -316,6 +316,22 @@ def test_slow_critic_and_normalised_returns():
     assert_allclose(of[True]["dreams/policy_loss"] * (high - low), of[False]["dreams/policy_loss"], rtol=1e-3)
 
 
+def test_the_actor_waits_for_the_model():
+    """Before --actor-after nothing moves it, to the bit, while the critic learns; then it learns as ever."""
+    args, env, agent, optimizers, state = dream_setup(decoupled_layers=True, ent_coef=0.0, actor_after=5 * 128)
+    z = agent.encoder.apply(state.params.encoder, env.reset()[1])
+    learn = jax.jit(partial(dream_spi.dream_and_learn, agent=agent, optimizers=optimizers, args=args))
+    start = state.params, state.opt_state, z, jnp.ones(len(z)), jnp.ones(len(z)), jax.random.key(0)
+    moved = {}
+    for iteration in (4, 5):
+        after = learn(*start, iteration)[0][0].actor_critic
+        same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), state.params.actor_critic, after)
+        paths = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(same)}
+        moved[iteration] = {path for path in paths if not paths[path]}
+    assert moved[4] == {path for path in moved[5] if "critic" in path}
+    assert moved[4] and moved[4] < moved[5]
+
+
 def test_the_discriminator_learns_from_its_own_loss_alone():
     """Its steps change nothing else, and the others' losses, whose gradients do reach it, leave it as it is."""
     args, env, agent, optimizers, state = dream_setup(wasserstein_discriminator=True, discriminator_steps=3)
