@@ -56,7 +56,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
 
     num_minibatches: Annotated[Count, Default(minatar=32)] = 8
     adam_eps: Positive = 1e-8
-    transition_loss_coef: Annotated[NotNegative, Default(minatar=1e-2)] = 5e-4
+    transition_loss_coef: NotNegative = 1e-2
     reward_loss_coef: NotNegative = 0.1
     transition_density: Density = "deterministic"
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
@@ -77,7 +77,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     """passes over the dreams of one such round"""
     dream_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches in each pass"""
-    actor_after: Annotated[int, at_least(0)] = 0
+    actor_after: Annotated[int, at_least(0), Default(atari=60_000)] = 0
     """steps of real data before the actor learns in dreams; until then model and critic learn from the initial policy's"""
     bounded_dreams: bool = True
     """keep what is dreamt where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
@@ -350,8 +350,7 @@ def update_model(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """All minibatch gradient steps on real data: encoder and world model, and if asked for actor and critic. With
-    `--dreams-from replay` the latter learn in dreams after each of them."""
+    """All gradient steps on real data, of the heads as well if asked; with `--dreams-from replay` these dream after each."""
     rates = learning_rates(state.iteration, args)
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:

@@ -12,6 +12,7 @@ busy machine slows them alike; the medians over rounds are printed and written a
 seconds between runs.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -39,7 +40,8 @@ import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from utils.runs.flags import check_flags, make_args, require  # noqa: E402
+from utils.dreams.replay import prefill_iterations  # noqa: E402
+from utils.runs.flags import check_flags, make_args, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 MATRIX = 4096
@@ -134,6 +136,9 @@ class Setting:
         self.rollout = jax.jit(rollout, donate_argnums=0).lower(self.state).compile()
         self.learn = jax.jit(learn, donate_argnums=0).lower(*jax.eval_shape(rollout, self.state)).compile()
         self.compile_seconds = time.perf_counter() - start
+        fill = jax.jit(lambda state, steps: module.prefill(state, steps, self.env, agent, self.args), donate_argnums=0)
+        for _ in range(prefill_iterations(self.args)):
+            self.state, _ = fill(*self.rollout(self.state))
         self.rolling, self.learning = [], []
         self.run()
         self.rolling.clear(), self.learning.clear()
@@ -214,8 +219,8 @@ def startup(command: str, env_id: str, cache: str) -> dict:
     compiled programs."""
     script, *flags = command.split()
     with tempfile.TemporaryDirectory() as folder:
-        args = make_args(ppo.Args, env_id=env_id)
-        steps = f"--total-timesteps={(3 + 32 * ('--use-replay-buffer' in flags)) * args.num_envs * args.num_steps}"
+        args = parse_flags(importlib.import_module(script.removesuffix(".py")).Args, [f"--env-id={env_id}", *flags])
+        steps = f"--total-timesteps={(3 + prefill_iterations(args)) * args.num_envs * args.num_steps}"
         command = [sys.executable, str(ROOT / script), f"--env-id={env_id}", steps, f"--logdir={folder}", *flags]
         start = time.perf_counter()
         kept = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
@@ -260,6 +265,7 @@ def main(args: Args) -> None:
         kinds = [(name, {}) for name in SCRIPTS]
         of_pools = [("ppo", by_transition), ("deep_spi", by_transition), ("ppo", {"env_step": "callback"})]
         of_pools += [(name, {"overlap_rollout": True}) for name in ("ppo", "deep_spi")]
+        of_pools += [("dream_spi", {"use_replay_buffer": False})]
         wanted = []
         for env_id in args.env_ids:
             more = of_pools if family(env_id) == "atari" else []
@@ -318,7 +324,7 @@ def main(args: Args) -> None:
         split = "".join(f"{row[name]:{n}.2f} s" for name, n in (("rollout_seconds", 29), ("update_seconds", 7)) if name in row)
         print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}{split}")
     if args.startup and not args.world_models:
-        commands = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py", "dream_spi.py --use-replay-buffer"]
+        commands = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py", "dream_spi.py --no-use-replay-buffer"]
         for command in commands:
             with tempfile.TemporaryDirectory() as cache:
                 row, again = (startup(command, args.env_ids[0], cache) for _ in range(2))

@@ -33,7 +33,7 @@ def assert_tracked(folder, written, *names):
         ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", "--overlap-rollout", *CODES, *WATCHED]),
         pytest.param("dream_spi.py", ["--env-id=CartPole-v1"], marks=pytest.mark.slow),  # with replay and codes: below
         pytest.param("deep_mdp_ppo.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
-        pytest.param("dream_spi.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
+        pytest.param("dream_spi.py", ["--env-id=Breakout-v5", "--no-use-replay-buffer"], marks=pytest.mark.slow),
     ],
 )
 def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):

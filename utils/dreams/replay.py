@@ -14,7 +14,7 @@ from envs.protocol import Env
 from envs.registry import family
 from utils.devices import make_split
 from utils.losses import decayed_sums
-from utils.runs.flags import LARGEST, Count, Needs, NotNegative, refuse_unread, require
+from utils.runs.flags import LARGEST, Count, Default, Needs, NotNegative, refuse_unread, require
 from utils.runs.memory import free_memory
 
 WANTED = Needs(use_replay_buffer=True)
@@ -25,7 +25,7 @@ KEPT_FREE = 3 * 2**30  # bytes that training itself may need, besides the buffer
 class ReplayArgs:
     """Flags of the replay buffer."""
 
-    use_replay_buffer: bool = False
+    use_replay_buffer: Annotated[bool, Default(atari=True)] = False
     """learn on sequences replayed from the device's memory instead of the fresh rollout"""
     replay_capacity: Annotated[Count, WANTED] = 500_000
     """environment steps that it holds, the oldest making room (7 KB each on Atari)"""
@@ -94,8 +94,8 @@ class Replayed(NamedTuple):
 
 
 def prefill_iterations(args: Any) -> int:
-    """Rollouts before the first update."""
-    return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if args.use_replay_buffer else 0
+    """Rollouts before the first update; of flags without a buffer, 0."""
+    return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if getattr(args, "use_replay_buffer", False) else 0
 
 
 def go_on(state: Any, prefill: Callable, iteration: int, env: Env, args: Any) -> Any:

@@ -99,7 +99,7 @@ DREAM_MISTAKES = [
     (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
     (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
     (["--dream-minibatches=5"], "--dream-minibatches", "another number"),
-    (["--dreams-from=replay"], "--dreams-from", "--use-replay-buffer"),
+    (["--no-use-replay-buffer", "--dreams-from=replay"], "--dreams-from", "--use-replay-buffer"),
     (["--slow-critic=1"], "--slow-critic", "[0, 1)"),
     (["--slow-critic=0.9", "--clip-vloss"], "--slow-critic", "clip-vloss"),
     (["--end-loss=huber", "--reward-loss-coef=0"], "--end-loss", "--reward-loss-coef"),
@@ -108,11 +108,12 @@ DREAM_MISTAKES = [
     (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
     (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
     (["--target-kl=0.1"], "--target-kl", "leave it out"),
-    (["--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
-    (["--save-replay"], "--save-replay", "--use-replay-buffer"),
-    (["--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
-    (["--use-replay-buffer", "--update-epochs=2"], "--update-epochs", "leave it out"),
-    (["--use-replay-buffer", "--replay-length=0"], "--replay-length", "at least 1"),
+    (["--env-id=CartPole-v1", "--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
+    (["--actor-after=-1"], "--actor-after", "at least 0"),
+    (["--no-use-replay-buffer", "--save-replay"], "--save-replay", "--use-replay-buffer"),
+    (["--env-id=Asterix-MinAtar", "--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
+    (["--update-epochs=2"], "--update-epochs", "leave it out"),
+    (["--replay-length=0"], "--replay-length", "at least 1"),
     (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4608"),
     (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
     (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
@@ -195,6 +196,7 @@ def test_the_largest_seed_is_a_seed_of_its_own():
 @pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi, dream_spi])
 def test_every_default_passes(script):
     check_flags(script.Args())
+    check_flags(make_args(script.Args))
     assert script.Args().clip_vloss is False  # as in the official code and CleanRL's JAX script
 
 
