@@ -56,6 +56,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
 
     num_minibatches: Annotated[Count, Default(minatar=32)] = 8
     adam_eps: Positive = 1e-8
+    ent_coef: Annotated[NotNegative, Default(atari=0.1)] = 0.01
     transition_loss_coef: NotNegative = 1e-2
     reward_loss_coef: NotNegative = 0.1
     transition_density: Density = "deterministic"
@@ -324,10 +325,9 @@ def dream_and_learn(
     batch = HeadsBatch(
         dreams.z, dreams.action, dreams.log_prob, value, advantages, returns, dreams.weight, first(target), first(awake)
     )
-    size = dreams.weight.size
-    batch = jax.tree.map(lambda x: x.reshape(size, *x.shape[2:]), batch)
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     keys = jax.random.split(shuffle_key, args.imagination_epochs)
-    shuffled = jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
+    shuffled = jax.vmap(lambda key: jax.random.permutation(key, dreams.weight.size))(keys)
     shuffled = shuffled.reshape(args.imagination_epochs * args.dream_minibatches, -1)
 
     def minibatch_step(carry, indices):

@@ -33,7 +33,7 @@ class ReplayArgs:
     """environment steps before the first update"""
     replay_ratio: Annotated[NotNegative, WANTED] = 4.0
     """steps replayed for each new one"""
-    replay_batch_size: Annotated[Count, WANTED] = 64
+    replay_batch_size: Annotated[Count, WANTED] = 8
     """sequences in a minibatch"""
     replay_length: Annotated[Count, WANTED] = 32
     """steps of a sequence"""

@@ -117,8 +117,8 @@ DREAM_MISTAKES = [
     (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4608"),
     (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
     (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
-    (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 2"),
-    (["--use-replay-buffer", "--replay-ratio=5.5"], "--replay-ratio", "the nearest is 6"),
+    (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 0.25"),
+    (["--use-replay-buffer", "--replay-ratio=5.6"], "--replay-ratio", "the nearest is 5.5"),
     (
         ["--num-envs=8", "--use-replay-buffer", "--replay-capacity=99999999", "--replay-ratio=64"],
         "--replay-capacity",
