@@ -317,7 +317,7 @@ def dream_and_learn(
     dreams = imagine(params, z, awake, dream_key, agent, args)
     advantages, value = dream_advantages(dreams, args.gamma, args.gae_lambda), dreams.value[:-1]
     returns = value + advantages
-    advantages = jnp.where(iteration * args.num_envs * args.num_steps < args.actor_after, 0.0, advantages)
+    advantages = jnp.where(iteration < args.actor_after / (args.num_envs * args.num_steps), 0.0, advantages)
     if args.norm_returns:
         low, high = weighted_quantiles(returns, dreams.weight, (0.05, 0.95))
         advantages = advantages / jnp.maximum(high - low, 1.0)
