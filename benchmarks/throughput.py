@@ -1,6 +1,7 @@
 """How fast the scripts train, as shares of what the machine could do at most.
 
     uv run benchmarks/throughput.py
+    uv run benchmarks/throughput.py --settings deep_spi "deep_spi --overlap-rollout"    # these alone
     uv run benchmarks/throughput.py --world-models    # Deep SPI with each of its world models instead
     uv run benchmarks/throughput.py --torch           # besides, the same network and update in PyTorch
     uv run --extra minatar benchmarks/throughput.py --env-ids Breakout-MinAtar Seaquest-MinAtar --rejax
@@ -78,6 +79,8 @@ class Args:
     """environments; if not given, the scripts' default for each game"""
     num_steps: int | None = None
     """steps of a rollout; likewise"""
+    settings: tuple[str, ...] = ()
+    """instead of all scripts these (ppo, deep_mdp, deep_spi, dream_spi), with flags of their own in quotes; no starts"""
     world_models: bool = False
     """time Deep SPI with each world model, instead of all scripts; only on the first game"""
     startup: bool = True
@@ -114,6 +117,15 @@ def flops_per_step(args) -> float:
     rollout = (convolutions + heads) * (args.num_steps + 1) / args.num_steps
     update = args.update_epochs * (frames * (3 * convolutions - first) + 3 * (heads + world_model))
     return 2.0 * (rollout + update)
+
+
+def parse_setting(text: str, env_id: str) -> tuple[str, dict]:
+    """The script that a text of --settings names, and those of its flags that are not the defaults."""
+    name, *flags = shlex.split(text) or [""]
+    require(name in SCRIPTS, f"--settings {text!r}: begins with none of {', '.join(SCRIPTS)}")
+    args = vars(parse_flags(SCRIPTS[name].Args, [f"--env-id={env_id}", *flags]))
+    usual = vars(make_args(SCRIPTS[name].Args, env_id=env_id))
+    return name, {flag: value for flag, value in args.items() if flag == "env_id" or value != usual[flag]}
 
 
 class Setting:
@@ -258,7 +270,9 @@ def main(args: Args) -> None:
     for flags in flags_of.values():
         check_flags(flags)
     alone = {env_id: Alone(flags) for env_id, flags in flags_of.items()}
-    if args.world_models:
+    if args.settings:
+        wanted = [parse_setting(text, env_id) for env_id in args.env_ids for text in args.settings]
+    elif args.world_models:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
     else:
         by_transition = {"minibatch_by": "transition"}
@@ -272,7 +286,7 @@ def main(args: Args) -> None:
             wanted += [(name, {"env_id": env_id} | flags) for name, flags in kinds + more]
     settings = []
     for name, flags in wanted:
-        settings.append(Setting(name, **shape, **flags))
+        settings.append(Setting(name, **shape | flags))
         print(f"compiled {settings[-1].label} in {settings[-1].compile_seconds:.1f} s", flush=True)
 
     matrix_seconds = []
@@ -288,15 +302,15 @@ def main(args: Args) -> None:
     print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; random actions alone, steps/s: ", end="")
     print(", ".join(f"{env_id} {rate:,.0f}" for env_id, rate in env_rates.items()) + "\n")
     width = max(len(setting.label) for setting in settings)
-    print(f"{'':{width}s} steps/s  of first of matrix  of its env  rollout   update  compile")
+    print(f"{'':{width}s} steps/s  of first of matrix  of its env   rollout    update  compile")
     for setting, row in zip(settings, rows, strict=True):
         base = next(r for s, r in zip(settings, rows, strict=True) if s.args.env_id == setting.args.env_id)
         row["relative_to_first"] = row["steps_per_second"] / base["steps_per_second"]
         share = f"{row['share_of_matrix_rate']:.0%}" if setting.counted else "-"
         print(
             f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f} "
-            f"{share:>9s} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:6.2f} s "
-            f"{row['update_seconds']:6.2f} s {row['compile_seconds']:6.1f} s"
+            f"{share:>9s} {row['share_of_env_rate']:11.0%} {row['rollout_seconds']:7.3f} s "
+            f"{row['update_seconds']:7.3f} s {row['compile_seconds']:6.1f} s"
         )
     result = {
         "machine": platform.platform(),
@@ -321,9 +335,9 @@ def main(args: Args) -> None:
     for row in peers:
         row["relative_to_first"] = row["steps_per_second"] / rows[0]["steps_per_second"]
         result["settings"].append(row)
-        split = "".join(f"{row[name]:{n}.2f} s" for name, n in (("rollout_seconds", 29), ("update_seconds", 7)) if name in row)
+        split = "".join(f"{row[name]:{n}.3f} s" for name, n in (("rollout_seconds", 30), ("update_seconds", 8)) if name in row)
         print(f"{row['setting']:{width}s} {row['steps_per_second']:7,.0f} {row['relative_to_first']:7.2f}{split}")
-    if args.startup and not args.world_models:
+    if args.startup and not (args.world_models or args.settings):
         commands = ["ppo_atari_envpool_xla_jax_scan.py", "deep_spi.py", "dream_spi.py", "dream_spi.py --no-use-replay-buffer"]
         for command in commands:
             with tempfile.TemporaryDirectory() as cache:
