@@ -50,6 +50,7 @@ from utils.runs.launch import describe_device  # noqa: E402
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+OF_DREAMS = ("dream_learning_rate", "dream_heads_learning_rate", "dream_actor_after")
 SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi, "DreamSPI": dream_spi}
 VALUE, DISTANCE, DISTINCT = "charts/init_value", "charts/representation_distance", "charts/distinct_latents"
 
@@ -78,6 +79,8 @@ class Args:
     """DreamSPI's learning rate of encoder and world model"""
     dream_heads_learning_rate: float = 1e-4
     """DreamSPI's learning rate of actor and critic"""
+    dream_actor_after: int = 40_000
+    """steps for which DreamSPI's actor waits for the model"""
     total_timesteps: int = 204_800
     """steps of each run"""
     gridworld_n_path: int = 5
@@ -104,10 +107,10 @@ class OncePerCell:
 
 def script_args(name: str, args: Args) -> Any:
     """The flags of the script `name`."""
-    ours = ("output", "seeds", "algorithms", "dream_learning_rate", "dream_heads_learning_rate")
+    ours = ("output", "seeds", "algorithms", *OF_DREAMS)
     flags = {key: value for key, value in vars(args).items() if key not in ours}
     if name == "DreamSPI":
-        flags |= {"learning_rate": args.dream_learning_rate, "heads_learning_rate": args.dream_heads_learning_rate}
+        flags |= {name.removeprefix("dream_"): getattr(args, name) for name in OF_DREAMS}
     if name == "PPO":
         del flags["transition_loss_coef"], flags["reward_loss_coef"]
     if args.latent == "continuous":
@@ -185,7 +188,7 @@ def main(args: Args) -> None:
     if args.latent == "continuous":
         refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
     if "DreamSPI" not in args.algorithms:
-        refuse_unread(args, ("dream_learning_rate", "dream_heads_learning_rate"), "--algorithms DreamSPI")
+        refuse_unread(args, OF_DREAMS, "--algorithms DreamSPI")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     gamma = deep_spi.Args().gamma
     model = build_model(args.gridworld_n_path, args.gridworld_epsilon, gamma)
