@@ -110,7 +110,7 @@ def script_args(name: str, args: Args) -> Any:
     ours = ("output", "seeds", "algorithms", *OF_DREAMS)
     flags = {key: value for key, value in vars(args).items() if key not in ours}
     if name == "DreamSPI":
-        flags |= {name.removeprefix("dream_"): getattr(args, name) for name in OF_DREAMS}
+        flags |= {flag.removeprefix("dream_"): getattr(args, flag) for flag in OF_DREAMS}
     if name == "PPO":
         del flags["transition_loss_coef"], flags["reward_loss_coef"]
     if args.latent == "continuous":

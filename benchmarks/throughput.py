@@ -48,6 +48,14 @@ from utils.runs.launch import describe_device, run_main  # noqa: E402
 MATRIX = 4096
 UV = os.environ.get("UV", "uv")  # `uv run` says which one it is
 SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi, "dream_spi": dream_spi}
+ON_ATARI = (  # besides all scripts as they are
+    "ppo --minibatch-by transition",
+    "deep_spi --minibatch-by transition",
+    "ppo --env-step callback",
+    "ppo --overlap-rollout",
+    "deep_spi --overlap-rollout",
+    "dream_spi --no-use-replay-buffer",
+)
 WORLD_MODELS = (
     {},
     {"transition_density": "normal"},
@@ -120,10 +128,15 @@ def flops_per_step(args) -> float:
 
 
 def parse_setting(text: str, env_id: str) -> tuple[str, dict]:
-    """The script that a text of --settings names, and those of its flags that are not the defaults."""
+    """The script that a text of --settings names, and those of its flags that are not the defaults.
+
+    Raises:
+        UsageError: it names none, or an environment of its own.
+    """
     name, *flags = shlex.split(text) or [""]
     require(name in SCRIPTS, f"--settings {text!r}: begins with none of {', '.join(SCRIPTS)}")
     args = vars(parse_flags(SCRIPTS[name].Args, [f"--env-id={env_id}", *flags]))
+    require(args["env_id"] == env_id, f"--settings {text!r}: environments are those of --env-ids; leave --env-id out")
     usual = vars(make_args(SCRIPTS[name].Args, env_id=env_id))
     return name, {flag: value for flag, value in args.items() if flag == "env_id" or value != usual[flag]}
 
@@ -260,6 +273,7 @@ def main(args: Args) -> None:
         not args.torch or (family(args.env_ids[0]) == "atari" and shutil.which(UV)),
         "--torch: needs one of Atari's games as the first of --env-ids, and uv",
     )
+    require(not (args.settings and args.world_models), "--settings, --world-models: choose one of the two")
     print(describe_device())
     jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured
     matrix = jnp.ones((MATRIX, MATRIX))
@@ -270,20 +284,13 @@ def main(args: Args) -> None:
     for flags in flags_of.values():
         check_flags(flags)
     alone = {env_id: Alone(flags) for env_id, flags in flags_of.items()}
-    if args.settings:
-        wanted = [parse_setting(text, env_id) for env_id in args.env_ids for text in args.settings]
-    elif args.world_models:
+    if args.world_models:
         wanted = [("deep_spi", {"env_id": args.env_ids[0]} | flags) for flags in WORLD_MODELS]
     else:
-        by_transition = {"minibatch_by": "transition"}
-        kinds = [(name, {}) for name in SCRIPTS]
-        of_pools = [("ppo", by_transition), ("deep_spi", by_transition), ("ppo", {"env_step": "callback"})]
-        of_pools += [(name, {"overlap_rollout": True}) for name in ("ppo", "deep_spi")]
-        of_pools += [("dream_spi", {"use_replay_buffer": False})]
         wanted = []
         for env_id in args.env_ids:
-            more = of_pools if family(env_id) == "atari" else []
-            wanted += [(name, {"env_id": env_id} | flags) for name, flags in kinds + more]
+            usual = (*SCRIPTS, *ON_ATARI) if family(env_id) == "atari" else SCRIPTS
+            wanted += [parse_setting(text, env_id) for text in args.settings or usual]
     settings = []
     for name, flags in wanted:
         settings.append(Setting(name, **shape | flags))

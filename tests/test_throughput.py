@@ -14,3 +14,5 @@ def test_a_setting_is_typed_as_a_script_is():
     for wrong in ("", "pqn", "--overlap-rollout"):
         with pytest.raises(UsageError, match="ppo, deep_mdp, deep_spi, dream_spi"):
             parse_setting(wrong, "Pong-v5")
+    with pytest.raises(UsageError, match="leave --env-id out"):
+        parse_setting("ppo --env-id Breakout-v5", "Pong-v5")
