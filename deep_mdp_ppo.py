@@ -414,7 +414,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
-    return TrainState(params, optimizer.init(params), env_state, obs, key, jnp.zeros((), jnp.int32))
+    return TrainState(params, jax.jit(optimizer.init)(params), env_state, obs, key, jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> None:

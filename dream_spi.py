@@ -452,7 +452,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
     env_state, obs = env.reset()
     buffer = replay.init_replay(env, args) if args.use_replay_buffer else None
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
-    opt_state = Optimizers(*(optimizer.init(params) for optimizer in optimizers))
+    opt_state = jax.jit(lambda params: Optimizers(*(optimizer.init(params) for optimizer in optimizers)))(params)
     return TrainState(params, opt_state, env_state, obs, buffer, key, jnp.zeros((), jnp.int32))
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from networks.convolution import conv2d, grid_layer
+from networks.convolution import conv2d, frames_conv2d, grid_layer
 from utils.distributions import straight_through
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -34,19 +34,21 @@ STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # 
 # What has a `dtype` multiplies in that, and adds its bias in float32: the gradient of a bias is a sum over a whole batch and
 # its maps, which in bfloat16 stops growing after a few hundred terms.
 class Conv(nn.Module):
-    """A VALID convolution with square kernels, orthogonal initialisation."""
+    """A VALID convolution with square kernels, orthogonal initialisation; of frames if `of_frames`, else of maps."""
 
     features: int
     size: int
     stride: int
     dtype: jnp.dtype
+    of_frames: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w O"]:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape)
+    def __call__(self, x: Float[Array, "N H W C"] | Num[Array, "N C H W"]) -> Float[Array, "N h w O"]:
+        shape = (self.size, self.size, x.shape[1 if self.of_frames else -1], self.features)
+        kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return conv2d(x.astype(self.dtype), kernel.astype(self.dtype), self.stride).astype(FLOAT32) + bias
+        y = frames_conv2d(x, kernel, self.stride) if self.of_frames else conv2d(x.astype(self.dtype), kernel, self.stride)
+        return y.astype(FLOAT32) + bias
 
 
 class GridLayer(nn.Module):
@@ -103,8 +105,7 @@ class Encoder(nn.Module):
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
         if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, as emulators return them
-            x = (obs.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1)
-            x = activation(Conv(32, 8, 4, self.dtype)(x))
+            x = activation(Conv(32, 8, 4, self.dtype, of_frames=True)(obs))
             x = activation(Conv(64, 4, 2, self.dtype)(x))
             x = activation(Conv(64, 3, 1, self.dtype)(x))
         elif obs.ndim == 4:  # a grid of cells

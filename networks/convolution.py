@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num, UInt8
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -41,6 +41,18 @@ def conv2d(
         cpu=lambda x, kernel: cpu_conv(x, kernel, stride),
         default=lambda x, kernel: valid_conv(x, kernel, stride),
     )
+
+
+def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int) -> Float[Array, "N h w O"]:
+    """VALID convolution of frames as emulators return them, channels first, each pixel divided by 255."""
+
+    def through_floats(conv):
+        to_maps = lambda frames: (frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype)  # noqa: E731
+        return lambda frames, kernel: conv(to_maps(frames), kernel, stride)
+
+    as_words = frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0
+    cpu = cpu_bytes_conv if as_words else through_floats(cpu_conv)
+    return lax.platform_dependent(frames, kernel, cpu=cpu, default=through_floats(valid_conv))
 
 
 def grid_layer(
@@ -90,6 +102,22 @@ def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
     x = x.reshape(-1, blocks_h, stride, blocks_w, stride, c).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(-1, blocks_h, blocks_w, stride * stride * c)
     return _unit_stride_conv(lax.optimization_barrier(x), kernel)  # or XLA would rearrange x once more for the gradient
+
+
+def cpu_bytes_conv(frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
+    """`cpu_conv` of frames / 255 with a stride of 4, for kernels whose sides are multiples of 4.
+
+    Four neighbours in a row make one word: then moving blocks of pixels into the channels moves words, in a quarter of the
+    time that floats take. XLA also turns bytes that were words into floats several times as fast as those that were not.
+    """
+    kh, kw, c, o = kernel.shape
+    n, _, height, width = frames.shape
+    blocks_h, blocks_w = height // 4, width // 4
+    words = frames[:, :, : blocks_h * 4, : blocks_w * 4].reshape(n, c, blocks_h, 4, blocks_w, 4)
+    words = lax.bitcast_convert_type(words, jnp.uint32).transpose(0, 2, 4, 1, 3)
+    x = lax.bitcast_convert_type(words, jnp.uint8).reshape(n, blocks_h, blocks_w, c * 16)
+    kernel = kernel.reshape(kh // 4, 4, kw // 4, 4, c, o).transpose(0, 2, 4, 1, 3, 5).reshape(kh // 4, kw // 4, c * 16, o)
+    return _unit_stride_conv(lax.optimization_barrier((x.astype(jnp.float32) / 255.0).astype(kernel.dtype)), kernel)
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from networks.convolution import conv2d, cpu_conv, grid_layer, valid_conv
+from networks.convolution import conv2d, cpu_bytes_conv, cpu_conv, frames_conv2d, grid_layer, valid_conv
 
 
 def assert_same(x_shape, kernel_shape, stride):
@@ -39,6 +39,27 @@ def test_equals_lax_conv_on_the_shapes_in_use(x_shape, kernel_shape, stride):
 @given(size=st.integers(5, 12), k=st.integers(1, 5), stride=st.integers(1, 4), c=st.integers(1, 4), o=st.integers(1, 4))
 def test_equals_lax_conv_on_any_shape(size, k, stride, c, o):
     assert_same((2, size, size + 1, c), (k, k, c, o), stride)
+
+
+@settings(max_examples=4, deadline=None)
+@given(height=st.integers(8, 25), width=st.integers(8, 25), c=st.integers(1, 4), k=st.sampled_from([(8, 8), (4, 8), (12, 4)]))
+def test_frames_in_bytes_are_convolved_as_floats(height, width, c, k):
+    frames = jax.random.randint(jax.random.key(0), (2, c, max(height, k[0]), width), 0, 256).astype(jnp.uint8)
+    kernel = jax.random.normal(jax.random.key(1), (*k, c, 5)) / 8
+    floats = frames.transpose(0, 2, 3, 1) / jnp.float32(255)
+    expected, expected_vjp = jax.vjp(lambda kernel: valid_conv(floats, kernel, 4), kernel)
+    g = jax.random.normal(jax.random.key(2), expected.shape)
+    actual, actual_vjp = jax.vjp(lambda kernel: cpu_bytes_conv(frames, kernel), kernel)
+    assert_allclose(actual, expected, atol=1e-5)
+    assert_allclose(actual_vjp(g)[0], expected_vjp(g)[0], atol=1e-4)
+
+
+def test_frames_of_any_type_and_stride():
+    frames = jax.random.uniform(jax.random.key(0), (2, 3, 11, 13), maxval=255.0)
+    kernel = jax.random.normal(jax.random.key(1), (4, 4, 3, 5)) / 8
+    for x, stride in ((frames, 4), (frames.astype(jnp.uint8), 4), (frames.astype(jnp.uint8), 3)):
+        expected = valid_conv(x.transpose(0, 2, 3, 1) / jnp.float32(255), kernel, stride)
+        assert_allclose(frames_conv2d(x, kernel, stride), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
