@@ -34,7 +34,8 @@ STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # 
 # What has a `dtype` multiplies in that, and adds its bias in float32: the gradient of a bias is a sum over a whole batch and
 # its maps, which in bfloat16 stops growing after a few hundred terms.
 class Conv(nn.Module):
-    """A VALID convolution with square kernels, orthogonal initialisation; of frames if `of_frames`, else of maps."""
+    """A VALID convolution with square kernels, orthogonal initialisation: of maps, channels last, or of frames, channels
+    first, if `of_frames`."""
 
     features: int
     size: int
@@ -43,7 +44,7 @@ class Conv(nn.Module):
     of_frames: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N H W C"] | Num[Array, "N C H W"]) -> Float[Array, "N h w O"]:
+    def __call__(self, x: Num[Array, "N _ _ _"]) -> Float[Array, "N h w O"]:
         shape = (self.size, self.size, x.shape[1 if self.of_frames else -1], self.features)
         kernel = self.param("kernel", nn.initializers.orthogonal(np.sqrt(2)), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))

@@ -3,7 +3,8 @@
 On a GPU or TPU `lax.conv` is the right choice both ways. On a CPU, XLA computes the *gradient* of a convolution inside
 `lax.scan` tens of times slower than outside one, because the loop loses the fast convolution for any but the plain
 forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution for the
-gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
+gradient of the input, and one matrix product per kernel tap for the gradient of the kernel. And there the bytes of frames
+are moved as words.
 """
 
 from collections.abc import Callable
@@ -44,11 +45,19 @@ def conv2d(
 
 
 def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int) -> Float[Array, "N h w O"]:
-    """VALID convolution of frames as emulators return them, channels first, each pixel divided by 255."""
+    """VALID convolution of frames as emulators return them, channels first, each pixel divided by 255.
+
+    Args:
+        frames: in bytes, or in any other type (which is slower on a CPU).
+        kernel: the filters, in the type that is to multiply.
+        stride: the same for both axes.
+    """
 
     def through_floats(conv):
-        to_maps = lambda frames: (frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype)  # noqa: E731
-        return lambda frames, kernel: conv(to_maps(frames), kernel, stride)
+        def convolve(frames, kernel):
+            return conv((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
+
+        return convolve
 
     as_words = frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0
     cpu = cpu_bytes_conv if as_words else through_floats(cpu_conv)
@@ -107,8 +116,8 @@ def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
 def cpu_bytes_conv(frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
     """`cpu_conv` of frames / 255 with a stride of 4, for kernels whose sides are multiples of 4.
 
-    Four neighbours in a row make one word: then moving blocks of pixels into the channels moves words, in a quarter of the
-    time that floats take. XLA also turns bytes that were words into floats several times as fast as those that were not.
+    Four neighbours in a row make one word, and moving blocks of pixels into the channels moves words, before any are floats.
+    XLA also turns bytes that were words into floats several times as fast as those that were not.
     """
     kh, kw, c, o = kernel.shape
     n, _, height, width = frames.shape

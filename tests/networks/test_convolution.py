@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
@@ -43,6 +43,7 @@ def test_equals_lax_conv_on_any_shape(size, k, stride, c, o):
 
 @settings(max_examples=4, deadline=None)
 @given(height=st.integers(8, 25), width=st.integers(8, 25), c=st.integers(1, 4), k=st.sampled_from([(8, 8), (4, 8), (12, 4)]))
+@example(height=13, width=18, c=2, k=(12, 4))
 def test_frames_in_bytes_are_convolved_as_floats(height, width, c, k):
     frames = jax.random.randint(jax.random.key(0), (2, c, max(height, k[0]), width), 0, 256).astype(jnp.uint8)
     kernel = jax.random.normal(jax.random.key(1), (*k, c, 5)) / 8
@@ -54,12 +55,17 @@ def test_frames_in_bytes_are_convolved_as_floats(height, width, c, k):
     assert_allclose(actual_vjp(g)[0], expected_vjp(g)[0], atol=1e-4)
 
 
-def test_frames_of_any_type_and_stride():
-    frames = jax.random.uniform(jax.random.key(0), (2, 3, 11, 13), maxval=255.0)
-    kernel = jax.random.normal(jax.random.key(1), (4, 4, 3, 5)) / 8
-    for x, stride in ((frames, 4), (frames.astype(jnp.uint8), 4), (frames.astype(jnp.uint8), 3)):
-        expected = valid_conv(x.transpose(0, 2, 3, 1) / jnp.float32(255), kernel, stride)
-        assert_allclose(frames_conv2d(x, kernel, stride), expected, atol=1e-5)
+@pytest.mark.parametrize(
+    "dtype, stride, k, words",
+    [("uint8", 4, (8, 8), True), ("float32", 4, (8, 8), False), ("uint8", 3, (8, 8), False), ("uint8", 4, (8, 6), False)],
+)
+def test_frames_of_any_type_and_stride(dtype, stride, k, words):
+    frames = jax.random.uniform(jax.random.key(0), (2, 3, 11, 13), maxval=255.0).astype(dtype)
+    kernel = jax.random.normal(jax.random.key(1), (*k, 3, 5)) / 8
+    expected = valid_conv(frames.transpose(0, 2, 3, 1) / jnp.float32(255), kernel, stride)
+    assert_allclose(frames_conv2d(frames, kernel, stride), expected, atol=1e-5)
+    hlo = jax.jit(frames_conv2d, static_argnums=2).lower(frames, kernel, stride).as_text()
+    assert ("ui32" in hlo) == (words and jax.default_backend() == "cpu")
 
 
 @pytest.mark.parametrize("stride", [1, 2])
