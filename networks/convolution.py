@@ -53,15 +53,12 @@ def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O
         stride: the same for both axes.
     """
 
-    def through_floats(conv):
-        def convolve(frames, kernel):
-            return conv((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
+    def through_floats(frames, kernel):
+        return conv2d((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
 
-        return convolve
-
-    as_words = frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0
-    cpu = cpu_bytes_conv if as_words else through_floats(cpu_conv)
-    return lax.platform_dependent(frames, kernel, cpu=cpu, default=through_floats(valid_conv))
+    if frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0:
+        return lax.platform_dependent(frames, kernel, cpu=cpu_bytes_conv, default=through_floats)
+    return through_floats(frames, kernel)
 
 
 def grid_layer(
