@@ -1,10 +1,12 @@
 """The one place that decides how a convolution is computed on which platform.
 
-On a GPU or TPU `lax.conv` is the right choice both ways. On a CPU, XLA computes the *gradient* of a convolution inside
+Everywhere a stride becomes 1, by moving blocks of pixels into the channels: many channels and few taps are what fast
+convolutions are written for, on GPUs too, and frames have few channels. The bytes of frames are moved as words.
+
+Then `lax.conv` is the right choice both ways on a GPU or TPU. On a CPU, XLA computes the *gradient* of a convolution inside
 `lax.scan` tens of times slower than outside one, because the loop loses the fast convolution for any but the plain
 forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution for the
-gradient of the input, and one matrix product per kernel tap for the gradient of the kernel. And there the bytes of frames
-are moved as words.
+gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
 """
 
 from collections.abc import Callable
@@ -36,29 +38,20 @@ def conv2d(
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     elif padding != "VALID":
         raise ValueError(f"padding must be VALID or SAME, not {padding!r}")
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=lambda x, kernel: cpu_conv(x, kernel, stride),
-        default=lambda x, kernel: valid_conv(x, kernel, stride),
-    )
+    return unit_stride_conv(*space_to_depth(x, kernel, stride))
 
 
 def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int) -> Float[Array, "N h w O"]:
     """VALID convolution of frames as emulators return them, channels first, each pixel divided by 255.
 
     Args:
-        frames: in bytes, or in any other type (which is slower on a CPU).
+        frames: in bytes, or in any other type (which is slower).
         kernel: the filters, in the type that is to multiply.
         stride: the same for both axes.
     """
-
-    def through_floats(frames, kernel):
-        return conv2d((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
-
     if frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0:
-        return lax.platform_dependent(frames, kernel, cpu=cpu_bytes_conv, default=through_floats)
-    return through_floats(frames, kernel)
+        return unit_stride_conv(*bytes_to_depth(frames, kernel))
+    return conv2d((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
 
 
 def grid_layer(
@@ -83,18 +76,23 @@ def grid_layer(
     return y.reshape(-1, n).T.reshape(n, rows, cols, o)
 
 
-def valid_conv(x: Array, kernel: Array, stride: int = 1) -> Array:
+def unit_stride_conv(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
+    """The VALID convolution of the platform."""
+    return lax.platform_dependent(x, kernel, cpu=cpu_conv, default=valid_conv)
+
+
+def valid_conv(x: Array, kernel: Array) -> Array:
     """`lax.conv` in the one layout used here."""
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
 
 
-def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
-    """A VALID convolution whose gradient is fast on a CPU inside `lax.scan`.
-
-    A stride s becomes 1 by moving each s x s block of pixels into the channels (and of the kernel likewise).
-    """
+def space_to_depth(
+    x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"], stride: int
+) -> tuple[Float[Array, "N h w D"], Float[Array, "_ _ D O"]]:
+    """Map and kernel whose convolution with a stride of 1 is that of these with a stride s: each s x s block of pixels, and of
+    taps, is moved into the channels."""
     if stride == 1:
-        return _unit_stride_conv(x, kernel)
+        return x, kernel
     kh, kw, c, o = kernel.shape
     rows, cols = ((n - k) // stride + 1 for n, k in zip(x.shape[1:3], (kh, kw), strict=True))
     taps_h, taps_w = -(-kh // stride), -(-kw // stride)
@@ -107,14 +105,16 @@ def cpu_conv(x: Array, kernel: Array, stride: int) -> Array:
     x = jnp.pad(x, ((0, 0), (0, blocks_h * stride - x.shape[1]), (0, blocks_w * stride - x.shape[2]), (0, 0)))
     x = x.reshape(-1, blocks_h, stride, blocks_w, stride, c).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(-1, blocks_h, blocks_w, stride * stride * c)
-    return _unit_stride_conv(lax.optimization_barrier(x), kernel)  # or XLA would rearrange x once more for the gradient
+    return lax.optimization_barrier(x), kernel  # or XLA would rearrange x once more for the gradient
 
 
-def cpu_bytes_conv(frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
-    """`cpu_conv` of frames / 255 with a stride of 4, for kernels whose sides are multiples of 4.
+def bytes_to_depth(
+    frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw C O"]
+) -> tuple[Float[Array, "N h w D"], Float[Array, "_ _ D O"]]:
+    """`space_to_depth` of frames / 255 and a stride of 4, for kernels whose sides are multiples of 4.
 
     Four neighbours in a row make one word, and moving blocks of pixels into the channels moves words, before any are floats.
-    XLA also turns bytes that were words into floats several times as fast as those that were not.
+    On a CPU, XLA also turns bytes that were words into floats several times as fast as those that were not.
     """
     kh, kw, c, o = kernel.shape
     n, _, height, width = frames.shape
@@ -123,17 +123,18 @@ def cpu_bytes_conv(frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw 
     words = lax.bitcast_convert_type(words, jnp.uint32).transpose(0, 2, 4, 1, 3)
     x = lax.bitcast_convert_type(words, jnp.uint8).reshape(n, blocks_h, blocks_w, c * 16)
     kernel = kernel.reshape(kh // 4, 4, kw // 4, 4, c, o).transpose(0, 2, 4, 1, 3, 5).reshape(kh // 4, kw // 4, c * 16, o)
-    return _unit_stride_conv(lax.optimization_barrier((x.astype(jnp.float32) / 255.0).astype(kernel.dtype)), kernel)
+    return lax.optimization_barrier((x.astype(jnp.float32) / 255.0).astype(kernel.dtype)), kernel
 
 
 @jax.custom_vjp
-def _unit_stride_conv(x, kernel):
+def cpu_conv(x: Array, kernel: Array) -> Array:
+    """`valid_conv` with a gradient that is fast on a CPU inside `lax.scan`."""
     return valid_conv(x, kernel)
 
 
 def _forward(x, kernel):
     # not `valid_conv`: the gradient of a gradient differentiates this, too
-    return _unit_stride_conv(x, kernel), (x, kernel)
+    return cpu_conv(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):
@@ -152,7 +153,7 @@ def _backward(residuals, g):
     return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), dkernel
 
 
-_unit_stride_conv.defvjp(_forward, _backward)
+cpu_conv.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
@@ -164,7 +165,7 @@ def _full_conv(x, kernel):
 def _full_backward(residuals, g):  # of second order: what a penalty on gradients needs
     kh, kw = residuals[1].shape[:2]
     pads = ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0))
-    return jax.vjp(lambda x, kernel: _unit_stride_conv(jnp.pad(x, pads), kernel), *residuals)[1](g)
+    return jax.vjp(lambda x, kernel: cpu_conv(jnp.pad(x, pads), kernel), *residuals)[1](g)
 
 
 _full_conv.defvjp(lambda x, kernel: (_full_conv(x, kernel), (x, kernel)), _full_backward)

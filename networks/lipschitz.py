@@ -59,12 +59,12 @@ _batched_matmul.defvjp(lambda a, b: (_batched_matmul(a, b), (a, b)), _batched_ma
 
 
 @jax.custom_vjp
-def gram(kernel: Float[Array, "m n"]) -> Float[Array, "n n"]:
-    """W^T W of one large matrix. Its gradient W (G + G^T) is one product, not the two that differentiation would take."""
-    return matmul(kernel.T, kernel)
+def gram(kernel: Float[Array, "m n *batch"]) -> Float[Array, "n n *batch"]:
+    """W^T W. Its gradient W (G + G^T) is one product, not the two that differentiation would take."""
+    return matmul(transpose(kernel), kernel)
 
 
-gram.defvjp(lambda kernel: (gram(kernel), kernel), lambda kernel, g: (matmul(kernel, g + g.T),))
+gram.defvjp(lambda kernel: (gram(kernel), kernel), lambda kernel, g: (matmul(kernel, g + transpose(g)),))
 
 
 def transpose(a: Float[Array, "m n *batch"]) -> Float[Array, "n m *batch"]:
@@ -91,11 +91,23 @@ def orthogonaliser(gram_matrix: Float[Array, "n n *batch"]) -> Float[Array, "n n
 
 def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
     """`kernel` made (semi-)orthogonal: operator norm at most 1 for any value of it, singular values near 1."""
+    if kernel.shape[0] < kernel.shape[1]:
+        return transpose(orthogonal(transpose(kernel)))
     kernel = rescaled(kernel)
-    m, n = kernel.shape[:2]
-    if m >= n:
-        return matmul(kernel, orthogonaliser(matmul(transpose(kernel), kernel)))
-    return matmul(transpose(orthogonaliser(matmul(kernel, transpose(kernel)))), kernel)
+    return matmul(kernel, orthogonaliser(gram(kernel)))
+
+
+def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_ _ *batch"]]:
+    """`orthogonal` of each. Those of one shape, wide ones transposed, are one batch: a GPU takes as long for a product of two
+    small matrices as for a few of them."""
+    tall = [k if k.shape[0] >= k.shape[1] else transpose(k) for k in kernels]
+    made = {}
+    for shape in dict.fromkeys(k.shape for k in tall):
+        alike = [i for i, k in enumerate(tall) if k.shape == shape]
+        # `matmul` writes batches out, term by term, which is for matrices smaller than those that come one by one
+        batched = orthogonal if len(shape) > 2 else jax.vmap(orthogonal, in_axes=-1, out_axes=-1)
+        made |= zip(alike, jnp.moveaxis(batched(jnp.stack([tall[i] for i in alike], axis=-1)), -1, 0), strict=True)
+    return [made[i] if made[i].shape == k.shape else transpose(made[i]) for i, k in enumerate(kernels)]
 
 
 def rescaled(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
@@ -108,9 +120,8 @@ def rescaled(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
 
 
 def projection(basis: Float[Array, "m r *batch"]) -> Float[Array, "m m *batch"]:
-    """R R^T for R = `orthogonal(basis)`: symmetric, eigenvalues in [0, 1], near the projection on the span of `basis`."""
-    basis = orthogonal(basis)
-    return matmul(basis, transpose(basis))
+    """R R^T of what `orthogonal` returned, R: symmetric, eigenvalues in [0, 1], near the projection on the span of R."""
+    return gram(transpose(basis))
 
 
 def orthogonal_conv_kernel(
@@ -122,7 +133,8 @@ def orthogonal_conv_kernel(
         dense: the factor that changes the number of channels.
         vertical, horizontal: their spans are what is shifted by a pixel along each axis; w is the larger of m and n.
     """
-    return shifting_kernel(orthogonal(dense), projection(vertical), projection(horizontal))
+    h, *bases = orthogonal_all(dense, vertical, horizontal)
+    return shifting_kernel(h, *(projection(basis) for basis in bases))
 
 
 def shifting_kernel(

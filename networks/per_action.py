@@ -5,7 +5,8 @@ cost A times as much, in time and in memory.
 
 The convolutions are grouped, and the groups are the last axis of a map: channel k * G + g is the k-th of group g. They
 fill a vector register of a CPU, so that tiny products of kernels and pixels need neither batched matrix products, which are
-several times slower there, nor any rearrangement.
+several times slower there, nor any rearrangement. There the sums are written out term by term, of which XLA makes loops that
+vectorise; on a GPU it would make a kernel of each term, which takes longer to launch than to run, so there each is one sum.
 """
 
 import jax
@@ -48,6 +49,16 @@ of_action.defvjp(lambda table, action: (of_action(table, action), (table, action
 @jax.custom_vjp
 def product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N h w o G"]:
     """The channels of each pixel, group by group, times the kernels of the sample."""
+    return jax.lax.platform_dependent(kernels, x, cpu=cpu_product, default=summed_product)
+
+
+def summed_product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N h w o G"]:
+    """`product` as one sum."""
+    return jnp.sum(kernels[:, None, None] * x[:, :, :, None], axis=4)
+
+
+def cpu_product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N h w o G"]:
+    """`product` term by term."""
     kernels, x = kernels[:, None, None], jax.lax.optimization_barrier(x)
     # the barriers, here and below, keep XLA from computing x, or the result, anew for each of the terms that it enters
     return jax.lax.optimization_barrier(sum(kernels[..., i, :] * x[:, :, :, None, i] for i in range(x.shape[3])))
@@ -55,7 +66,17 @@ def product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> F
 
 @jax.custom_vjp
 def outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
-    """The outer products of y's and x's channels, group by group, summed over the pixels (all h * w terms are unrolled)."""
+    """The outer products of y's and x's channels, group by group, summed over the pixels."""
+    return jax.lax.platform_dependent(y, x, cpu=cpu_outer_product, default=summed_outer_product)
+
+
+def summed_outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
+    """`outer_product` as one sum."""
+    return jnp.sum(y[:, :, :, :, None] * x[:, :, :, None], axis=(1, 2))
+
+
+def cpu_outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
+    """`outer_product` term by term."""
     y, x = jax.lax.optimization_barrier((y, x))
     total = jnp.zeros((), x.dtype)
     for i in range(x.shape[1]):  # row by row: XLA is slower on a sum over all pixels at once

@@ -73,22 +73,21 @@ class Transition(nn.Module):
         c, o = 2 * channels // g, channels // g
         h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, g))
         vector = z.shape[1:3] == (1, 1)  # of which nothing is shifted
-        if not vector:
-            p = self.param("vertical", still_init, (c, c // 2, num_actions, g))
-            q = self.param("horizontal", still_init, (c, c // 2, num_actions, g))
+        shifted = [] if vector else ["vertical", "horizontal"]
+        shifted = [self.param(name, still_init, (c, c // 2, num_actions, g)) for name in shifted]
         bias = self.param("bias", initial_bias, (num_actions, maps, channels), components, self.initial_scale)
         weights = jnp.ones((num_actions, 1))
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
-        h = orthogonal(h)
-        h = h.transpose(2, 3, 1, 0, 4)  # [A, maps, o, c, G]
+        # all of them have one shape, c x c / 2, so that they are one batch
+        kernels = orthogonal(jnp.concatenate([h, *(x[:, :, :, None] for x in shifted)], axis=3))
+        h = kernels[:, :, :, :maps].transpose(2, 3, 1, 0, 4)  # [A, maps, o, c, G]
         taken = partial(of_action, action=action)
         # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
         x = by_group(hidden)
         if not vector:
-            p, q = projection(p), projection(q)
-            p, q = p.transpose(2, 0, 1, 3), q.transpose(2, 0, 1, 3)  # [A, c, c, G], symmetric
+            p, q = projection(kernels[:, :, :, maps:]).transpose(3, 2, 0, 1, 4)  # [A, c, c, G] each, symmetric
             x = x + product(taken(q), shift(x, 0, 1) - x)
             x = x + product(taken(p), shift(x, 1, 0) - x)
 

@@ -16,6 +16,7 @@ from networks.lipschitz import (
     LipschitzScalars,
     group_sort,
     orthogonal,
+    orthogonal_all,
     orthogonal_conv_kernel,
     projection,
 )
@@ -99,8 +100,16 @@ def test_orthogonal_bounds_one_matrix_and_each_of_a_batch(m, n, scale, seed):
         assert np.linalg.norm(np.asarray(single, np.float64), 2) <= 1 + TOLERANCE
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_orthogonal_of_several_is_that_of_each(batch):
+    shapes = (6, 4), (4, 6), (5, 5), (6, 4), (2, 7)
+    kernels = [jax.random.normal(jax.random.key(i), (*shape, *batch)) for i, shape in enumerate(shapes)]
+    for kernel, made in zip(kernels, orthogonal_all(*kernels), strict=True):
+        np.testing.assert_allclose(made, orthogonal(kernel), atol=1e-5)
+
+
 def test_projection_and_gradients_are_finite_at_zero():
-    p = projection(jax.random.normal(jax.random.key(0), (8, 4, 5)))
+    p = projection(orthogonal(jax.random.normal(jax.random.key(0), (8, 4, 5))))
     for b in range(5):
         values = np.linalg.eigvalsh(np.asarray(p[..., b], np.float64))
         assert values.min() >= -TOLERANCE and values.max() <= 1 + TOLERANCE

@@ -175,7 +175,8 @@ def all_actions_then_select(p, z, action, lipschitz, components):
     assert groups(channels) == GROUPS
     if lipschitz:
         hidden = group_sort(LipschitzConv(2 * channels).apply({"params": p["hidden"]}, z))
-        h, vertical, horizontal = orthogonal(p["dense"]), projection(p["vertical"]), projection(p["horizontal"])
+        h, *bases = (orthogonal(p[name]) for name in ("dense", "vertical", "horizontal"))
+        vertical, horizontal = (projection(basis) for basis in bases)
         weights = jnp.broadcast_to(jax.nn.softmax(p["mixture"])[None], (len(z), num_actions, components))
         maps = [shifting_kernel(h[..., m, :], vertical, horizontal) for m in range(2 * components)]
         kernels = [k.transpose(4, 0, 1, 5, 2, 3) for k in maps]  # each [A, 2, 2, G, c, o]
