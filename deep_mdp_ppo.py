@@ -31,7 +31,7 @@ from envs.registry import make_env
 from envs.scan import scan_steps
 from networks.architectures import make_actor_critic, make_encoder
 from networks.world_models import make_world_model
-from utils.devices import by_device
+from utils.devices import by_device, on_each_device
 from utils.guarantees.monitor import MonitorArgs, monitor_occasionally
 from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
@@ -326,21 +326,20 @@ def gather(
     """The minibatch made of the runs of steps that start at `first` in the environments `env`."""
     length = 1 if args.minibatch_by == "transition" else args.num_steps
 
-    def take(x, length=length):
-        x = x[first + jnp.arange(length)[:, None], env]
-        return x.reshape(-1, *x.shape[2:])
+    def where(length):
+        t = first + jnp.arange(length)[:, None]
+        return by_device((t.reshape(-1), jnp.broadcast_to(env, t.shape).reshape(-1)))
 
-    return by_device(
-        Minibatch(
-            obs=jax.lax.optimization_barrier(take(steps.obs, length + 1)),  # or XLA would look each pixel's frame up anew
-            action=take(steps.action),
-            log_probs=take(steps.log_probs),
-            value=take(steps.value),
-            advantage=take(advantages),
-            target=take(advantages + steps.value[:-1]),
-            reward=take(steps.reward),
-            valid=take(steps.valid),
-        )
+    taken = where(length)
+    return Minibatch(
+        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look each pixel's frame up anew
+        action=steps.action[taken],
+        log_probs=steps.log_probs[taken],
+        value=steps.value[taken],
+        advantage=advantages[taken],
+        target=advantages[taken] + steps.value[taken],
+        reward=steps.reward[taken],
+        valid=steps.valid[taken],
     )
 
 
@@ -358,10 +357,12 @@ def update(
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
 
+    everywhere = on_each_device((steps, advantages))  # once: a minibatch takes of what all devices have seen
+
     def minibatch_step(carry, minibatch):
         params, opt_state = carry
         first, env, key = minibatch
-        batch = gather(steps, advantages, first, env, args)
+        batch = gather(*everywhere, first, env, args)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(params, batch, key, agent, args)
         metrics |= track_gradients(grads, state.iteration, args)
         updates, opt_state = optimizer.update(grads, opt_state, params)

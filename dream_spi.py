@@ -33,7 +33,7 @@ from envs.registry import make_env
 from networks.architectures import to_range
 from networks.discriminator import make_discriminator
 from networks.world_models import make_end_predictor
-from utils.devices import by_device
+from utils.devices import by_device, on_each_device
 from utils.dreams import replay, traces
 from utils.dreams.discriminator import DiscriminatorArgs, transition_distance, update_discriminator
 from utils.dreams.ends import EndArgs, end_logit, end_losses
@@ -325,13 +325,13 @@ def dream_and_learn(
     batch = HeadsBatch(
         dreams.z, dreams.action, dreams.log_prob, value, advantages, returns, dreams.weight, first(target), first(awake)
     )
-    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    batch = on_each_device(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch))
     keys = jax.random.split(shuffle_key, args.imagination_epochs)
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, dreams.weight.size))(keys)
     shuffled = shuffled.reshape(args.imagination_epochs * args.dream_minibatches, -1)
 
     def minibatch_step(carry, indices):
-        minibatch = by_device(jax.tree.map(lambda x: x[indices], batch))
+        minibatch = jax.tree.map(lambda x: x[by_device(indices)], batch)
         grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], minibatch, agent, args)
         metrics |= track_gradients(grads, iteration, args, "grads/dreams/")
         return descend("heads", grads, rates, *carry, optimizers), metrics
@@ -354,11 +354,10 @@ def update_model(
     rates = learning_rates(state.iteration, args)
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:
-        count = replay.replay_updates(args)
-        draws = jax.random.split(draw_key, count)
+        draws = jax.random.split(draw_key, replay.replay_updates(args))
     else:
-        count = args.update_epochs * args.num_minibatches
         draws = minibatch_indices(draw_key, args)
+        steps, advantages = on_each_device((steps, advantages))  # once: a minibatch takes of what all devices have seen
 
     def take(draw, params):
         if args.use_replay_buffer:
@@ -387,6 +386,7 @@ def update_model(
             metrics |= dreamt
         return carry, metrics
 
+    count = jax.tree.leaves(draws)[0].shape[0]
     drawn = draws, jax.random.split(loss_key, count)
     (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
     metrics = summarize(metrics, jnp.ones(count, bool), args.num_minibatches) | {

@@ -4,7 +4,7 @@ Arrays are split over them along their first axis, of environments or of a minib
 XLA divides the work: what is a mean, a sum, or a decision there is one over all of it, and what is drawn is the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,11 +15,12 @@ from jax.sharding import PartitionSpec as P
 DEVICES = "devices"  # the name of the mesh's axis
 
 
-def use_devices(num_devices: int) -> AbstractContextManager:
-    """Has this thread compute on so many from now on; one is used in any case. In a `with` statement, until its end."""
+def use_devices(num_devices: int, among: Sequence[jax.Device] | None = None) -> AbstractContextManager:
+    """Has this thread compute on so many from now on, the first of all (or of `among`); one is used in any case. In a `with`
+    statement, until its end."""
     if num_devices == 1:
         return nullcontext()
-    devices = jax.devices()[:num_devices]
+    devices = (among or jax.devices())[:num_devices]
     return jax.set_mesh(jax.make_mesh((num_devices,), (DEVICES,), axis_types=(AxisType.Auto,), devices=devices))
 
 
@@ -29,22 +30,35 @@ def on_one_device() -> AbstractContextManager:
 
 
 def by_device(batch: Any) -> Any:
-    """Arrays, each split along its first axis into equal parts, one on each device. (Of a minibatch, whose steps come from all
-    devices, XLA would have each compute everything.)"""
+    """Arrays, each split along its first axis into equal parts, one on each device. (Of a minibatch, or of where its steps are
+    found, for these come from all devices, and XLA would have each compute everything.)"""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(DEVICES)), batch)
 
 
+def on_each_device(batch: Any) -> Any:
+    """Arrays, all of each on every device: what minibatches are made of is sent around once, and not for each of them."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return batch
+    # the barrier, or XLA splits again what it would rather have split
+    return jax.lax.optimization_barrier(jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), batch))
+
+
 def distribute(state: Any) -> Any:
-    """A script's state: what is of environments is split over the devices, all else is on each."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:  # what a checkpoint has is loaded to a device, and a program is compiled anew for what is on none yet
+    """A script's state, put where it belongs."""
+    if jax.sharding.get_mesh().empty:
+        # what a checkpoint has is loaded to a device, and a program is compiled anew for what is on none yet
         return jax.device_put(state, jax.devices()[0])
+    return jax.tree.map(jax.device_put, state, placement(state))
+
+
+def placement(state: Any) -> Any:
+    """Where each array of a script's state belongs: what is of environments is split over the devices, all else is on each."""
     of_envs = {name: getattr(state, name) for name in ("env_state", "obs", "replay") if hasattr(state, name)}
     everywhere = state._replace(**dict.fromkeys(of_envs))
-    state = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), everywhere)
-    return state._replace(**jax.tree.map(lambda x: jax.device_put(x, split(x)), of_envs))
+    everywhere = jax.tree.map(lambda x: NamedSharding(jax.sharding.get_mesh(), P()), everywhere)
+    return everywhere._replace(**jax.tree.map(split, of_envs))
 
 
 def split(x: Any) -> NamedSharding:

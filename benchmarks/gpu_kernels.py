@@ -1,0 +1,155 @@
+"""How many kernels an update is on a GPU, by what they are for. No GPU is needed, only NVIDIA's packages.
+
+    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings ppo deep_spi --num-envs 512
+    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings "deep_spi --num-devices 4"    # and what these exchange
+
+Updates of these networks are made of small kernels, each of which takes some 3 microseconds however little it does: their
+number is the better part of the time. XLA compiles for an H200 that need not be there; what it would find out by timing
+(which of several ways to multiply is fastest) it then takes from its rules, so numbers differ a little from a real one's.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the packages' versions, which wants a driver
+
+import jax  # noqa: E402
+import tyro  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.profile_update import part_of  # noqa: E402
+from benchmarks.throughput import SCRIPTS, parse_setting  # noqa: E402
+from envs.registry import make_env  # noqa: E402
+from utils.devices import DEVICES, placement, use_devices  # noqa: E402
+from utils.runs.flags import check_flags, make_args, require  # noqa: E402
+from utils.runs.launch import run_main  # noqa: E402
+
+H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 4800000000000
+  device_memory_size: 150000000000
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+NO_KERNEL = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "tuple"}
+BETWEEN = "between devices: "
+EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%[\w.-]+ = .*? (?P<kind>[a-z][\w-]*)\(")
+CALLED = re.compile(r"(?:to_apply|body|condition|true_computation|false_computation)=%([\w.-]+)|branch_computations=\{(.*?)\}")
+
+
+@dataclass
+class Args:
+    """Flags of the count."""
+
+    settings: tuple[str, ...] = ("ppo", "deep_mdp", "deep_spi", "dream_spi")
+    """scripts (these), with flags of their own in quotes"""
+    env_id: str = "Breakout-v5"
+    """on which environment"""
+    num_envs: int | None = None
+    """environments; if not given, the scripts' default"""
+    rows: int = 10
+    """how many lines are printed of each, the most kernels first, besides those on what devices exchange"""
+
+
+def count_kernels(hlo: str) -> Counter:
+    """Kernels that a compiled program launches, by part. What a loop holds counts as often as it runs (once, where the program
+    does not say), and of a conditional all branches do."""
+    computations, entry, lines = {}, "", []
+    for line in hlo.splitlines():
+        if found := COMPUTATION.match(line):
+            lines = computations[found["name"]] = []
+            entry = found["name"] if found["entry"] else entry
+        else:
+            lines.append(line)
+
+    def count(name: str) -> Counter:
+        total = Counter()
+        for line in computations[name]:
+            found = INSTRUCTION.match(line)
+            if not found or found["kind"] in NO_KERNEL or found["kind"].endswith("-done"):
+                continue
+            kind = found["kind"].removesuffix("-start")
+            if kind in ("while", "call", "conditional"):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                for one, several in CALLED.findall(line):
+                    for called in [one] if one else re.findall(r"%([\w.-]+)", several):
+                        for part, kernels in count(called).items():
+                            total[part] += kernels * (int(trips[1]) if trips else 1)
+            elif kind in EXCHANGES:
+                total[f"{BETWEEN}{kind}"] += 1
+            else:
+                source = re.search(r'op_name="([^"]*)"', line)
+                total[part_of(source[1]) if source else "(of XLA's own)"] += 1
+        return total
+
+    return count(entry)
+
+
+def compile_update(name: str, flags: dict, num_envs: int | None) -> str:
+    """A script's update, compiled for GPUs as described above: XLA's text of what each of them runs.
+
+    Raises:
+        UsageError: NVIDIA's packages are missing, or the flags do not go together.
+    """
+    script = SCRIPTS[name]
+    args = make_args(script.Args, **flags | ({} if num_envs is None else {"num_envs": num_envs}))
+    check_flags(args)
+    try:
+        gpus = topologies.get_topology_desc("H200", "cuda", target_config=H200, topology=f"1x1x{args.num_devices}").devices
+    except NotImplementedError:
+        require(False, "no packages of NVIDIA's for JAX: uv run --extra cuda13 benchmarks/gpu_kernels.py, or --extra cuda12")
+    with use_devices(args.num_devices, gpus):
+        env = make_env(args)
+        agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+        state = jax.eval_shape(lambda: script.init_state(args, env, agent, optimizer))
+        given = jax.eval_shape(partial(script.rollout, env=env, agent=agent, args=args), state)
+        if args.num_devices == 1:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(gpus[0]), given)
+        else:
+            by_env = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec(None, DEVICES))
+            places = placement(given[0]), jax.tree.map(lambda _: by_env, given[1])
+        given = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given, places)
+        learn = lambda state, steps: script.learn(state, steps, env, agent, optimizer, args)  # noqa: E731
+        return jax.jit(learn, donate_argnums=0).lower(*given).compile().as_text()
+
+
+def main(args: Args) -> None:
+    """Counts and prints."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    for text in args.settings:
+        kernels = count_kernels(compile_update(*parse_setting(text, args.env_id), args.num_envs))
+        print(f"{text}: {kernels.total():,} kernels an update")
+        exchanged = Counter({part: count for part, count in kernels.items() if part.startswith(BETWEEN)})
+        for part, count in (*exchanged.most_common(), *(kernels - exchanged).most_common(args.rows)):
+            print(f"{count:9,}  {part}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(tyro.cli(Args)))
