@@ -41,7 +41,7 @@ from utils.dreams.optimizers import DreamOptimizerArgs, Optimizers, descend, lea
 from utils.dreams.traces import DreamTraceArgs, trace_dreams
 from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, masked_normalize, smooth_l1_loss, weighted_mean, weighted_quantiles
-from utils.metrics import rollout_metrics, summarize
+from utils.metrics import rollout_metrics, scan_with_metrics, summarize
 from utils.occasionally import occasionally
 from utils.runs.flags import Count, Default, Needs, NotNegative, Positive, Range, Sizes, at_least, refuse_unread, require
 from utils.runs.launch import check_run, run_script
@@ -336,7 +336,7 @@ def dream_and_learn(
         metrics |= track_gradients(grads, iteration, args, "grads/dreams/")
         return descend("heads", grads, rates, *carry, optimizers), metrics
 
-    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (params, opt_state), shuffled)
+    (params, opt_state), metrics = scan_with_metrics(minibatch_step, (params, opt_state), shuffled)
     if args.slow_critic:
         slow = optax.incremental_update(params.actor_critic, params.slow_critic, 1.0 - args.slow_critic)
         params = params._replace(slow_critic=slow)
@@ -388,7 +388,7 @@ def update_model(
 
     count = jax.tree.leaves(draws)[0].shape[0]
     drawn = draws, jax.random.split(loss_key, count)
-    (params, opt_state), metrics = jax.lax.scan(minibatch_step, (state.params, state.opt_state), drawn)
+    (params, opt_state), metrics = scan_with_metrics(minibatch_step, (state.params, state.opt_state), drawn)
     metrics = summarize(metrics, jnp.ones(count, bool), args.num_minibatches) | {
         "charts/learning_rate": jnp.asarray(rates.model),
         "charts/heads_learning_rate": jnp.asarray(rates.heads),

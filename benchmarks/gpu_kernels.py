@@ -97,7 +97,8 @@ def count_kernels(hlo: str) -> Counter:
                 continue
             kind = found["kind"].removesuffix("-start")
             if kind in ("while", "call", "conditional"):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+                    line = re.sub(r"condition=%[\w.-]+", "", line)  # which is not evaluated then
                 for one, several in CALLED.findall(line):
                     for called in [one] if one else re.findall(r"%([\w.-]+)", several):
                         for part, kernels in count(called).items():

@@ -57,17 +57,19 @@ def placement(state: Any) -> Any:
     """Where each array of a script's state belongs: what is of environments is split over the devices, all else is on each."""
     of_envs = {name: getattr(state, name) for name in ("env_state", "obs", "replay") if hasattr(state, name)}
     everywhere = state._replace(**dict.fromkeys(of_envs))
-    everywhere = jax.tree.map(lambda x: NamedSharding(jax.sharding.get_mesh(), P()), everywhere)
-    return everywhere._replace(**jax.tree.map(split, of_envs))
+    mesh = jax.sharding.get_mesh()
+    everywhere = jax.tree.map(lambda x: NamedSharding(mesh, P()), everywhere)
+    return everywhere._replace(**jax.tree.map(lambda x: NamedSharding(mesh, of_environments(x)), of_envs))
 
 
-def split(x: Any) -> NamedSharding:
-    """Where an array of environments belongs; one without axes is on each device."""
-    return NamedSharding(jax.sharding.get_mesh(), P(DEVICES) if x.ndim else P())
+def of_environments(x: Any) -> P:
+    """How an array of environments is split; one without axes is on each device."""
+    return P(DEVICES) if x.ndim else P()
 
 
 def make_split(make: Callable[[], Any]) -> Any:
     """What a function returns, made where `distribute` would put it: what all devices together have room for, one may not."""
     if jax.sharding.get_abstract_mesh().empty:
         return make()
-    return jax.jit(make, out_shardings=jax.tree.map(split, jax.eval_shape(make)))()
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, of_environments(x))  # noqa: E731
+    return jax.jit(lambda: jax.tree.map(constrain, make()))()

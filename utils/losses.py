@@ -58,4 +58,5 @@ def decayed_sums(x: Float[Array, "T N"], decay: Float[Array, "T N"]) -> Float[Ar
         total = step[0] + step[1] * later
         return total, total
 
-    return jax.lax.scan(backwards, jnp.zeros_like(x[0]), (x, decay), reverse=True)[1]
+    # each round of a loop is some kernels on a GPU, however little it does
+    return jax.lax.scan(backwards, jnp.zeros_like(x[0]), (x, decay), reverse=True, unroll=8)[1]

@@ -1,14 +1,31 @@
 """What to log of an update and of its rollout."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Scalar
 
 from utils.losses import masked_mean
 from utils.occasionally import MEASURED
+
+
+def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, for a step whose outputs are many small arrays. They are kept as one, since to keep each of them takes a
+    kernel on a GPU: a tenth of all that PPO's update has."""
+    unravel = None
+
+    def step_kept(carry, x):
+        nonlocal unravel
+        carry, metrics = step(carry, x)
+        kept, unravel = ravel_pytree(metrics)
+        return carry, kept
+
+    carry, kept = jax.lax.scan(step_kept, carry, xs)
+    return carry, jax.vmap(unravel)(kept)
 
 
 def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from utils.losses import masked_mean
+from utils.metrics import scan_with_metrics
 
 Number = Float[Array, ""] | float
 
@@ -105,7 +106,7 @@ def gradient_steps(
     """
     early_stop = args.enforce_neighbourhood == "early_stop"
     if args.target_kl is None and not early_stop:
-        carry, metrics = jax.lax.scan(step, carry, minibatches)
+        carry, metrics = scan_with_metrics(step, carry, minibatches)
         return carry, metrics, jnp.ones(jax.tree.leaves(minibatches)[0].shape[0], bool)
 
     def step_unless_stopped(carry, minibatch):
@@ -120,5 +121,5 @@ def gradient_steps(
             stepped, stop = jax.tree.map(lambda old, new: jnp.where(left, old, new), carry, stepped), stop | left
         return (stepped, stop), (metrics, ~stopped)
 
-    (carry, _), (metrics, ran) = jax.lax.scan(step_unless_stopped, (carry, jnp.zeros((), bool)), minibatches)
+    (carry, _), (metrics, ran) = scan_with_metrics(step_unless_stopped, (carry, jnp.zeros((), bool)), minibatches)
     return carry, metrics, ran

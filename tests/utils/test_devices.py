@@ -12,7 +12,7 @@ import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.registry import make_env
 from tests.commands import run
-from utils.devices import by_device, distribute, make_split, use_devices
+from utils.devices import by_device, distribute, make_split, on_each_device, use_devices
 from utils.runs.flags import check_flags, make_args
 
 two = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
@@ -69,13 +69,15 @@ def test_two_devices_are_as_one(script, flags):
 @two
 def test_what_is_split_and_what_is_not():
     rows, number = jnp.arange(4.0), jnp.asarray(1.0)
-    assert by_device(rows) is rows
+    assert by_device(rows) is rows and on_each_device(rows) is rows
     make = lambda: {"rows": 2 * jnp.arange(4.0), "number": number}  # noqa: E731
     plain = make_split(make)
     with use_devices(2):
         for found in (jax.jit(by_device)(rows), make_split(make)["rows"]):
             assert {shard.data.shape for shard in found.addressable_shards} == {(2,)}
         assert make_split(make)["number"].is_fully_replicated
+        whole = jax.jit(on_each_device)(jax.jit(by_device)(rows))
+        assert {shard.data.shape for shard in whole.addressable_shards} == {(4,)}
         jax.tree.map(assert_array_equal, make_split(make), plain)
     assert jax.sharding.get_mesh().empty and len(jnp.ones(2).sharding.device_set) == 1
 

@@ -9,10 +9,20 @@ import pytest
 from numpy.testing import assert_allclose
 
 from envs.protocol import EpisodeStats
-from utils.metrics import explained_variance, rollout_metrics, summarize
+from utils.metrics import explained_variance, rollout_metrics, scan_with_metrics, summarize
 from utils.occasionally import MEASURED, only_measured
 
 NAME = "losses/explained_variance"
+
+
+def test_metrics_kept_as_one_array_are_those_kept_one_by_one():
+    def step(carry, x):
+        return carry + x, ({"sum": carry, "bins": jnp.stack([x, carry])}, carry > 2)
+
+    xs = jnp.arange(5.0)
+    found, expected = scan_with_metrics(step, 0.0, xs), jax.lax.scan(step, 0.0, xs)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.map(jnp.dtype, found) == jax.tree.map(jnp.dtype, expected)
 
 
 def test_explained_variance():
