@@ -357,7 +357,7 @@ def update(
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
 
-    everywhere = on_each_device((steps, advantages))  # once: a minibatch takes of what all devices have seen
+    everywhere = on_each_device((steps, advantages))  # sent once: a minibatch takes from all devices' steps
 
     def minibatch_step(carry, minibatch):
         params, opt_state = carry

@@ -357,7 +357,7 @@ def update_model(
         draws = jax.random.split(draw_key, replay.replay_updates(args))
     else:
         draws = minibatch_indices(draw_key, args)
-        steps, advantages = on_each_device((steps, advantages))  # once: a minibatch takes of what all devices have seen
+        steps, advantages = on_each_device((steps, advantages))  # sent once: a minibatch takes from all
 
     def take(draw, params):
         if args.use_replay_buffer:

@@ -1,11 +1,11 @@
 """How many kernels an update is on a GPU, by what they are for. No GPU is needed, only NVIDIA's packages.
 
-    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings ppo deep_spi --num-envs 512
+    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings ppo deep_spi "deep_spi --num-envs 512"
     uv run --extra cuda13 benchmarks/gpu_kernels.py --settings "deep_spi --num-devices 4"    # and what these exchange
 
-Updates of these networks are made of small kernels, each of which takes some 3 microseconds however little it does: their
-number is the better part of the time. XLA compiles for an H200 that need not be there; what it would find out by timing
-(which of several ways to multiply is fastest) it then takes from its rules, so numbers differ a little from a real one's.
+Updates of these networks are made of thousands of kernels, most of which take 1 to 3 microseconds however little they do. How
+long the large ones take no number tells, only a GPU. XLA compiles for an H200 that need not be there; what it would learn by
+timing (which way to multiply is fastest) it then takes from its rules, so numbers differ a little from those of a real one.
 """
 
 import os
@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the packages' versions, which wants a driver
-
-import jax  # noqa: E402
-import tyro  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+import tyro
+from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,7 +54,8 @@ gpu_device_info {
   block_dim_limit_z: 65535
 }
 """
-NO_KERNEL = {"after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "tuple"}
+NO_KERNEL = {"add-dependency", "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "tuple"}
+NO_KERNEL |= {"partition-id", "replica-id"}
 BETWEEN = "between devices: "
 EXCHANGES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.-]+) \(.*\{$")
@@ -72,15 +71,14 @@ class Args:
     """scripts (these), with flags of their own in quotes"""
     env_id: str = "Breakout-v5"
     """on which environment"""
-    num_envs: int | None = None
-    """environments; if not given, the scripts' default"""
     rows: int = 10
     """how many lines are printed of each, the most kernels first, besides those on what devices exchange"""
 
 
 def count_kernels(hlo: str) -> Counter:
-    """Kernels that a compiled program launches, by part. What a loop holds counts as often as it runs (once, where the program
-    does not say), and of a conditional all branches do."""
+    """Kernels that a compiled program launches, by part: its instructions, of which those of NVIDIA's libraries may launch more
+    than one. What a loop holds counts as often as it runs (once, where the program does not say), and of a conditional all
+    branches do."""
     computations, entry, lines = {}, "", []
     for line in hlo.splitlines():
         if found := COMPUTATION.match(line):
@@ -113,14 +111,14 @@ def count_kernels(hlo: str) -> Counter:
     return count(entry)
 
 
-def compile_update(name: str, flags: dict, num_envs: int | None) -> str:
+def compile_update(name: str, flags: dict) -> str:
     """A script's update, compiled for GPUs as described above: XLA's text of what each of them runs.
 
     Raises:
         UsageError: NVIDIA's packages are missing, or the flags do not go together.
     """
     script = SCRIPTS[name]
-    args = make_args(script.Args, **flags | ({} if num_envs is None else {"num_envs": num_envs}))
+    args = make_args(script.Args, **flags)
     check_flags(args)
     try:
         gpus = topologies.get_topology_desc("H200", "cuda", target_config=H200, topology=f"1x1x{args.num_devices}").devices
@@ -143,9 +141,10 @@ def compile_update(name: str, flags: dict, num_envs: int | None) -> str:
 
 def main(args: Args) -> None:
     """Counts and prints."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the packages' versions, which wants a driver
     jax.config.update("jax_enable_compilation_cache", False)
     for text in args.settings:
-        kernels = count_kernels(compile_update(*parse_setting(text, args.env_id), args.num_envs))
+        kernels = count_kernels(compile_update(*parse_setting(text, args.env_id)))
         print(f"{text}: {kernels.total():,} kernels an update")
         exchanged = Counter({part: count for part, count in kernels.items() if part.startswith(BETWEEN)})
         for part, count in (*exchanged.most_common(), *(kernels - exchanged).most_common(args.rows)):

@@ -3,10 +3,10 @@
 Everywhere a stride becomes 1, by moving blocks of pixels into the channels: many channels and few taps are what fast
 convolutions are written for, on GPUs too, and frames have few channels. The bytes of frames are moved as words.
 
-Then `lax.conv` is the right choice both ways on a GPU or TPU. On a CPU, XLA computes the *gradient* of a convolution inside
-`lax.scan` tens of times slower than outside one, because the loop loses the fast convolution for any but the plain
-forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution for the
-gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
+With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
+*gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
+any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
+for the gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
 """
 
 from collections.abc import Callable

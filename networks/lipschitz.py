@@ -104,7 +104,7 @@ def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_
     made = {}
     for shape in dict.fromkeys(k.shape for k in tall):
         alike = [i for i, k in enumerate(tall) if k.shape == shape]
-        # `matmul` writes batches out, term by term, which is for matrices smaller than those that come one by one
+        # not `orthogonal` of a batch where they come one by one: that is written for small matrices, and these are large
         batched = orthogonal if len(shape) > 2 else jax.vmap(orthogonal, in_axes=-1, out_axes=-1)
         made |= zip(alike, jnp.moveaxis(batched(jnp.stack([tall[i] for i in alike], axis=-1)), -1, 0), strict=True)
     return [made[i] if made[i].shape == k.shape else transpose(made[i]) for i, k in enumerate(kernels)]
@@ -120,7 +120,7 @@ def rescaled(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
 
 
 def projection(basis: Float[Array, "m r *batch"]) -> Float[Array, "m m *batch"]:
-    """R R^T of what `orthogonal` returned, R: symmetric, eigenvalues in [0, 1], near the projection on the span of R."""
+    """R R^T for an R that `orthogonal` returned: symmetric, eigenvalues in [0, 1], near the projection on its span."""
     return gram(transpose(basis))
 
 

@@ -5,8 +5,7 @@ cost A times as much, in time and in memory.
 
 The convolutions are grouped, and the groups are the last axis of a map: channel k * G + g is the k-th of group g. They
 fill a vector register of a CPU, so that tiny products of kernels and pixels need neither batched matrix products, which are
-several times slower there, nor any rearrangement. There the sums are written out term by term, of which XLA makes loops that
-vectorise; on a GPU it would make a kernel of each term, which takes longer to launch than to run, so there each is one sum.
+several times slower there, nor any rearrangement.
 """
 
 import jax
@@ -48,7 +47,8 @@ of_action.defvjp(lambda table, action: (of_action(table, action), (table, action
 
 @jax.custom_vjp
 def product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N h w o G"]:
-    """The channels of each pixel, group by group, times the kernels of the sample."""
+    """The channels of each pixel, group by group, times the kernels of the sample: term by term on a CPU, where XLA makes one
+    loop of that; on a GPU it would first write out what enters each term."""
     return jax.lax.platform_dependent(kernels, x, cpu=cpu_product, default=summed_product)
 
 
@@ -66,17 +66,7 @@ def cpu_product(kernels: Float[Array, "N o c G"], x: Float[Array, "N h w c G"]) 
 
 @jax.custom_vjp
 def outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
-    """The outer products of y's and x's channels, group by group, summed over the pixels."""
-    return jax.lax.platform_dependent(y, x, cpu=cpu_outer_product, default=summed_outer_product)
-
-
-def summed_outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
-    """`outer_product` as one sum."""
-    return jnp.sum(y[:, :, :, :, None] * x[:, :, :, None], axis=(1, 2))
-
-
-def cpu_outer_product(y: Float[Array, "N h w o G"], x: Float[Array, "N h w c G"]) -> Float[Array, "N o c G"]:
-    """`outer_product` term by term."""
+    """The outer products of y's and x's channels, group by group, summed over the pixels (all h * w terms are unrolled)."""
     y, x = jax.lax.optimization_barrier((y, x))
     total = jnp.zeros((), x.dtype)
     for i in range(x.shape[1]):  # row by row: XLA is slower on a sum over all pixels at once

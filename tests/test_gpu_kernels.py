@@ -47,4 +47,4 @@ def test_says_which_packages_it_needs(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(UsageError, match="--extra cuda13"):
-        compile_update("ppo", {"env_id": "Breakout-v5"}, None)
+        compile_update("ppo", {"env_id": "Breakout-v5"})

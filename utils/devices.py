@@ -30,8 +30,8 @@ def on_one_device() -> AbstractContextManager:
 
 
 def by_device(batch: Any) -> Any:
-    """Arrays, each split along its first axis into equal parts, one on each device. (Of a minibatch, or of where its steps are
-    found, for these come from all devices, and XLA would have each compute everything.)"""
+    """Arrays, each split along its first axis into equal parts, one on each device. (A minibatch's steps come from all devices:
+    unless it is split, or the indices of its steps are, each device computes everything.)"""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(DEVICES)), batch)
@@ -41,7 +41,7 @@ def on_each_device(batch: Any) -> Any:
     """Arrays, all of each on every device: what minibatches are made of is sent around once, and not for each of them."""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
-    # the barrier, or XLA splits again what it would rather have split
+    # without the barrier XLA may keep an array split after all, and gather it for each minibatch
     return jax.lax.optimization_barrier(jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), batch))
 
 

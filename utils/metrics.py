@@ -14,8 +14,9 @@ from utils.occasionally import MEASURED
 
 
 def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan`, for a step whose outputs are many small arrays. They are kept as one, since to keep each of them takes a
-    kernel on a GPU: a tenth of all that PPO's update has."""
+    """`jax.lax.scan`, for a step whose outputs are many small arrays of floats or flags. They are kept as one array: to keep
+    each of them takes a kernel on a GPU, a tenth of all that PPO's update has. (Integers beside floats are floats on the way,
+    exact up to 2^24.)"""
     unravel = None
 
     def step_kept(carry, x):
