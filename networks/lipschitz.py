@@ -104,9 +104,8 @@ def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_
     made = {}
     for shape in dict.fromkeys(k.shape for k in tall):
         alike = [i for i, k in enumerate(tall) if k.shape == shape]
-        # not `orthogonal` of a batch where they come one by one: that is written for small matrices, and these are large
-        batched = orthogonal if len(shape) > 2 else jax.vmap(orthogonal, in_axes=-1, out_axes=-1)
-        made |= zip(alike, jnp.moveaxis(batched(jnp.stack([tall[i] for i in alike], axis=-1)), -1, 0), strict=True)
+        # not `orthogonal` of a batch: that is written for small matrices, and these may be large
+        made |= zip(alike, jax.vmap(orthogonal)(jnp.stack([tall[i] for i in alike])), strict=True)
     return [made[i] if made[i].shape == k.shape else transpose(made[i]) for i, k in enumerate(kernels)]
 
 
