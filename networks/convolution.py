@@ -6,7 +6,7 @@ convolutions are written for, on GPUs too, and frames have few channels. The byt
 With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
 *gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
 any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
-for the gradient of the input, and one matrix product per kernel tap for the gradient of the kernel.
+for the gradient of the input, and products of matrices for the gradient of the kernel.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
+SAMPLES = 16  # at a time, in the gradient of a kernel on a CPU
 
 
 def conv2d(
@@ -139,18 +140,32 @@ def _forward(x, kernel):
 
 def _backward(residuals, g):
     x, kernel = residuals
-    kh, kw, c, o = kernel.shape
-    _, rows, cols, _ = g.shape
-    if o < c:  # shift the narrower of the two maps: all taps become one product
-        shifts = [jnp.pad(g, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
-        shifted = jnp.stack(shifts, axis=3).reshape(-1, kh * kw * o)
-        dkernel = (x.reshape(-1, c).T @ shifted).reshape(c, kh, kw, o).transpose(1, 2, 0, 3)
-    else:
-        flat_g = g.reshape(-1, o).T
-        windows = [x[:, i : i + rows, j : j + cols].reshape(-1, c) for i in range(kh) for j in range(kw)]
-        dkernel = jnp.stack([(flat_g @ window).T for window in windows]).reshape(kh, kw, c, o)
     # XLA drops this convolution where nobody asks for the gradient of x, as for the pixels
-    return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), dkernel
+    return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), _kernel_gradient(x, g, kernel.shape)
+
+
+def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...]) -> Array:
+    """Products of what each tap saw with what came of it, `g`; the narrower of the two maps is shifted.
+
+    XLA's product is fastest where both matrices lie in memory row by row, and its sums are not long. So `g` is laid out channel
+    by channel, and there is a product for each few samples, of as many as divide the batch.
+    """
+    kh, kw, c, o = shape
+    n, rows, cols, _ = g.shape
+    piece = max(size for size in range(1, SAMPLES + 1) if n % size == 0)
+    if piece < 4 and n > SAMPLES:  # of single samples products are slow: leave some over
+        even = n - n % SAMPLES
+        return _kernel_gradient(x[:even], g[:even], shape) + _kernel_gradient(x[even:], g[even:], shape)
+    g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
+    taps = [(i, j) for i in range(kh) for j in range(kw)]
+    if o < c:  # all taps in one product
+        pads = [((0, 0), (0, 0), (0, 0), (i, kh - 1 - i), (j, kw - 1 - j)) for i, j in taps]
+        shifted = jnp.stack([jnp.pad(g, pad) for pad in pads], axis=1).reshape(len(g), kh * kw * o, -1)
+        products = jnp.sum(lax.optimization_barrier(shifted) @ x.reshape(len(g), -1, c), axis=0)
+        return products.reshape(kh, kw, o, c).swapaxes(2, 3)
+    g = lax.optimization_barrier(g.reshape(len(g), o, -1))
+    windows = [x[:, i : i + rows, j : j + cols].reshape(len(g), -1, c) for i, j in taps]
+    return jnp.stack([jnp.sum(g @ window, axis=0).T for window in windows]).reshape(shape)
 
 
 cpu_conv.defvjp(_forward, _backward)

@@ -51,9 +51,18 @@ def test_equals_lax_conv_on_the_shapes_in_use(x_shape, kernel_shape, stride):
 
 
 @settings(max_examples=4, deadline=None)
-@given(size=st.integers(5, 12), k=st.integers(1, 5), stride=st.integers(1, 4), c=st.integers(1, 4), o=st.integers(1, 4))
-def test_equals_lax_conv_on_any_shape(size, k, stride, c, o):
-    assert_same((2, size, size + 1, c), (k, k, c, o), stride)
+@given(
+    n=st.integers(1, 40),
+    size=st.integers(5, 12),
+    k=st.integers(1, 5),
+    stride=st.integers(1, 4),
+    c=st.integers(1, 4),
+    o=st.integers(1, 4),
+)
+@example(n=17, size=5, k=2, stride=1, c=4, o=2)  # of which there are no equal pieces
+@example(n=38, size=5, k=2, stride=1, c=2, o=4)
+def test_equals_lax_conv_on_any_shape(n, size, k, stride, c, o):
+    assert_same((n, size, size + 1, c), (k, k, c, o), stride)
 
 
 @settings(max_examples=4, deadline=None)
