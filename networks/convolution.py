@@ -144,8 +144,10 @@ def _backward(residuals, g):
     return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), _kernel_gradient(x, g, kernel.shape)
 
 
-def _kernel_gradient(x: Array, g: Array, shape: tuple[int, ...]) -> Array:
-    """Products of what each tap saw with what came of it, `g`; the narrower of the two maps is shifted.
+def _kernel_gradient(
+    x: Float[Array, "N H W C"], g: Float[Array, "N h w O"], shape: tuple[int, int, int, int]
+) -> Float[Array, "kh kw C O"]:
+    """Products of what each tap saw with the gradient g of what came of it; the narrower of the two maps is shifted.
 
     XLA's product is fastest where both matrices lie in memory row by row, and its sums are not long. So `g` is laid out channel
     by channel, and there is a product for each few samples, of as many as divide the batch.
