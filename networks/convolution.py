@@ -147,7 +147,8 @@ def _backward(residuals, g):
 def _kernel_gradient(
     x: Float[Array, "N H W C"], g: Float[Array, "N h w O"], shape: tuple[int, int, int, int]
 ) -> Float[Array, "kh kw C O"]:
-    """Products of what each tap saw with the gradient g of what came of it; the narrower of the two maps is shifted.
+    """Products of what each tap saw with the gradient g of what came of it: for each row of taps one with the rows that it saw,
+    whole, for which g is shifted along the columns.
 
     XLA's product is fastest where both matrices lie in memory row by row, and its sums are not long. So `g` is laid out channel
     by channel, and there is a product for each few samples, of as many as divide the batch.
@@ -159,15 +160,10 @@ def _kernel_gradient(
         even = n - n % SAMPLES
         return _kernel_gradient(x[:even], g[:even], shape) + _kernel_gradient(x[even:], g[even:], shape)
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
-    taps = [(i, j) for i in range(kh) for j in range(kw)]
-    if o < c:  # all taps in one product
-        pads = [((0, 0), (0, 0), (0, 0), (i, kh - 1 - i), (j, kw - 1 - j)) for i, j in taps]
-        shifted = jnp.stack([jnp.pad(g, pad) for pad in pads], axis=1).reshape(len(g), kh * kw * o, -1)
-        products = jnp.sum(lax.optimization_barrier(shifted) @ x.reshape(len(g), -1, c), axis=0)
-        return products.reshape(kh, kw, o, c).swapaxes(2, 3)
-    g = lax.optimization_barrier(g.reshape(len(g), o, -1))
-    windows = [x[:, i : i + rows, j : j + cols].reshape(len(g), -1, c) for i, j in taps]
-    return jnp.stack([jnp.sum(g @ window, axis=0).T for window in windows]).reshape(shape)
+    shifted = jnp.stack([jnp.pad(g, (*[(0, 0)] * 4, (j, kw - 1 - j))) for j in range(kw)], axis=1)
+    shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
+    products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
+    return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3)
 
 
 cpu_conv.defvjp(_forward, _backward)
