@@ -6,7 +6,8 @@ convolutions are written for, on GPUs too, and frames have few channels. The byt
 With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
 *gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
 any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
-for the gradient of the input, and products of matrices for the gradient of the kernel.
+for the gradient of the input, and products of matrices for the gradient of the kernel. In bfloat16 all three are products, for
+which processors have units (AMX) that XLA's convolutions leave idle.
 """
 
 from collections.abc import Callable
@@ -129,8 +130,8 @@ def bytes_to_depth(
 
 @jax.custom_vjp
 def cpu_conv(x: Array, kernel: Array) -> Array:
-    """`valid_conv` with a gradient that is fast on a CPU inside `lax.scan`."""
-    return valid_conv(x, kernel)
+    """`valid_conv` as it is fast on a CPU inside `lax.scan`, and its gradient too."""
+    return _conv_by_products(x, kernel) if x.dtype == jnp.bfloat16 else valid_conv(x, kernel)
 
 
 def _forward(x, kernel):
@@ -140,8 +141,38 @@ def _forward(x, kernel):
 
 def _backward(residuals, g):
     x, kernel = residuals
-    # XLA drops this convolution where nobody asks for the gradient of x, as for the pixels
-    return _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2)), _kernel_gradient(x, g, kernel.shape)
+    # XLA drops what is for the gradient of x where nobody asks for it, as for the pixels
+    if x.dtype == jnp.bfloat16:
+        x_gradient = _input_gradient_by_products(g, kernel)
+    else:
+        x_gradient = _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
+    return x_gradient, _kernel_gradient(x, g, kernel.shape)
+
+
+def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
+    """`valid_conv`: for each row of taps one product, with all pixels that it sees, whose columns are shifted and summed up."""
+    kh, kw, c, o = kernel.shape
+    n, height, width, _ = x.shape
+    rows, cols = height - kh + 1, width - kw + 1
+    y = jnp.zeros((n, rows, cols, o))
+    for i in range(kh):
+        taps = _product(x[:, i : i + rows].reshape(-1, c), kernel[i].swapaxes(0, 1).reshape(c, -1))
+        taps = taps.reshape(n, rows, width, kw, o)
+        y += sum(taps[:, :, j : j + cols, j] for j in range(kw))
+    return y.astype(x.dtype)
+
+
+def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
+    """One product with all taps, of which each is shifted to the pixels that it saw, and summed up."""
+    kh, kw, c, o = kernel.shape
+    taps = _product(g.reshape(-1, o), kernel.transpose(3, 0, 1, 2).reshape(o, -1)).reshape(*g.shape[:3], kh, kw, c)
+    shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
+    return sum(jnp.pad(taps[:, :, :, i, j], pads) for i, j, pads in shifts).astype(g.dtype)
+
+
+def _product(a: Float[Array, "*b m k"], b: Float[Array, "*b k n"]) -> Float[Array, "*b m n"]:
+    """In the matrices' type, to be summed up in float32."""
+    return jnp.matmul(a, b).astype(jnp.float32)
 
 
 def _kernel_gradient(
@@ -162,8 +193,8 @@ def _kernel_gradient(
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
     shifted = jnp.stack([jnp.pad(g, (*[(0, 0)] * 4, (j, kw - 1 - j))) for j in range(kw)], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
-    products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
-    return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3)
+    products = [jnp.sum(_product(shifted, x[:, i : i + rows].reshape(len(g), -1, c)), axis=0) for i in range(kh)]
+    return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3).astype(x.dtype)
 
 
 cpu_conv.defvjp(_forward, _backward)

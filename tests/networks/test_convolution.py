@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 from networks.convolution import (
     LAYOUT,
@@ -24,17 +24,33 @@ def lax_conv(x, kernel, stride):
     return lax.conv_general_dilated(x, kernel, (stride, stride), "VALID", dimension_numbers=LAYOUT)
 
 
+def with_gradients(conv, x, kernel, g):
+    y, vjp = jax.vjp(conv, x, kernel)
+    return y, *vjp(g)
+
+
 def assert_same(x_shape, kernel_shape, stride):
-    x_key, kernel_key, g_key = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(x_key, x_shape), jax.random.normal(kernel_key, kernel_shape)
-    expected, expected_vjp = jax.vjp(lambda x, kernel: lax_conv(x, kernel, stride), x, kernel)
-    g = jax.random.normal(g_key, expected.shape)
-    scale = jnp.sqrt(kernel.size)
+    def plain(x, kernel):
+        return lax_conv(x, kernel, stride)
+
+    like_x, like_kernel = jnp.zeros(x_shape), jnp.zeros(kernel_shape)
+    shapes = x_shape, kernel_shape, jax.eval_shape(plain, like_x, like_kernel).shape
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    y, *gradients = with_gradients(plain, *args)
     for conv in (cpu_conv, valid_conv):  # of all platforms
-        actual, actual_vjp = jax.vjp(lambda x, kernel, conv=conv: conv(*space_to_depth(x, kernel, stride)), x, kernel)
-        assert_allclose(actual, expected, atol=1e-5 * scale)
-        for a, e in zip(actual_vjp(g), expected_vjp(g), strict=True):
+        actual, *actual_gradients = with_gradients(lambda *args, conv=conv: conv(*space_to_depth(*args, stride)), *args)
+        assert_allclose(actual, y, atol=1e-5 * like_kernel.size**0.5)
+        for a, e in zip(actual_gradients, gradients, strict=True):
             assert_allclose(a, e, atol=1e-5 * float(jnp.abs(e).max()) + 1e-6)
+
+    args = [jax.random.randint(key, shape, -1, 2).astype(jnp.float32) for key, shape in zip(keys, shapes, strict=True)]
+    expected = with_gradients(plain, *args)
+    assert max(float(jnp.abs(e).max()) for e in expected) < 256  # whole numbers as small as that are exact in bfloat16
+    rounded = with_gradients(lambda *args: cpu_conv(*space_to_depth(*args, stride)), *(a.astype(jnp.bfloat16) for a in args))
+    for a, e in zip(rounded, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert_array_equal(a.astype(jnp.float32), e)
 
 
 @pytest.mark.parametrize(
@@ -93,8 +109,8 @@ def test_frames_of_any_type_and_stride(dtype, stride, k, words):
     assert ("ui32" in hlo) == words
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_second_order_gradients_equal_those_of_lax_conv(stride):
+@pytest.mark.parametrize("stride, dtype, error", [(1, "float32", 1e-4), (2, "float32", 1e-4), (2, "bfloat16", 0.05)])
+def test_second_order_gradients_equal_those_of_lax_conv(stride, dtype, error):
     keys = jax.random.split(jax.random.key(1), 4)
     x, kernel, v = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 7, 7, 3), (2, 2, 3, 5), (2, 7, 7, 3)), strict=False))
 
@@ -107,9 +123,9 @@ def test_second_order_gradients_equal_those_of_lax_conv(stride):
 
         return jax.grad(penalty, argnums=(0, 1))(x, kernel)
 
-    ours = slope(lambda x, kernel: cpu_conv(*space_to_depth(x, kernel, stride)))
+    ours = slope(lambda *args: cpu_conv(*space_to_depth(*(a.astype(dtype) for a in args), stride)).astype(jnp.float32))
     for actual, expected in zip(ours, slope(lambda x, kernel: lax_conv(x, kernel, stride)), strict=True):
-        assert_allclose(actual, expected, atol=1e-4 * float(jnp.abs(expected).max()))
+        assert_allclose(actual, expected, atol=error * float(jnp.abs(expected).max()))
 
 
 def test_same_padding_and_unknown_padding():
