@@ -54,6 +54,8 @@ ON_ATARI = (  # besides all scripts as they are
     "ppo --env-step callback",
     "ppo --overlap-rollout",
     "deep_spi --overlap-rollout",
+    "ppo --compute-dtype bfloat16",
+    "deep_spi --compute-dtype bfloat16",
     "dream_spi --no-use-replay-buffer",
 )
 WORLD_MODELS = (

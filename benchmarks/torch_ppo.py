@@ -10,8 +10,8 @@
 
 `benchmarks/throughput.py --torch` starts it, and prints its rows beside ours. The network is that of our scripts, of CleanRL's
 and of Mnih et al. (2015); a rollout is one forward for all environments at each step, on random frames; an update is four
-epochs of four minibatches of PPO's loss and Adam. One row has PyTorch's usual layout, the other its hand-tuned one, channels
-last. On a GPU where PyTorch finds one.
+epochs of four minibatches of PPO's loss and Adam. One row has PyTorch's usual layout, the next its hand-tuned one, channels
+last, and another that in bfloat16 (autocast). On a GPU where PyTorch finds one.
 """
 
 import argparse
@@ -43,8 +43,8 @@ class ActorCritic(nn.Module):
         return self.actor(hidden), self.critic(hidden)[:, 0]
 
 
-def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channels_last: bool) -> dict:
-    """The median rates of one layout."""
+def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channels_last: bool, bfloat16: bool) -> dict:
+    """The median rates of one layout in one type."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = ActorCritic(num_actions).to(device).to(memory_format=layout)
@@ -56,6 +56,11 @@ def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channe
     def prepared(frames):
         return (frames.float() / 255.0).to(memory_format=layout)
 
+    def outputs(frames):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits, value = net(prepared(frames))
+        return logits.float(), value.float()
+
     def wait():
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -65,7 +70,7 @@ def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channe
         actions, log_probs = [], []
         with torch.no_grad():
             for obs in frames:
-                policy = torch.distributions.Categorical(logits=net(prepared(obs))[0])
+                policy = torch.distributions.Categorical(logits=outputs(obs)[0])
                 action = policy.sample()
                 actions.append(action), log_probs.append(policy.log_prob(action))
         return torch.cat(actions), torch.cat(log_probs)
@@ -74,7 +79,7 @@ def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channe
         obs = frames.flatten(0, 1)
         for _ in range(EPOCHS):
             for rows in torch.randperm(total, device=device).chunk(MINIBATCHES):
-                logits, value = net(prepared(obs[rows]))
+                logits, value = outputs(obs[rows])
                 policy = torch.distributions.Categorical(logits=logits)
                 ratio = (policy.log_prob(action[rows]) - old[rows]).exp()
                 a = advantage[rows]
@@ -94,8 +99,9 @@ def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channe
         update(*done)
         rolling.append(middle - start), learning.append(wait() - middle)
     rolling, learning = (statistics.median(x[1:]) for x in (rolling, learning))
+    form = ("channels last" if channels_last else "usual layout") + (", bfloat16" if bfloat16 else "")
     return {
-        "setting": f"PyTorch {torch.__version__}, {'channels last' if channels_last else 'usual layout'}, no environment",
+        "setting": f"PyTorch {torch.__version__}, {form}, no environment",
         "steps_per_second": total / (rolling + learning),
         "rollout_seconds": rolling,
         "update_seconds": learning,
@@ -107,4 +113,5 @@ if __name__ == "__main__":
     for name, default in (("num_envs", 128), ("num_steps", 8), ("num_actions", 4), ("rounds", 5)):
         parser.add_argument(name, nargs="?", type=int, default=default)
     flags = vars(parser.parse_args())
-    print(json.dumps([measure(**flags, channels_last=channels_last) for channels_last in (False, True)]))
+    rows = ((False, False), (True, False), (True, True))  # channels last, bfloat16
+    print(json.dumps([measure(**flags, channels_last=row[0], bfloat16=row[1]) for row in rows]))

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from networks.convolution import conv2d, frames_conv2d, grid_layer
+from networks.products import product
 from utils.distributions import straight_through
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -79,7 +80,7 @@ class Dense(nn.Module):
     def __call__(self, x: Num[Array, "*batch d"]) -> Float[Array, "*batch k"]:
         kernel = self.param("kernel", nn.initializers.orthogonal(self.gain), (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return (x.astype(self.dtype) @ kernel).astype(FLOAT32) + bias
+        return product(x.astype(self.dtype), kernel).astype(FLOAT32) + bias
 
 
 class Encoder(nn.Module):

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
+from networks.products import transposed
+
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAMPLES = 16  # at a time, in the gradient of a kernel on a CPU
 
@@ -156,8 +158,8 @@ def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C 
     rows, cols = height - kh + 1, width - kw + 1
     y = jnp.zeros((n, rows, cols, o))
     for i in range(kh):
-        taps = _product(x[:, i : i + rows].reshape(-1, c), kernel[i].swapaxes(0, 1).reshape(c, -1))
-        taps = taps.reshape(n, rows, width, kw, o)
+        taps = x[:, i : i + rows].reshape(-1, c) @ kernel[i].swapaxes(0, 1).reshape(c, -1)
+        taps = taps.reshape(n, rows, width, kw, o).astype(jnp.float32)
         y += sum(taps[:, :, j : j + cols, j] for j in range(kw))
     return y.astype(x.dtype)
 
@@ -165,14 +167,9 @@ def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
     """One product with all taps, of which each is shifted to the pixels that it saw, and summed up."""
     kh, kw, c, o = kernel.shape
-    taps = _product(g.reshape(-1, o), kernel.transpose(3, 0, 1, 2).reshape(o, -1)).reshape(*g.shape[:3], kh, kw, c)
+    taps = (g.reshape(-1, o) @ transposed(kernel.reshape(-1, o))).reshape(*g.shape[:3], kh, kw, c).astype(jnp.float32)
     shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
     return sum(jnp.pad(taps[:, :, :, i, j], pads) for i, j, pads in shifts).astype(g.dtype)
-
-
-def _product(a: Float[Array, "*b m k"], b: Float[Array, "*b k n"]) -> Float[Array, "*b m n"]:
-    """In the matrices' type, to be summed up in float32."""
-    return jnp.matmul(a, b).astype(jnp.float32)
 
 
 def _kernel_gradient(
@@ -193,8 +190,9 @@ def _kernel_gradient(
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
     shifted = jnp.stack([jnp.pad(g, (*[(0, 0)] * 4, (j, kw - 1 - j))) for j in range(kw)], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
-    products = [jnp.sum(_product(shifted, x[:, i : i + rows].reshape(len(g), -1, c)), axis=0) for i in range(kh)]
-    return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3).astype(x.dtype)
+    products = [shifted @ x[:, i : i + rows].reshape(len(g), -1, c) for i in range(kh)]
+    gradient = jnp.stack([jnp.sum(each, axis=0, dtype=jnp.float32) for each in products])
+    return gradient.reshape(kh, kw, o, c).swapaxes(2, 3).astype(x.dtype)
 
 
 cpu_conv.defvjp(_forward, _backward)
