@@ -11,7 +11,7 @@
 `benchmarks/throughput.py --torch` starts it, and prints its rows beside ours. The network is that of our scripts, of CleanRL's
 and of Mnih et al. (2015); a rollout is one forward for all environments at each step, on random frames; an update is four
 epochs of four minibatches of PPO's loss and Adam. One row has PyTorch's usual layout, the next its hand-tuned one, channels
-last, and another that in bfloat16 (autocast). On a GPU where PyTorch finds one.
+last, and the last that in bfloat16 (autocast, heads included). On a GPU where PyTorch finds one.
 """
 
 import argparse
@@ -113,5 +113,5 @@ if __name__ == "__main__":
     for name, default in (("num_envs", 128), ("num_steps", 8), ("num_actions", 4), ("rounds", 5)):
         parser.add_argument(name, nargs="?", type=int, default=default)
     flags = vars(parser.parse_args())
-    rows = ((False, False), (True, False), (True, True))  # channels last, bfloat16
-    print(json.dumps([measure(**flags, channels_last=row[0], bfloat16=row[1]) for row in rows]))
+    rows = ({"channels_last": last, "bfloat16": low} for last, low in ((False, False), (True, False), (True, True)))
+    print(json.dumps([measure(**flags, **row) for row in rows]))

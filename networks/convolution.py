@@ -6,8 +6,8 @@ convolutions are written for, on GPUs too, and frames have few channels. The byt
 With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
 *gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
 any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
-for the gradient of the input, and products of matrices for the gradient of the kernel. In bfloat16 all three are products, for
-which processors have units (AMX) that XLA's convolutions leave idle.
+for the gradient of the input, and products of matrices for the gradient of the kernel. In bfloat16 the convolution and both
+gradients are products: some processors have units for these (AMX), which XLA's convolutions leave idle.
 """
 
 from collections.abc import Callable
@@ -152,20 +152,18 @@ def _backward(residuals, g):
 
 
 def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
-    """`valid_conv`: for each row of taps one product, with all pixels that it sees, whose columns are shifted and summed up."""
+    """`valid_conv`: for each row of taps a product with all pixels that it sees; what comes of each tap is shifted along the
+    columns, and summed up in float32. (Each product is rounded to `x`'s type: twice the bytes would take longer.)"""
     kh, kw, c, o = kernel.shape
     n, height, width, _ = x.shape
     rows, cols = height - kh + 1, width - kw + 1
-    y = jnp.zeros((n, rows, cols, o))
-    for i in range(kh):
-        taps = x[:, i : i + rows].reshape(-1, c) @ kernel[i].swapaxes(0, 1).reshape(c, -1)
-        taps = taps.reshape(n, rows, width, kw, o).astype(jnp.float32)
-        y += sum(taps[:, :, j : j + cols, j] for j in range(kw))
-    return y.astype(x.dtype)
+    products = [x[:, i : i + rows].reshape(-1, c) @ kernel[i].swapaxes(0, 1).reshape(c, -1) for i in range(kh)]
+    taps = [each.reshape(n, rows, width, kw, o).astype(jnp.float32) for each in products]
+    return sum(each[:, :, j : j + cols, j] for each in taps for j in range(kw)).astype(x.dtype)
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """One product with all taps, of which each is shifted to the pixels that it saw, and summed up."""
+    """One product with all taps; what comes of each is shifted to the pixels that it saw, and summed up, as above."""
     kh, kw, c, o = kernel.shape
     taps = (g.reshape(-1, o) @ transposed(kernel.reshape(-1, o))).reshape(*g.shape[:3], kh, kw, c).astype(jnp.float32)
     shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
@@ -190,9 +188,8 @@ def _kernel_gradient(
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
     shifted = jnp.stack([jnp.pad(g, (*[(0, 0)] * 4, (j, kw - 1 - j))) for j in range(kw)], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
-    products = [shifted @ x[:, i : i + rows].reshape(len(g), -1, c) for i in range(kh)]
-    gradient = jnp.stack([jnp.sum(each, axis=0, dtype=jnp.float32) for each in products])
-    return gradient.reshape(kh, kw, o, c).swapaxes(2, 3).astype(x.dtype)
+    products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
+    return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3)
 
 
 cpu_conv.defvjp(_forward, _backward)

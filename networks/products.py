@@ -1,7 +1,7 @@
 """Products of matrices in bfloat16, whose gradient is fast on a CPU too.
 
-Processors have units for such products (AMX: five times the rate of float32), and XLA uses them, but not for a matrix that is
-read across the order in which it lies in memory, as both matrices of a product are in its gradient: that one is computed in
+Some processors have units for such products (AMX: five times the rate of float32), and XLA uses them, but not for a matrix that
+is read across the order in which it lies in memory, as both matrices of a product are in its gradient: that one is computed in
 float32. So there the gradient copies them first.
 """
 
@@ -19,9 +19,9 @@ def product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[Array
 
 
 def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """a.T, as a copy: it takes a detour over three axes, or XLA would have the product that follows read `a` across.
+    """a.T, as a copy: by a detour over three axes, or XLA would have the product that follows read `a` across.
 
-    Columns of an odd number are not worth it.
+    With an odd number of columns it is a.T, and maybe no copy.
     """
     m, n = a.shape
     return a.T if n % 2 else a.reshape(m, n // 2, 2).transpose(1, 2, 0).reshape(n, m)
@@ -35,8 +35,8 @@ def cpu_product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[A
 
 def _backward(residuals, g):
     x, kernel = residuals
-    rows = x.reshape(-1, x.shape[-1])
-    return g @ transposed(kernel), transposed(rows) @ g.reshape(len(rows), -1)
+    rows, rows_g = (a.reshape(-1, width) for a, width in zip((x, g), kernel.shape, strict=True))
+    return g @ transposed(kernel), transposed(rows) @ rows_g
 
 
-cpu_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _backward)
+cpu_product.defvjp(lambda x, kernel: (cpu_product(x, kernel), (x, kernel)), _backward)

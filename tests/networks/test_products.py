@@ -12,7 +12,7 @@ from networks.products import cpu_product, product, transposed
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @settings(max_examples=4, deadline=None)
-@given(batch=st.sampled_from([(), (1,), (7,), (2, 3)]), d=st.integers(1, 9), k=st.integers(1, 9))
+@given(batch=st.sampled_from([(), (0,), (1,), (7,), (2, 3)]), d=st.integers(1, 9), k=st.integers(1, 9))
 def test_equals_the_plain_product(dtype, batch, d, k):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (*batch, d), (d, k), (*batch, k)
