@@ -11,6 +11,7 @@ gradients are products: some processors have units for these (AMX), which XLA's 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,29 @@ def space_to_depth(
     blocks_h, blocks_w = rows + taps_h - 1, cols + taps_w - 1
     x = x[:, : blocks_h * stride, : blocks_w * stride]
     x = jnp.pad(x, ((0, 0), (0, blocks_h * stride - x.shape[1]), (0, blocks_w * stride - x.shape[2]), (0, 0)))
-    x = x.reshape(-1, blocks_h, stride, blocks_w, stride, c).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(-1, blocks_h, blocks_w, stride * stride * c)
+    if x.dtype == jnp.bfloat16 and c % 2 == 0:
+        x = lax.platform_dependent(x, cpu=partial(_blocks_of_words, side=stride), default=partial(_blocks, side=stride))
+    else:
+        x = _blocks(x, stride)
     return lax.optimization_barrier(x), kernel  # or XLA would rearrange x once more for the gradient
+
+
+def _blocks(x: Num[Array, "N H W C"], side: int) -> Num[Array, "N h w D"]:
+    """Each block of side x side pixels in the channels."""
+    n, height, width, c = x.shape
+    x = x.reshape(n, height // side, side, width // side, side, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, height // side, width // side, side * side * c)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _blocks_of_words(x: Float[Array, "N H W C"], side: int) -> Float[Array, "N h w D"]:
+    """The same of bfloat16 on a CPU, where two channels that move as one word take half the time."""
+    pairs = lax.optimization_barrier(x).reshape(*x.shape[:3], -1, 2)  # or XLA would compute x word by word
+    blocks = _blocks(lax.bitcast_convert_type(pairs, jnp.uint32), side)
+    return lax.bitcast_convert_type(blocks, x.dtype).reshape(*blocks.shape[:3], -1)
+
+
+_blocks_of_words.defjvp(lambda side, x, dx: (_blocks_of_words(*x, side), _blocks(*dx, side)))
 
 
 def bytes_to_depth(
@@ -152,18 +173,18 @@ def _backward(residuals, g):
 
 
 def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
-    """`valid_conv`: for each row of taps a product with all pixels that it sees; what comes of each tap is shifted along the
-    columns, and summed up in float32. (Each product is rounded to `x`'s type: twice the bytes would take longer.)"""
+    """`valid_conv`: one product of all pixels with all taps; what comes of each tap is shifted to where it belongs, and summed
+    up in float32. (The product is rounded to `x`'s type: twice the bytes would take longer.)"""
     kh, kw, c, o = kernel.shape
     n, height, width, _ = x.shape
     rows, cols = height - kh + 1, width - kw + 1
-    products = [x[:, i : i + rows].reshape(-1, c) @ kernel[i].swapaxes(0, 1).reshape(c, -1) for i in range(kh)]
-    taps = [each.reshape(n, rows, width, kw, o).astype(jnp.float32) for each in products]
-    return sum(each[:, :, j : j + cols, j] for each in taps for j in range(kw)).astype(x.dtype)
+    taps = (x.reshape(-1, c) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)).reshape(n, height, width, kh, kw, o)
+    shifts = [taps[:, i : i + rows, j : j + cols, i, j].astype(jnp.float32) for i in range(kh) for j in range(kw)]
+    return lax.optimization_barrier(sum(shifts).astype(x.dtype))  # or XLA would sum up in the order of what follows, slowly
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """One product with all taps; what comes of each is shifted to the pixels that it saw, and summed up, as above."""
+    """Likewise: what comes of each tap is shifted to the pixels that it saw."""
     kh, kw, c, o = kernel.shape
     taps = (g.reshape(-1, o) @ transposed(kernel.reshape(-1, o))).reshape(*g.shape[:3], kh, kw, c).astype(jnp.float32)
     shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
@@ -186,7 +207,8 @@ def _kernel_gradient(
         even = n - n % SAMPLES
         return _kernel_gradient(x[:even], g[:even], shape) + _kernel_gradient(x[even:], g[even:], shape)
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
-    shifted = jnp.stack([jnp.pad(g, (*[(0, 0)] * 4, (j, kw - 1 - j))) for j in range(kw)], axis=1)
+    g = lax.optimization_barrier(jnp.pad(g, (*[(0, 0)] * 4, (kw - 1, kw - 1))))
+    shifted = jnp.stack([g[..., kw - 1 - j : kw - 1 - j + x.shape[2]] for j in range(kw)], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
     products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
     return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3)
