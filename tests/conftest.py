@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sy
 
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="deep-spi-tests-")  # once for the whole suite
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: there are thousands
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # modules too: each script that is started would take 3 s longer
         os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(compiled, "modules")
     atexit.register(shutil.rmtree, compiled, ignore_errors=True)

@@ -384,16 +384,13 @@ def test_target_kl_stops_the_update_and_annealing_ends_at_zero():
         args, agent, optimizer, steps, params = script_setup(ppo, **flags)
         state = state_without_env(ppo, params, optimizer)
         advantages = ppo.compute_gae(steps, 0.99, 0.95)
-        after, metrics = jax.jit(partial(ppo.update, agent=agent, optimizer=optimizer, args=args))(
-            state, steps, advantages, jax.random.key(1)
-        )
+        update = jax.jit(partial(ppo.update, agent=agent, optimizer=optimizer, args=args))
+        after, metrics = update(state, steps, advantages, jax.random.key(1))
         count = int(after.opt_state[1].count)
         assert count == (1 if flags.get("target_kl") == 1e-12 else 8), flags
         assert all(bool(jnp.isfinite(v)) for v in metrics.values()), metrics
         assert_allclose(metrics["charts/learning_rate"], args.learning_rate)
-    _, metrics = ppo.update(
-        state._replace(iteration=jnp.asarray(5)), steps, advantages, jax.random.key(1), agent, optimizer, args
-    )
+    _, metrics = update(state._replace(iteration=jnp.asarray(5)), steps, advantages, jax.random.key(1))
     assert_allclose(metrics["charts/learning_rate"], 0.5 * args.learning_rate)
 
 

@@ -206,7 +206,7 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     env = CueEnv(8)
     agent = dream_spi.make_agent(args, env.num_actions)
     state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
-    _, steps = deep_spi.rollout(state, env, agent, args)
+    _, steps = jax.jit(partial(deep_spi.rollout, env=env, agent=agent, args=args))(state)
     advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
     fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)
     fields, ended, weight = replay.for_policy(state.params, replayed(steps), agent, args)
@@ -215,7 +215,8 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     assert_allclose(weight, 1.0, rtol=1e-5)
     for name in fresh._fields:
         assert_allclose(getattr(batch, name), getattr(fresh, name), atol=1e-5, err_msg=name)
-    grads = jax.value_and_grad(partial(deep_spi.loss_fn, key=jax.random.key(1), agent=agent, args=args), has_aux=True)
+    loss = partial(deep_spi.loss_fn, key=jax.random.key(1), agent=agent, args=args)
+    grads = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (expected, _), of_fresh = grads(state.params, fresh)
     (found, _), of_replayed = grads(state.params, batch, weight=weight)
     assert_allclose(found, expected, rtol=1e-5)
