@@ -1,7 +1,8 @@
 """The one place that decides how a convolution is computed on which platform.
 
 Everywhere a stride becomes 1, by moving blocks of pixels into the channels: many channels and few taps are what fast
-convolutions are written for, on GPUs too, and frames have few channels. The bytes of frames are moved as words.
+convolutions are written for, on GPUs too, and frames have few channels. The bytes of frames are moved as words, and on a CPU so
+are pairs of bfloat16.
 
 With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
 *gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
@@ -124,12 +125,14 @@ def _blocks(x: Num[Array, "N H W C"], side: int) -> Num[Array, "N h w D"]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _blocks_of_words(x: Float[Array, "N H W C"], side: int) -> Float[Array, "N h w D"]:
-    """The same of bfloat16 on a CPU, where two channels that move as one word take half the time."""
-    pairs = lax.optimization_barrier(x).reshape(*x.shape[:3], -1, 2)  # or XLA would compute x word by word
+    """`_blocks` of bfloat16 with an even number of channels, for a CPU: two that move as one word take half the time."""
+    n, height, width, c = x.shape
+    pairs = lax.optimization_barrier(x).reshape(n, height, width, c // 2, 2)  # or XLA would also compute x two by two, slowly
     blocks = _blocks(lax.bitcast_convert_type(pairs, jnp.uint32), side)
-    return lax.bitcast_convert_type(blocks, x.dtype).reshape(*blocks.shape[:3], -1)
+    return lax.bitcast_convert_type(blocks, x.dtype).reshape(*blocks.shape[:3], side * side * c)
 
 
+# JAX takes what was a word to be constant, and its gradient to be 0
 _blocks_of_words.defjvp(lambda side, x, dx: (_blocks_of_words(*x, side), _blocks(*dx, side)))
 
 
@@ -180,11 +183,11 @@ def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C 
     rows, cols = height - kh + 1, width - kw + 1
     taps = (x.reshape(-1, c) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)).reshape(n, height, width, kh, kw, o)
     shifts = [taps[:, i : i + rows, j : j + cols, i, j].astype(jnp.float32) for i in range(kh) for j in range(kw)]
-    return lax.optimization_barrier(sum(shifts).astype(x.dtype))  # or XLA would sum up in the order of what follows, slowly
+    return lax.optimization_barrier(sum(shifts).astype(x.dtype))  # or XLA would fuse it with what follows, slowly
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """Likewise: what comes of each tap is shifted to the pixels that it saw."""
+    """Likewise one product with all taps; what comes of each is shifted to the pixels that it saw."""
     kh, kw, c, o = kernel.shape
     taps = (g.reshape(-1, o) @ transposed(kernel.reshape(-1, o))).reshape(*g.shape[:3], kh, kw, c).astype(jnp.float32)
     shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
@@ -207,8 +210,8 @@ def _kernel_gradient(
         even = n - n % SAMPLES
         return _kernel_gradient(x[:even], g[:even], shape) + _kernel_gradient(x[even:], g[even:], shape)
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
-    g = lax.optimization_barrier(jnp.pad(g, (*[(0, 0)] * 4, (kw - 1, kw - 1))))
-    shifted = jnp.stack([g[..., kw - 1 - j : kw - 1 - j + x.shape[2]] for j in range(kw)], axis=1)
+    g = lax.optimization_barrier(jnp.pad(g, (*[(0, 0)] * 4, (kw - 1, kw - 1))))  # or XLA would lay it out for each shift anew
+    shifted = jnp.stack([g[..., j : j + x.shape[2]] for j in reversed(range(kw))], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
     products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
     return jnp.stack(products).reshape(kh, kw, o, c).swapaxes(2, 3)

@@ -231,7 +231,7 @@ def test_flags_reach_the_environment():
     assert_array_equal(env.model.reward, expected.reward)
 
 
-@pytest.mark.parametrize("script", [*(pytest.param(s, marks=pytest.mark.slow) for s in (ppo, deep_mdp)), deep_spi])
+@pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
 def test_scripts_log_the_exact_value_of_their_policy(script):
     code = {"latent": "categorical", "num_categories": 8, "num_classes": 8, "fc_layers": (32,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
