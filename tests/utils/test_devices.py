@@ -48,7 +48,7 @@ REPLAY |= {"replay_length": 8, "replay_batch_size": 4, "dreams_from": "replay"}
 @pytest.mark.parametrize(
     "script, flags",
     [
-        (ppo, {"env_id": "CartPole-v1", "minibatch_by": "transition", "target_kl": 1e-4}),
+        pytest.param(ppo, {"env_id": "CartPole-v1", "minibatch_by": "transition", "target_kl": 1e-4}, marks=pytest.mark.slow),
         (deep_spi, {"env_id": "ConfoundingGridworld-v0", "update_epochs": 1, "enforce_neighbourhood": "early_stop"} | CODES),
         pytest.param(deep_spi, {"env_id": "CartPole-v1", "enforce_neighbourhood": "backtrack"}, marks=pytest.mark.slow),
         pytest.param(dream_spi, {"env_id": "Breakout-MinAtar", "dream_minibatches": 2}, marks=pytest.mark.slow),

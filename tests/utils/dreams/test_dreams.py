@@ -68,7 +68,7 @@ def known_world(critic):
     return model, value, agent, dream_spi.Params(None, {}, {}, {}, {}, None)
 
 
-@pytest.mark.parametrize("soft_done", [False, True])
+@pytest.mark.parametrize("soft_done", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dreams_in_the_true_model_have_its_exact_values(soft_done):
     """Returns of 20,000 dreams from the start, of 150 steps, without a critic: within 4 standard errors."""
     model, value, agent, params = known_world(lambda value: 0.0 * value)
