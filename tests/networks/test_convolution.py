@@ -65,7 +65,7 @@ def test_equals_lax_conv_on_the_shapes_in_use(x_shape, kernel_shape, stride):
     assert_same(x_shape, kernel_shape, stride)
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     n=st.integers(1, 40),
     size=st.integers(5, 12),
