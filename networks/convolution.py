@@ -23,6 +23,7 @@ from networks.products import transposed
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAMPLES = 16  # at a time, in the gradient of a kernel on a CPU
+BORDER = 1.5  # times as many pixels before a convolution as after it: its gradients on a CPU leave out the zeros around it
 
 
 def conv2d(
@@ -167,12 +168,15 @@ def _forward(x, kernel):
 
 def _backward(residuals, g):
     x, kernel = residuals
+    in_words = x.dtype == jnp.bfloat16
+    # a full convolution, and shifts along whole rows, also multiply the zeros around g: here that would be most of the work
+    small = not in_words and x.shape[1] * x.shape[2] > BORDER * g.shape[1] * g.shape[2]
     # XLA drops what is for the gradient of x where nobody asks for it, as for the pixels
-    if x.dtype == jnp.bfloat16:
+    if in_words or small:
         x_gradient = _input_gradient_by_products(g, kernel)
     else:
         x_gradient = _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    return x_gradient, _kernel_gradient(x, g, kernel.shape)
+    return x_gradient, _kernel_gradient_by_conv(x, g) if small else _kernel_gradient(x, g, kernel.shape)
 
 
 def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
@@ -187,11 +191,21 @@ def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C 
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """Likewise one product with all taps; what comes of each is shifted to the pixels that it saw."""
+    """Likewise one product with all taps, in float32 with those of a row; what comes of each is shifted to the pixels that it
+    saw."""
     kh, kw, c, o = kernel.shape
+    if kh > 1 and g.dtype == jnp.float32:
+        rows = [lax.optimization_barrier(_input_gradient_by_products(g, row[None])) for row in kernel]
+        return sum(jnp.pad(row, ((0, 0), (i, kh - 1 - i), (0, 0), (0, 0))) for i, row in enumerate(rows))
     taps = (g.reshape(-1, o) @ transposed(kernel.reshape(-1, o))).reshape(*g.shape[:3], kh, kw, c).astype(jnp.float32)
     shifts = [(i, j, ((0, 0), (i, kh - 1 - i), (j, kw - 1 - j), (0, 0))) for i in range(kh) for j in range(kw)]
     return sum(jnp.pad(taps[:, :, :, i, j], pads) for i, j, pads in shifts).astype(g.dtype)
+
+
+def _kernel_gradient_by_conv(x: Float[Array, "N H W C"], g: Float[Array, "N h w O"]) -> Float[Array, "kh kw C O"]:
+    """The convolution of x with g, in which samples are channels and channels are samples."""
+    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # as the loop keeps it fast
+    return cpu_conv(x, g).transpose(1, 2, 0, 3)
 
 
 def _kernel_gradient(

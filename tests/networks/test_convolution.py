@@ -77,6 +77,7 @@ def test_equals_lax_conv_on_the_shapes_in_use(x_shape, kernel_shape, stride):
 )
 @example(n=17, size=5, k=2, kw=1, stride=1, c=4, o=2)  # of which there are no equal pieces
 @example(n=38, size=7, k=2, kw=3, stride=2, c=2, o=4)  # nor blocks without more pixels
+@example(n=5, size=6, k=3, kw=2, stride=1, c=3, o=2)  # of which few pixels are left
 def test_equals_lax_conv_on_any_shape(n, size, k, kw, stride, c, o):
     assert_same((n, size, size + 1, c), (k, kw, c, o), stride)
 
@@ -109,10 +110,13 @@ def test_frames_of_any_type_and_stride(dtype, stride, k, words):
     assert ("ui32" in hlo) == words
 
 
-@pytest.mark.parametrize("stride, dtype, error", [(1, "float32", 1e-4), (2, "float32", 1e-4), (2, "bfloat16", 0.05)])
-def test_second_order_gradients_equal_those_of_lax_conv(stride, dtype, error):
-    keys = jax.random.split(jax.random.key(1), 4)
-    x, kernel, v = (jax.random.normal(k, s) for k, s in zip(keys, ((2, 7, 7, 6), (2, 2, 6, 4), (2, 7, 7, 6)), strict=False))
+@pytest.mark.parametrize(
+    "k, stride, dtype, error",
+    [(2, 1, "float32", 1e-4), (3, 1, "float32", 1e-4), (2, 2, "float32", 1e-4), (2, 2, "bfloat16", 0.05)],
+)
+def test_second_order_gradients_equal_those_of_lax_conv(k, stride, dtype, error):
+    keys, shapes = jax.random.split(jax.random.key(1), 3), ((2, 7, 7, 6), (k, k, 6, 4), (2, 7, 7, 6))
+    x, kernel, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
 
     def slope(conv):
         """Of the squared gradient for the input: what a gradient penalty needs."""
@@ -149,10 +153,14 @@ def test_grid_layer_equals_lax_conv(n, size, k, c, o):
 
 
 def test_is_what_runs_here():
-    """On a CPU the gradient is the one written with matrix products, in bfloat16 all is, and only there."""
-    x, kernel, cpu = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4, 4)), jax.default_backend() == "cpu"
-    hlo = jax.jit(jax.value_and_grad(lambda k: conv2d(x, k).sum())).lower(kernel).as_text()
-    assert ("dot_general" in hlo) == cpu and "convolution" in hlo
+    """On a CPU the gradient is the one written with matrix products, of small maps with a plain convolution, in bfloat16 all is
+    products, and only there."""
+    kernel, cpu = jnp.ones((3, 3, 4, 4)), jax.default_backend() == "cpu"
+    for size, small in ((15, False), (9, True)):
+        x = jnp.ones((2, size, size, 4))
+        hlo = jax.jit(jax.value_and_grad(lambda k, x=x: conv2d(x, k).sum())).lower(kernel).as_text()
+        assert ("dot_general" in hlo) == (cpu and not small) and "convolution" in hlo
+        assert ("[f, 0, 1, b]" in hlo) != cpu
     x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
     hlo = jax.jit(jax.grad(lambda k: conv2d(x, k, 2).astype(jnp.float32).sum())).lower(kernel).as_text()
     assert ("dot_general" in hlo) == ("ui32" in hlo) == ("convolution" not in hlo) == cpu
