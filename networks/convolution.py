@@ -7,8 +7,9 @@ are pairs of bfloat16.
 With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
 *gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
 any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
-for the gradient of the input, and products of matrices for the gradient of the kernel. In bfloat16 the convolution and both
-gradients are products: some processors have units for these (AMX), which XLA's convolutions leave idle.
+for the gradient of the input, and products of matrices for the gradient of the kernel; of small maps the other way round. In
+bfloat16 the convolution and both gradients are products: some processors have units for these (AMX), which XLA's convolutions
+leave idle.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from networks.products import transposed
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAMPLES = 16  # at a time, in the gradient of a kernel on a CPU
-BORDER = 1.5  # times as many pixels before a convolution as after it: its gradients on a CPU leave out the zeros around it
+BORDER = 1.5  # times as many pixels before a convolution as after it make a map small, for its gradients on a CPU
 
 
 def conv2d(
@@ -168,11 +169,11 @@ def _forward(x, kernel):
 
 def _backward(residuals, g):
     x, kernel = residuals
-    in_words = x.dtype == jnp.bfloat16
-    # a full convolution, and shifts along whole rows, also multiply the zeros around g: here that would be most of the work
-    small = not in_words and x.shape[1] * x.shape[2] > BORDER * g.shape[1] * g.shape[2]
+    in_bfloat16 = x.dtype == jnp.bfloat16
+    # a full convolution, and shifts along whole rows, also multiply the zeros around g: of small maps too many
+    small = not in_bfloat16 and x.shape[1] * x.shape[2] > BORDER * g.shape[1] * g.shape[2]
     # XLA drops what is for the gradient of x where nobody asks for it, as for the pixels
-    if in_words or small:
+    if in_bfloat16 or small:
         x_gradient = _input_gradient_by_products(g, kernel)
     else:
         x_gradient = _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
