@@ -192,8 +192,8 @@ def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C 
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """Likewise one product with all taps, in float32 with those of a row; what comes of each is shifted to the pixels that it
-    saw."""
+    """Likewise one product with all taps, or in float32 one with each row of them; what comes of a tap is shifted to the pixels
+    that it saw."""
     kh, kw, c, o = kernel.shape
     if kh > 1 and g.dtype == jnp.float32:
         rows = [lax.optimization_barrier(_input_gradient_by_products(g, row[None])) for row in kernel]
