@@ -43,7 +43,19 @@ from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, masked_normalize, smooth_l1_loss, weighted_mean, weighted_quantiles
 from utils.metrics import rollout_metrics, scan_with_metrics, summarize
 from utils.occasionally import occasionally
-from utils.runs.flags import Count, Default, Needs, NotNegative, Positive, Range, Sizes, at_least, refuse_unread, require
+from utils.runs.flags import (
+    Count,
+    Default,
+    InsideUnit,
+    Needs,
+    NotNegative,
+    Positive,
+    Range,
+    Sizes,
+    at_least,
+    refuse_unread,
+    require,
+)
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
 from utils.world_model import CONTINUOUS, PENALISED, Density
@@ -59,6 +71,8 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     ent_coef: Annotated[NotNegative, Default(atari=0.1)] = 0.01
     transition_loss_coef: NotNegative = 1e-2
     reward_loss_coef: NotNegative = 0.1
+    model_clip_coef: InsideUnit | None = None
+    """eps of the loss on real data, from which encoder and world model learn; if not given --clip-coef, the eps of dreams"""
     transition_density: Density = "deterministic"
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
     lipschitz_nets: Annotated[bool, CONTINUOUS] = False
@@ -251,6 +265,7 @@ def model_loss(
     agent: Agent, args: Args,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
     """Deep SPI's loss on real data, that of the predictor of ends, and that of the values of predicted latents."""
+    args = replace(args, clip_coef=args.model_clip_coef or args.clip_coef)
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
     z, next_z = jax.lax.stop_gradient(z[:n]), z[-n:]

@@ -23,7 +23,7 @@ import tyro
 
 from envs.atari import make_machado_pool
 from envs.protocol import Env
-from envs.registry import family, make_env
+from envs.registry import atari_protocol, family, make_env
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
@@ -93,7 +93,7 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
         f"        median {np.median(returns):.2f}, standard deviation {spread}, {returns.min():g} to {returns.max():g}",
         f"length: mean {np.mean([g.episodic_length for g in games]):,.0f} steps; {sum(g.truncated for g in games)} cut off",
     ]
-    known = reference(run.args.env_id, run.args.stochastic_env)
+    known = reference(run.args.env_id, atari_protocol(run.args))
     if known is not None:
         lines.append(f"human-normalised score: {known.human_normalized(returns.mean()):.3f} (0 random play, 1 human)")
         if known.baseline is not None and protocol == "train":

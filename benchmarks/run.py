@@ -37,7 +37,7 @@ class Args:
     """what trains: ppo, deep_mdp_ppo, deep_spi, dream_spi, or a script of your own; with flags of its own in quotes,
     "deep_spi --transition-loss-coef 1e-3"; the same script may be there several times with others"""
     env_ids: tuple[str, ...] = ("Breakout-v5",)
-    """environments: ids, or ale57, minatar, gridworld"""
+    """environments: ids, or ale57, ale61 (the paper's games), atari5 (a subset), minatar, gridworld"""
     num_seeds: int = 3
     """runs of each script in each environment"""
     start_seed: int = 1

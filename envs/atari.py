@@ -17,6 +17,16 @@ from envs.frames import STACK
 from envs.protocol import EpisodeStats, Timestep
 from utils.devices import DEVICES
 
+
+class AtariProtocol(NamedTuple):
+    """What makes an Atari game random: the probability with which each frame repeats the action of the frame before it ("sticky
+    actions"), and the largest number of no-ops that start a game (drawn uniformly from 1 to this)."""
+
+    repeat_action_probability: float
+    noop_max: int
+
+
+PLAIN, STOCHASTIC = AtariProtocol(0.0, 30), AtariProtocol(0.3, 60)  # envpool's default, and the paper's stochastic protocol
 CLASSIC = {"Acrobot-v1": (-1.0, 0.0), "CartPole-v1": (0.0, 1.0), "Catch-v0": (-1.0, 1.0)}  # and the range of their rewards
 
 
@@ -239,7 +249,7 @@ def make_pool(
     num_envs: int,
     seed: int,
     reward_clip: bool = True,
-    stochastic: bool = False,
+    protocol: AtariProtocol = PLAIN,
     stepping: Literal["auto", "xla", "callback"] = "auto",
     iteration: int = 0,
     full_action_space: bool = False,
@@ -253,8 +263,7 @@ def make_pool(
         num_envs: how many step together.
         seed: of the whole pool, see `env_seeds`.
         reward_clip: train on the sign of Atari's rewards.
-        stochastic: Atari's stochastic protocol: the last action is repeated with probability 0.3, and up to 60 no-ops
-            start a game (instead of 0 and 30).
+        protocol: sticky actions and no-ops, of Atari alone.
         stepping: see `Pool`.
         iteration: of the run when these environments start: see `env_seeds`, and `EpisodeStats.to_count`.
         full_action_space: all 18 actions of Atari, not only those that do something in the game.
@@ -271,9 +280,8 @@ def make_pool(
         return Pool(*start, CLASSIC[env_id], *how)
     if env_id not in atari_ids():
         raise ValueError(f"unknown environment {env_id!r}")
-    protocol = {"repeat_action_probability": 0.3, "noop_max": 60} if stochastic else {}
     reward_range = (-1.0, 1.0) if reward_clip else (-np.inf, np.inf)
-    options = protocol | {"episodic_life": True, "reward_clip": reward_clip, "full_action_space": full_action_space}
+    options = protocol._asdict() | {"episodic_life": True, "reward_clip": reward_clip, "full_action_space": full_action_space}
     return FramePool(*start, reward_range, *how, **options)
 
 

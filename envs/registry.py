@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from envs.atari import CLASSIC, atari_ids, make_pool
+from envs.atari import CLASSIC, PLAIN, STOCHASTIC, AtariProtocol, atari_ids, make_pool
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.confounding_gridworld import ConfoundingGridworld, build_model
 from envs.minatar import GAMES as MINATAR
@@ -32,6 +32,13 @@ def pays_beyond_one(env_id: str) -> bool:
     return env_id == GRIDWORLD or (env_id in MINATAR and MINATAR[env_id].reward_range[1] > 1.0)
 
 
+def atari_protocol(args: Any) -> AtariProtocol:
+    """Sticky actions and no-ops that a run's flags ask for, of Atari alone."""
+    usual = STOCHASTIC if args.stochastic_env else PLAIN
+    typed = {name: getattr(args, name) for name in AtariProtocol._fields}
+    return usual._replace(**{name: value for name, value in typed.items() if value is not None})
+
+
 def check_gridworld(args: Any) -> None:
     """Raises ValueError where the gridworld cannot have the size that the flags ask for."""
     build_model(args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
@@ -44,7 +51,7 @@ def make_env(args: Any, iteration: int = 0) -> Env:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
     if args.env_id in MINATAR:
         return MinAtar(args.env_id, args.num_envs, args.seed)
-    flags = args.reward_clip, args.stochastic_env, args.env_step, iteration, args.full_action_space, args.num_devices
+    flags = args.reward_clip, atari_protocol(args), args.env_step, iteration, args.full_action_space, args.num_devices
     pool = partial(make_pool, args.env_id, args.num_envs, args.seed, *flags)
     half = args.num_envs // 2
     return Halves(pool(slice(half)), pool(slice(half, None))) if args.overlap_rollout else pool()

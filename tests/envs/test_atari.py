@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import deep_spi
-from envs.atari import Pool, env_seeds, make_pool
-from envs.registry import env_ids, make_env
+from envs.atari import STOCHASTIC, Pool, env_seeds, make_pool
+from envs.registry import atari_protocol, env_ids, make_env
 
 
 def play(env_id, steps, seed=1, num_envs=4, **options):
@@ -52,7 +52,7 @@ def test_different_seeds_share_no_environment_stream():
     later = [env_seeds(3, 128, iteration) for iteration in (1, 2, 3)]  # where a run goes on
     assert len({*seeds[3], *sum(later, [])}) == 4 * 128
     # and the games follow the seeds: the stochastic protocol starts each of them differently
-    (a, one), (_, same), (_, other) = (play("Pong-v5", 30, seed, stochastic=True) for seed in (1, 1, 2))
+    (a, one), (_, same), (_, other) = (play("Pong-v5", 30, seed, protocol=STOCHASTIC) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.obs, same.obs)
     for i in range(4):
         for j in range(4):
@@ -134,7 +134,56 @@ def test_the_step_after_a_time_limit_is_none_either(env_id, stepping):
     assert (steps.episode.episode_length[ended] <= 7).all()
 
 
-def test_the_stochastic_protocol_is_as_the_paper_says():
-    plain, stochastic = (make_pool("Pong-v5", 2, 1, stochastic=s).pool.spec.config for s in (False, True))
-    assert (plain.noop_max, plain.repeat_action_probability) == (30, 0.0)
-    assert (stochastic.noop_max, round(stochastic.repeat_action_probability, 6)) == (60, 0.3)
+def atari_args(**flags):
+    return deep_spi.Args(env_id="Freeway-v5", **flags)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, (0.0, 30)),
+        ({"stochastic_env": True}, (0.3, 60)),
+        ({"repeat_action_probability": 0.25}, (0.25, 30)),
+        ({"stochastic_env": True, "noop_max": 7}, (0.3, 7)),
+        ({"stochastic_env": True, "repeat_action_probability": 0.0}, (0.0, 60)),
+    ],
+)
+def test_flags_of_the_protocol(flags, expected):
+    assert atari_protocol(atari_args(**flags)) == expected
+    config = make_env(atari_args(num_envs=2, **flags)).pool.spec.config
+    assert (round(config.repeat_action_probability, 6), config.noop_max) == expected
+
+
+def test_games_start_with_up_to_noop_max_no_ops():
+    """The number of no-ops is read off Freeway's memory, compared with a game that is played one frame at a time."""
+    one = {"env_type": "gymnasium", "num_envs": 1, "frame_skip": 1, "noop_max": 1}
+    game, memories = envpool.make("Freeway-v5", seed=1, **one), []
+    memories.append(game.reset()[1]["ram"][0])
+    for _ in range(11):
+        memories.append(game.step(np.zeros(1, np.int32))[-1]["ram"][0].copy())
+    for longest in (1, 12):
+        ram = make_env(atari_args(num_envs=8 * longest, noop_max=longest)).pool.reset()[1]["ram"]
+        found = [np.flatnonzero((memories == memory).all(axis=1)) for memory in ram]
+        assert all(len(frames) == 1 for frames in found)
+        counts = np.bincount(np.concatenate(found), minlength=12)
+        assert (counts[:longest] > 0).all() and not counts[longest:].any()
+        assert counts.max() < 20  # uniform: 8 of each on average
+
+
+@pytest.mark.parametrize("sticky", [0.0, 0.3])
+def test_actions_are_repeated_with_their_probability(sticky):
+    """Freeway's chicken climbs one pixel in each frame whose action is up. A step is 4 frames: where the action before was to
+    wait, all 4 climb with probability 1 - p, 3 with (1 - p) p, and so on; none with p^4."""
+    env = make_env(atari_args(num_envs=64, repeat_action_probability=sticky))
+    height = env.pool.reset()[1]["ram"][:, 14].astype(int)
+    climbed = []
+    for t in range(12):  # no car is met so early
+        before = height
+        action = np.full(64, 1 if t % 3 == 2 else 0, np.int32)
+        height = env.pool.step(action)[-1]["ram"][:, 14].astype(int)
+        climbed += [height - before] * (t % 3 == 2)
+    found = np.bincount(np.concatenate(climbed), minlength=5) / 256
+    expected = [sticky**4, *((1 - sticky) * sticky**k for k in (3, 2, 1, 0))]
+    np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 256))
+    if sticky == 0.0:
+        np.testing.assert_array_equal(found, expected)

@@ -14,7 +14,7 @@ from envs.protocol import Env
 from envs.registry import family
 from utils.devices import make_split
 from utils.losses import decayed_sums
-from utils.runs.flags import LARGEST, Count, Default, Needs, NotNegative, refuse_unread, require
+from utils.runs.flags import LARGEST, Count, Default, Needs, NotNegative, Positive, refuse_unread, require
 from utils.runs.memory import free_memory
 
 WANTED = Needs(use_replay_buffer=True)
@@ -41,9 +41,11 @@ class ReplayArgs:
     """checkpoints hold the buffer too (its whole size on the disk, and once more in memory while it is written); without it, a
     run that goes on fills it again first, with steps that count as none of its own"""
     off_policy: Annotated[Literal["vtrace", "clipped_ratio"], WANTED] = "vtrace"
-    """how much a transition counts whose action an older policy mu chose: min(1, pi/mu), pi the policy before the update, or
-    with clipped_ratio all of pi/mu, which has no bias and no bound (for a --replay-capacity of a few rollouts). Advantages and
-    targets are V-trace's in both"""
+    """how much a transition counts whose action an older policy mu chose, pi being the policy before the update. vtrace: pi/mu,
+    truncated at --vtrace-max-weight. clipped_ratio: all of pi/mu, which is unbiased and unbounded (for a --replay-capacity of
+    a few rollouts). Advantages and targets are V-trace's in both"""
+    vtrace_max_weight: Annotated[Positive, WANTED] = 1.0
+    """truncate pi/mu at this (V-trace's rho-bar and c-bar): 1 as in Espeholt et al. (2018); the paper's code has e^3 = 20.1"""
 
     def check(self) -> None:
         """Raises UsageError where the flags of the buffer do not go together, or not with those of the script around them."""
@@ -208,7 +210,7 @@ def for_policy(
     value, log_probs = value.reshape(steps.reward.shape), jax.nn.log_softmax(logits).reshape(steps.log_probs.shape)
     taken = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[..., None], axis=-1)[..., 0]
     ratio = jnp.exp(jnp.where(steps.valid, taken, 0.0))
-    truncated_ratio = jnp.minimum(ratio, 1.0)
+    truncated_ratio = jnp.minimum(ratio, args.vtrace_max_weight)
     advantage, target = vtrace(steps, value, truncated_ratio, args.gamma, args.gae_lambda)
     weight = truncated_ratio if args.off_policy == "vtrace" else ratio
     steps = jax.tree.map(lambda x: flat(x[:-1]), steps._replace(obs=None))
@@ -224,7 +226,7 @@ def vtrace(
     its value.
 
     A[t] = error[t] + gamma lambda weight[t + 1] A[t + 1], and the target is value[t] + weight[t] A[t]. `weight` is their rho
-    and c, min(1, pi/mu), lambda that of their remark 2. What A is multiplied by at t itself is left to the policy's loss.
+    and c, pi/mu truncated, lambda that of their remark 2. What A is multiplied by at t itself is left to the policy's loss.
     Where the weights are 1, A is the generalised advantage estimate.
     """
     steps = jax.tree.map(lambda x: x[:-1], steps)

@@ -114,7 +114,12 @@ class RunArgs:
     reward_clip: Annotated[bool, ATARI] = True
     """Atari: train on the sign of the rewards (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
-    """Atari: the stochastic protocol: actions are repeated with probability 0.3, up to 60 no-ops start a game"""
+    """Atari: the paper's stochastic protocol, --repeat-action-probability 0.3 --noop-max 60"""
+    repeat_action_probability: Annotated[Share | None, ATARI] = None
+    """Atari: probability with which each frame repeats the previous frame's action (sticky actions); if not given 0, or 0.3
+    with --stochastic-env"""
+    noop_max: Annotated[int | None, Range(lambda x: 1 <= x <= 1000, "must be 1 to 1000"), ATARI] = None
+    """Atari: each game starts with 1 to this many no-ops, drawn uniformly; if not given 30, or 60 with --stochastic-env"""
     full_action_space: Annotated[bool, ATARI] = False
     """Atari: choose among all 18 actions, not only those that do something in the game"""
     env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"

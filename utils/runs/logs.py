@@ -23,6 +23,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.utils import figure_to_image
 from tqdm import tqdm
 
+from envs.registry import atari_protocol
 from utils.dreams import traces
 from utils.guarantees import monitor
 from utils.histograms import EDGES
@@ -181,7 +182,7 @@ class Logger:
         self.steps_per_iteration, self.stops = steps_per_iteration, args.stop_if_not_finite
         self.step = iteration * steps_per_iteration
         self.total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
-        self.reference = scores.reference(args.env_id, args.stochastic_env)
+        self.reference = scores.reference(args.env_id, atari_protocol(args))
         self.episodes = collections.deque(progress.get("episodes", []), UPDATES_SHOWN)  # number, mean return, of each update
         self.warned = set(progress.get("warned", []))  # names of metrics that were no numbers
         self.elapsed = progress.get("elapsed", 0.0)  # seconds of training

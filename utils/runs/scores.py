@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+from envs.atari import PLAIN, STOCHASTIC, AtariProtocol
 from envs.registry import family
 
 # human play of games that the table of 57 lacks: random, and the best score known
@@ -45,16 +46,21 @@ def ale57() -> list[str]:
     return list(_table("ale57_scores.csv"))
 
 
+def ale61() -> list[str]:
+    """The 57 games and the four of `MORE_HUMANS`: those of the paper."""
+    return sorted([*ale57(), *MORE_HUMANS])
+
+
 @functools.cache
-def reference(env_id: str, stochastic: bool = False) -> Reference | None:
+def reference(env_id: str, protocol: AtariProtocol = PLAIN) -> Reference | None:
     """The reference scores of an environment id such as `Breakout-v5`; None for a game of which no human score is known, and
     for what only has an Atari game's name.
 
     Args:
         env_id: the environment.
-        stochastic: it is played by the stochastic protocol. The baseline then is the best return of a PPO run under that
-            protocol, on average over 3 runs (the official code's table, 61 games); otherwise CleanRL's PPO after 10M steps,
-            the mean return (57 games).
+        protocol: sticky actions and no-ops of the games. Baselines are known for two protocols. `PLAIN`: the mean return of
+            CleanRL's PPO after 10M steps (57 games). `STOCHASTIC`: the best return of a PPO run, averaged over 3 runs (the
+            official code's table, 61 games).
     """
     if family(env_id) != "atari":
         return None
@@ -63,8 +69,7 @@ def reference(env_id: str, stochastic: bool = False) -> Reference | None:
     if ale57 is None and game not in MORE_HUMANS:
         return None
     random, human = MORE_HUMANS[game] if ale57 is None else (float(ale57["random"]), float(ale57["human"]))
-    if stochastic:
-        row, column = _table("ppo_stochastic_scores.csv").get(game), "mean_max_return"
-    else:
-        row, column = ale57, "cleanrl_ppo_mean"
+    baselines = {PLAIN: (ale57, "cleanrl_ppo_mean")}
+    baselines[STOCHASTIC] = _table("ppo_stochastic_scores.csv").get(game), "mean_max_return"
+    row, column = baselines.get(protocol, (None, ""))
     return Reference(random, human, float(row[column]) if row else None)

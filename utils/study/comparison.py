@@ -1,9 +1,13 @@
 """Algorithms x games x seeds, side by side: what is missing, scores on a common scale, and aggregates of them."""
 
+import re
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from envs.atari import AtariProtocol
+from envs.registry import atari_protocol
 from utils.runs.flags import require
 from utils.runs.scores import reference
 from utils.study import aggregates
@@ -68,6 +72,14 @@ def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison
     return Comparison(algorithms, env_ids, seeds, found, missing)
 
 
+def run_protocol(run: RunRecord) -> AtariProtocol:
+    """Sticky actions and no-ops of the run's games, of Atari alone."""
+    typed = dict(word.removeprefix("--").partition(" ")[::2] for word in re.split(r" (?=--)", run.flags) if word)
+    number = lambda flag, kind: kind(typed[flag]) if flag in typed else None  # noqa: E731
+    flags = number("repeat-action-probability", float), number("noop-max", int)
+    return atari_protocol(SimpleNamespace(stochastic_env="stochastic-env" in typed, **AtariProtocol(*flags)._asdict()))
+
+
 def usual_scale(comparison: Comparison) -> Scale:
     """The scale if none is asked for: human play where it is known of all games."""
     return "human" if all(reference(env_id) for env_id in comparison.env_ids) else "min-max"
@@ -93,13 +105,15 @@ def normalised(
     scores = {name: [] for name in comparison.algorithms}
     for env_id in env_ids:
         of_game = [run for name in comparison.algorithms for run in comparison.runs[name, env_id]]
-        known = reference(env_id, any("--stochastic-env" in run.flags for run in of_game))
+        protocols = {run_protocol(run) for run in of_game}
+        known = reference(env_id, min(protocols))
         every = np.concatenate([raw[name, env_id] for name in comparison.algorithms])
         low, width = every.min(), np.ptp(every) or 1.0
         if scale == "human":
             require(known is not None, f"--scale human: there is no human score of {env_id}; say --scale min-max")
             convert = known.human_normalized
         elif scale == "baseline":
+            require(len(protocols) == 1, f"--scale baseline: runs of {env_id} differ in their protocol; say --scale min-max")
             require(
                 known is not None and bool(known.baseline), f"--scale baseline: there is none of {env_id}; say --scale min-max"
             )

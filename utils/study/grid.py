@@ -23,11 +23,13 @@ from utils.runs import folder
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.logs import METRICS
-from utils.runs.scores import ale57
+from utils.runs.scores import ale57, ale61
 from utils.runs.stored_flags import check_continued
 
 SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # what a script is called in names and tables, where not as its file
-SETS = {"ale57": tuple(f"{game}-v5" for game in ale57()), "minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
+ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Aitchison et al. (2023), arXiv 2210.02019
+SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
+SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
 RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that whoever starts the runs gives
 RECORD = "study.json"
 LOGS = "logs"

@@ -558,6 +558,34 @@ def test_ends_by_hubers_loss_stand_in_the_utility():
     assert max(jax.tree.leaves(largest)) > 1e-4
 
 
+@pytest.mark.parametrize("model, of_data", [(None, 1.1), (0.05, 1.05)])
+def test_real_data_and_dreams_are_clipped_apart(model, of_data):
+    """All ratios are 1.15. Where the advantage is positive it counts 1.1 times in dreams, and on real data as much as
+    `model_clip_coef` lets it; where it is negative, 1.15 times."""
+    flags = {"model_clip_coef": model, "transition_loss_coef": 0.0, "reward_loss_coef": 0.0, "value_aware_coef": 0.0}
+    args, env, agent, _, state = dream_setup(norm_adv=False, **flags)
+    check_flags(args)
+    _, steps, advantages = jax.jit(partial(gather_experience, env=env, agent=agent, args=args))(state)
+    first, where = (x[0] for x in deep_spi.minibatch_indices(jax.random.key(1), args))
+    batch = deep_spi.gather(steps, advantages, first, where, args)
+    batch = batch._replace(log_probs=batch.log_probs - np.log(1.15))
+    loss = jax.jit(partial(dream_spi.model_loss, agent=agent, args=args))
+    _, metrics = loss(state.params, batch, jnp.zeros_like(batch.valid), 1.0, jax.random.key(2))
+    advantage = np.asarray(batch.advantage)[np.asarray(batch.valid)]
+    assert (advantage > 0).any() and (advantage < 0).any()
+    by_hand = lambda most: np.mean(np.where(advantage > 0, -most * advantage, -1.15 * advantage))  # noqa: E731
+    assert_allclose(metrics["losses/policy_loss"], by_hand(of_data), rtol=1e-4)
+
+    z = agent.encoder.apply(state.params.encoder, batch.obs)[: len(batch.action)]
+    log_prob = jnp.take_along_axis(batch.log_probs, batch.action[:, None], axis=1)[:, 0]
+    valid = batch.valid.astype(jnp.float32)
+    dreams = dream_spi.HeadsBatch(
+        z, batch.action, log_prob, batch.value, batch.advantage, batch.target, valid, batch.target, valid
+    )
+    _, metrics = dream_spi.heads_loss(state.params, dreams, agent, args)
+    assert_allclose(metrics["dreams/policy_loss"], by_hand(1.1), rtol=1e-4)
+
+
 def test_predictions_learn_the_values_of_what_followed():
     """Half the squared error of the critic at the next latent as it is dreamt, and no network but the transition learns from
     it."""

@@ -224,11 +224,11 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     jax.tree.map(close, of_replayed, of_fresh)
 
 
-@pytest.mark.parametrize("off_policy", ["vtrace", "clipped_ratio"])
-def test_what_an_older_policy_did_is_weighed(off_policy):
+@pytest.mark.parametrize("off_policy, most", [("vtrace", 1.0), ("vtrace", 1.03), ("clipped_ratio", 1.0)])
+def test_what_an_older_policy_did_is_weighed(off_policy, most):
     """A policy that has moved since: log-probabilities are those of the present policy, weights its ratios to the older one,
     and what a masked step holds changes nothing."""
-    args = dream_spi.Args(off_policy=off_policy, **SMALL)
+    args = dream_spi.Args(off_policy=off_policy, vtrace_max_weight=most, **SMALL)
     agent = dream_spi.make_agent(args, 3)
     stored = replayed(random_steps(deep_spi, jax.random.key(5), 6, 4, obs_shape=(3,), num_actions=3))
     params = dream_spi.init_params(jax.random.key(0), agent, stored.obs[0])
@@ -241,7 +241,7 @@ def test_what_an_older_policy_did_is_weighed(off_policy):
     taken = np.take_along_axis(np.asarray(log_probs - stored.log_probs), np.asarray(stored.action)[..., None], -1)
     ratio = np.where(stored.valid, np.exp(taken[..., 0]), 1.0)
     assert ratio[:-1].max() > 1.05 and ratio[:-1].min() < 0.95
-    truncated = np.minimum(ratio, 1.0)
+    truncated = np.minimum(ratio, most)
     assert_allclose(batch.log_probs, log_probs[:-1].reshape(-1, 3), rtol=1e-5)
     assert_allclose(weight, (truncated if off_policy == "vtrace" else ratio)[:-1].reshape(-1), rtol=1e-4)
     advantage, target = vtrace(stored, value.reshape(7, 4), jnp.asarray(truncated), args.gamma, args.gae_lambda)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from envs.atari import STOCHASTIC, AtariProtocol
 from utils.runs.scores import MORE_HUMANS, reference
 
 
@@ -30,16 +31,18 @@ def test_a_negative_baseline_is_beaten_by_a_larger_return():
 
 
 def test_the_stochastic_protocol_has_a_baseline_of_its_own():
-    alien = reference("Alien-v5", stochastic=True)
+    alien = reference("Alien-v5", protocol=STOCHASTIC)
     assert (alien.baseline, alien.human) == (1498.96, reference("Alien-v5").human)
     assert alien.relative_improvement(2 * 1498.96) == pytest.approx(1.0)
+    other = reference("Alien-v5", AtariProtocol(0.25, 30))
+    assert other.human == alien.human and other.relative_improvement(2 * 1498.96) is None
 
 
 @pytest.mark.parametrize("game", MORE_HUMANS)
 def test_the_four_further_games(game):
     assert reference(f"{game}-v5").baseline is None
     assert reference(f"{game}-v5").relative_improvement(1.0) is None
-    stochastic = reference(f"{game}-v5", stochastic=True)
+    stochastic = reference(f"{game}-v5", protocol=STOCHASTIC)
     random, human = {
         "Kaboom": (2.49, 39101), "LaserGates": (139.55, 87511), "MarioBros": (120, 778700), "Et": (19.6, 19127)
     }[game]  # fmt: skip

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from benchmarks import run as launching
+from envs.atari import atari_ids
 from tests.commands import ROOT, command
 from utils.runs.flags import UsageError
 from utils.study import local, status
@@ -46,7 +47,9 @@ def saved(folder):
 def test_names_sets_and_flags(tmp_path):
     scripts = ("ppo", "deep_spi --transition-loss-coef 1e-3", "deep_spi.py")
     runs = plan(scripts, ("minatar", "Pong-v5"), [3, 4], ["--gamma=0.9"], tmp_path)
-    assert len(SETS["ale57"]) == 57 and len(runs) == 3 * 6 * 2
+    assert len(runs) == 3 * 6 * 2
+    assert [len(SETS[name]) for name in ("ale57", "ale61", "atari5")] == [57, 61, 5]
+    assert set(SETS["ale57"]) | set(SETS["atari5"]) < set(SETS["ale61"]) <= set(atari_ids())
     assert [run.seed for run in runs] == [3] * 18 + [4] * 18  # a study that is not finished compares what it has
     first, second = runs[0], runs[1]
     assert (first.name, first.steps) == ("Asterix-MinAtar__ppo__3", 610 * 64 * 128)
