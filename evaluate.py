@@ -34,7 +34,7 @@ from utils.runs.folder import CHECKPOINTS, MODEL
 from utils.runs.launch import describe_device, run_main
 from utils.runs.load_run import LoadedRun, read_run
 from utils.runs.scores import reference
-from utils.study.aggregates import CONFIDENCE, mean, with_interval
+from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")
 COLUMNS += ("episodic_return", "episodic_length", "truncated")

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.profile_update import part_of  # noqa: E402
 from benchmarks.throughput import SCRIPTS, parse_setting  # noqa: E402
+from envs.protocol import DEVICES
 from envs.registry import make_env  # noqa: E402
-from utils.devices import DEVICES, placement, use_devices  # noqa: E402
+from utils.devices import placement, use_devices  # noqa: E402
 from utils.runs.flags import check_flags, make_args, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 

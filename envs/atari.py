@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, Int8, UInt8
 
 from envs.frames import STACK
-from envs.protocol import EpisodeStats, Timestep
-from utils.devices import DEVICES
+from envs.protocol import DEVICES, EpisodeStats, Timestep
 
 
 class AtariProtocol(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int8, Num, UInt8
 
 STACK = 4  # frames of a stack
+SMALLEST_FRAME = 36  # pixels along each axis that an image needs for the encoder of frames; what is smaller is a grid of cells
 
 
 class Newest(NamedTuple):

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+DEVICES = "devices"  # the axis of the device mesh along which environments are divided
+
 
 def own_seed(seed: int) -> int:
     """A seed for an environment in JAX: with the run's own, its numbers would be those that the script draws from that."""

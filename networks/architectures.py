@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
+from envs.frames import SMALLEST_FRAME
 from networks.convolution import conv2d, frames_conv2d, grid_layer
 from networks.products import product
 from utils.distributions import straight_through
@@ -28,7 +29,6 @@ RANGES = {  # of each, the lowest rounded down
     "relu": (0.0, np.inf), "elu": (-1.0, np.inf), "gelu": (-0.1701, np.inf), "silu": (-0.2785, np.inf), "tanh": (-1.0, 1.0)
 }  # fmt: skip
 FLOAT32 = jnp.dtype("float32")
-SMALLEST = 36  # pixels along an axis from which the convolutions for frames leave anything
 STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # slope of each, rounded up
 
 
@@ -106,15 +106,15 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
-        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST:  # stacked grey frames, as emulators return them
+        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST_FRAME:  # stacked grey frames, as emulators return them
             x = activation(Conv(32, 8, 4, self.dtype, of_frames=True)(obs))
             x = activation(Conv(64, 4, 2, self.dtype)(x))
             x = activation(Conv(64, 3, 1, self.dtype)(x))
         elif obs.ndim == 4:  # a grid of cells
-            if min(obs.shape[1:3]) < 3 or max(obs.shape[1:3]) >= SMALLEST:
+            if min(obs.shape[1:3]) < 3 or max(obs.shape[1:3]) >= SMALLEST_FRAME:
                 raise ValueError(
-                    f"observations of shape {obs.shape[1:]} are neither frames, [channels, height, width], of {SMALLEST} "
-                    f"pixels or more along each axis, nor a grid, [height, width, channels], of 3 to {SMALLEST - 1} cells"
+                    f"observations of shape {obs.shape[1:]} are neither frames, [channels, height, width], of {SMALLEST_FRAME} "
+                    f"pixels or more along each axis, nor a grid, [height, width, channels], of 3 to {SMALLEST_FRAME - 1} cells"
                 )
             x = GridLayer(16, 3, activation, self.dtype)(obs)
             x = activation(Dense(128, dtype=self.dtype)(x.reshape(x.shape[0], -1)))[:, None, None, :]

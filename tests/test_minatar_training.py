@@ -11,10 +11,10 @@ import deep_mdp_ppo as deep_mdp
 import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from benchmarks import seeds
 from benchmarks.throughput import WORLD_MODELS
 from envs.minatar import GAMES
 from envs.registry import make_env
+from experiments import seeds
 from utils.runs.flags import UsageError, check_flags, make_args
 
 SMALL = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128}

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DEVICES = "devices"  # the name of the mesh's axis
+from envs.protocol import DEVICES
 
 
 def use_devices(num_devices: int, among: Sequence[jax.Device] | None = None) -> AbstractContextManager:

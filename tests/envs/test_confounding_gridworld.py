@@ -261,7 +261,7 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
 @pytest.mark.parametrize("script", [ppo, deep_spi])
 def test_benchmark_trains_as_the_script_does(script):
     """Its short cut, the encoder evaluated once for each cell, changes no parameter by more than rounding."""
-    from benchmarks import confounding_gridworld as benchmark
+    from experiments import confounding_gridworld as benchmark
 
     small = {"num_envs": 8, "num_steps": 8, "num_minibatches": 2, "fc_layers": (32,), "total_timesteps": 64 * 3}
     args = script.Args(env_id=ENV_ID, latent="categorical", num_categories=4, num_classes=4, **small)
@@ -284,7 +284,7 @@ def test_benchmark_trains_as_the_script_does(script):
 
 
 def test_benchmark_writes_figure_and_numbers(tmp_path):
-    from benchmarks import confounding_gridworld as benchmark
+    from experiments import confounding_gridworld as benchmark
 
     args = benchmark.Args(output=str(tmp_path / "grid"), seeds=(1, 2), algorithms=("PPO",), total_timesteps=2048)
     benchmark.main(args)

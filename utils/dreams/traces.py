@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from envs.frames import SMALLEST_FRAME
 from envs.minatar import in_colours
-from networks.architectures import SMALLEST
 from utils.runs.flags import Count, Needs
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: f
     if obs is None:
         for side in axes.spines.values():
             side.set_visible(False)
-    elif obs.ndim == 3 and min(obs.shape[1:]) >= SMALLEST:
+    elif obs.ndim == 3 and min(obs.shape[1:]) >= SMALLEST_FRAME:
         axes.imshow(obs[-1], cmap="gray", vmin=0, vmax=255)
     elif obs.ndim == 3 and min(obs.shape[:2]) > 1:
         axes.imshow(in_colours(obs))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
+from experiments.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
 
 REDRAWN_SECONDS = 2.0  # between two tables on a terminal
 PLAIN_SECONDS = 60.0  # between two where the output is not one

@@ -1,6 +1,6 @@
 """What the latents of trained runs are like, and what their world models know: where a world model helps, and where it hurts.
 
-    uv run benchmarks/representations.py runs/minatar --output representations.csv
+    uv run experiments/representations.py runs/minatar --output representations.csv
 
 reads the final networks of runs (folders of runs, or of studies), lets them play, and measures on the last steps
 
@@ -43,15 +43,15 @@ import tyro  # noqa: E402
 from jaxtyping import Array, Float  # noqa: E402
 
 import deep_spi  # noqa: E402
+from experiments.study.page import Table  # noqa: E402
+from experiments.study.records import LEFT_OUT, RunRecord, labels, read_runs  # noqa: E402
+from experiments.study.representations import of_latents, of_predictions  # noqa: E402
 from utils.dreams.discriminator import transition_distance  # noqa: E402
 from utils.losses import smooth_l1_loss  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
-from utils.study.page import Table  # noqa: E402
-from utils.study.records import LEFT_OUT, RunRecord, labels, read_runs  # noqa: E402
-from utils.study.representations import of_latents, of_predictions  # noqa: E402
 
 MEASURES = ("effective_rank", "dormant", "probe", "moves", "transition_skill", "noise", "reward_r2")
 MEASURES += ("model_loss", "model_loss_std", "gradient_share")

@@ -1,6 +1,6 @@
 """The algorithms on the confounding gridworld: the exact value of the policy over the steps, for many seeds.
 
-    uv run benchmarks/confounding_gridworld.py --output docs/confounding_gridworld
+    uv run experiments/confounding_gridworld.py --output docs/confounding_gridworld
 
 trains PPO, DeepMDP and Deep SPI (or what --algorithms names) from every seed, and writes a figure (.png) and its numbers
 (.json): the exact value of the start, and the distance of the latents of the two choices, mean and 95% confidence interval over

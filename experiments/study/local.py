@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.study import status
+from experiments.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of
 from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
-from utils.study import status
-from utils.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of
 
 WHOLE = 0.9  # share of a GPU's memory that runs take together
 POLL_SECONDS = 0.5

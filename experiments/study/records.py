@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.study.grid import LOGS, SHORT, PlannedRun, read_plan
+from experiments.study.grid import RECORD as STUDY
+from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
 from utils.runs.flags import MAY_CHANGE, RunArgs, UsageError, annotations_of, as_typed, defaults, require
 from utils.runs.folder import RECORD, read_record
 from utils.runs.logs import METRICS
-from utils.study.grid import LOGS, SHORT, PlannedRun, read_plan
-from utils.study.grid import RECORD as STUDY
-from utils.study.slurm import JOBS
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics that are means of as many episodes as are logged
@@ -116,7 +116,7 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
 
 
 def read_table(path: Path) -> list[RunRecord]:
-    """The runs of a table that `write_table`, or benchmarks/seeds.py, has written.
+    """The runs of a table that `write_table`, or experiments/seeds.py, has written.
 
     Raises:
         UsageError: it is no such table.

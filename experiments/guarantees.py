@@ -1,10 +1,10 @@
 """Deep SPI on the confounding gridworld, with and without enforcement: exact returns, and at every update the true improvement
 against what the bound of docs/guarantees.md promises.
 
-    uv run benchmarks/guarantees.py --output docs/guarantees_gridworld
+    uv run experiments/guarantees.py --output docs/guarantees_gridworld
 
-trains with the setting of `benchmarks/confounding_gridworld.py` and writes a figure (.png) and its numbers (.json). Environment
-and latent model are small tables here (a code of 2 variables with 4 classes has 16 words), so all terms are exact.
+trains with the setting of `experiments/confounding_gridworld.py`, and writes a figure (.png) and its numbers (.json).
+Environment and latent model are small tables here (2 variables with 4 classes make 16 codes), so all terms are exact.
 """
 
 import json
@@ -24,7 +24,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import deep_spi  # noqa: E402
-from benchmarks import confounding_gridworld as gridworld  # noqa: E402
+from experiments import confounding_gridworld as gridworld  # noqa: E402
 from utils.guarantees.bounds import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
 from utils.guarantees.tabular import (  # noqa: E402
     Tables,

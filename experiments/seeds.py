@@ -1,7 +1,7 @@
 """Trains a script on several seeds in one program: all runs of an environment advance together, by `jax.vmap`.
 
-    uv run --extra minatar benchmarks/seeds.py --env-ids Breakout-MinAtar Asterix-MinAtar --seeds 1 2 3 4 5 --output scores.csv
-    uv run --extra minatar benchmarks/seeds.py --vary learning-rate 5e-4 1e-3 --seeds 901 902 --flags="--clip-coef 0.2"
+    uv run --extra minatar experiments/seeds.py --env-ids Breakout-MinAtar Asterix-MinAtar --seeds 1 2 3 4 5 --output scores.csv
+    uv run --extra minatar experiments/seeds.py --vary learning-rate 5e-4 1e-3 --seeds 901 902 --flags="--clip-coef 0.2"
 
 It is for environments in JAX, and for GPUs: there one run leaves most of the device idle. Each run is what the script computes
 from the same flags, up to rounding. The table has a row for each run and each of `--points` stretches of it: the mean return of
@@ -28,10 +28,10 @@ import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
+from experiments.study.records import COLUMNS  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
-from utils.study.records import COLUMNS  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
 # what an update reads as a number wherever it reads it, so that it may differ between the runs of one program

@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from scipy import stats
 
-from benchmarks import report
-from utils.runs.flags import UsageError, make_args
-from utils.runs.stored_flags import to_store
-from utils.study.comparison import aggregate, compare, normalised, raw_scores
-from utils.study.figures import filled
-from utils.study.grid import PlannedRun
-from utils.study.records import (
+from experiments import report
+from experiments.study.comparison import aggregate, compare, normalised, raw_scores
+from experiments.study.figures import filled, mean_curve
+from experiments.study.grid import PlannedRun
+from experiments.study.records import (
     RunRecord,
     final_score,
     labels,
@@ -27,6 +26,8 @@ from utils.study.records import (
     typed_flags,
     write_table,
 )
+from utils.runs.flags import UsageError, make_args
+from utils.runs.stored_flags import to_store
 
 RETURN = "charts/episodic_return"
 BATCH = 8 * 16
@@ -201,7 +202,7 @@ def test_scales():
 
 
 def run_report(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["benchmarks/report.py", *map(str, words)])
+    monkeypatch.setattr("sys.argv", ["experiments/report.py", *map(str, words)])
     report.main(report.tyro.cli(report.Args))
 
 
@@ -309,3 +310,11 @@ def test_weights_and_biases(monkeypatch):
     monkeypatch.setattr(wandb, "Api", refuse)
     with pytest.raises(UsageError, match="wandb:we/spi: cannot be read .no such project"):
         read_runs(["wandb:we/spi"], RETURN)
+
+
+def test_a_curve_has_the_interval_of_student():
+    values = np.array([[1.0, 2.0], [3.0, 2.0], [8.0, 5.0]])
+    mean, half = mean_curve(values)
+    low, high = stats.t.interval(0.95, 2, values.mean(axis=0), stats.sem(values, axis=0))
+    assert_allclose([mean - half, mean + half], [low, high], atol=1e-9)
+    assert np.all(np.isnan(mean_curve(values[:1])[1]))

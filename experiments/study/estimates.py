@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from envs.registry import family, make_env
+from experiments.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
 from utils.runs.flags import parse_flags
 from utils.runs.folder import ROOT
-from utils.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
 
 MEASURED = ("docs/throughput.json", "docs/throughput_minatar.json")
 LOG_BYTES = (

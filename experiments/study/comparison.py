@@ -8,11 +8,11 @@ import numpy as np
 
 from envs.atari import AtariProtocol
 from envs.registry import atari_protocol
+from experiments.study.grid import PlannedRun
+from experiments.study.records import RunRecord, final_score, labels
+from utils import statistics
 from utils.runs.flags import require
 from utils.runs.scores import reference
-from utils.study import aggregates
-from utils.study.grid import PlannedRun
-from utils.study.records import RunRecord, final_score, labels
 
 FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # algorithms in the order of figures and tables
 Scale = Literal["human", "baseline", "min-max", "against"]
@@ -140,17 +140,17 @@ class Aggregates(NamedTuple):
 
 
 def aggregate(scores: dict[str, list[np.ndarray]], scale: Scale, against: str, seed: int) -> Aggregates:
-    """All statistics, each with an interval from `aggregates.RESAMPLINGS` resamplings by a generator with that seed."""
+    """All statistics, each with an interval from `statistics.RESAMPLINGS` resamplings by a generator with that seed."""
     target = 0.0 if scale == "baseline" else 1.0
-    functions = dict(aggregates.AGGREGATES)
-    functions["optimality gap"] = lambda x: aggregates.optimality_gap(x, target)
+    functions = dict(statistics.AGGREGATES)
+    functions["optimality gap"] = lambda x: statistics.optimality_gap(x, target)
     rng = np.random.default_rng(seed)
-    drawn = {name: aggregates.resample(x, rng) for name, x in scores.items()}
+    drawn = {name: statistics.resample(x, rng) for name, x in scores.items()}
     ends = [np.concatenate(x) for x in scores.values()]
     thresholds = np.linspace(min(0.0, min(x.min() for x in ends)), max(x.max() for x in ends), 101)
 
     def both(value, resampled):
-        low, high = aggregates.interval(resampled)
+        low, high = statistics.interval(resampled)
         return float(value), float(low), float(high)
 
     return Aggregates(
@@ -159,16 +159,16 @@ def aggregate(scores: dict[str, list[np.ndarray]], scale: Scale, against: str, s
         {
             name: np.stack(
                 [
-                    aggregates.performance_profile(x, thresholds),
-                    *aggregates.interval(aggregates.performance_profile(drawn[name], thresholds)),
+                    statistics.performance_profile(x, thresholds),
+                    *statistics.interval(statistics.performance_profile(drawn[name], thresholds)),
                 ]
             )
             for name, x in scores.items()
         },
         {
             name: both(
-                aggregates.probability_of_improvement(x, scores[against]),
-                aggregates.probability_of_improvement(drawn[name], drawn[against]),
+                statistics.probability_of_improvement(x, scores[against]),
+                statistics.probability_of_improvement(drawn[name], drawn[against]),
             )
             for name, x in scores.items()
             if name != against

@@ -1,7 +1,7 @@
 """A study in one command: scripts x environments x seeds, on this machine or as an array of SLURM jobs.
 
-    uv run benchmarks/run.py --scripts ppo deep_mdp_ppo deep_spi --env-ids Breakout-v5 Pong-v5 --num-seeds 5
-    uv run benchmarks/run.py --scripts ppo "deep_spi --transition-loss-coef 1e-3" --env-ids minatar -- --clip-coef 0.2
+    uv run experiments/run.py --scripts ppo deep_mdp_ppo deep_spi --env-ids Breakout-v5 Pong-v5 --num-seeds 5
+    uv run experiments/run.py --scripts ppo "deep_spi --transition-loss-coef 1e-3" --env-ids minatar -- --clip-coef 0.2
 
 What follows `--` are flags of every run. The folders of the runs say how far the study is: whatever stopped it, the same
 command goes on with what was interrupted, leaves out what is finished, and tries again what has failed. It ends with 0 when all
@@ -23,10 +23,10 @@ from dataclasses import dataclass  # noqa: E402
 
 import tyro  # noqa: E402
 
+from experiments.study import estimates, local, slurm, status  # noqa: E402
+from experiments.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, write_plan  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
-from utils.study import estimates, local, slurm, status  # noqa: E402
-from utils.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, write_plan  # noqa: E402
 
 
 @dataclass

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from benchmarks import run as launching
 from envs.atari import atari_ids
+from experiments import run as launching
+from experiments.study import local, status
+from experiments.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
 from tests.commands import ROOT, command
 from utils.runs.flags import UsageError
-from utils.study import local, status
-from utils.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
 
 SHORT = str(ROOT / "tests" / "short_script.py")
 GAMES = ("Breakout-MinAtar", "Asterix-MinAtar")
@@ -168,7 +168,7 @@ def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp
     gate, logdir = tmp_path / "gate", tmp_path / "s"
     own = ["--total-timesteps=400", "--save-every=0", "--pause=0.01", f"--gate={gate}"]
     flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={logdir}", "--workers=2", "--gpus"]
-    words = command("benchmarks/run.py", *flags, "--", *own)
+    words = command("experiments/run.py", *flags, "--", *own)
     names = [run.name for run in plan((SHORT,), GAMES, [1], own, logdir)]
     first, second = (logdir / name for name in names)
     owner = lambda folder: int((folder / ".process").read_text().split()[1])  # noqa: E731
@@ -198,7 +198,7 @@ def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp
 @pytest.mark.parametrize("sent, code", [(signal.SIGHUP, 129), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
     flags = ["--scripts", SHORT, "--env-ids", *GAMES, "--num-seeds=1", f"--logdir={tmp_path}", "--workers=2", "--gpus"]
-    words = command("benchmarks/run.py", *flags, "--", "--total-timesteps=100000")
+    words = command("experiments/run.py", *flags, "--", "--total-timesteps=100000")
     launcher = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     runs = [tmp_path / f"{game}__short_script__1" for game in GAMES]
     wait_for(lambda: all((run / "metrics.jsonl").exists() and len(rows(run)) > 3 for run in runs))
@@ -216,7 +216,7 @@ def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
 
 def test_dry_run_starts_nothing_and_says_how_long(tmp_path):
     flags = ["--scripts", "ppo", "deep_spi", "--env-ids", *GAMES, "--num-seeds=2", "--dry-run", f"--logdir={tmp_path / 's'}"]
-    done = subprocess.run(command("benchmarks/run.py", *flags), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command("experiments/run.py", *flags), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not (tmp_path / "s").exists()
     lines = done.stdout.splitlines()
     assert sum("--run-name=" in line for line in lines) == 8 and "8 runs, 0 of them finished" in done.stdout

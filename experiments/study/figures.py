@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from utils.study.aggregates import CONFIDENCE
-from utils.study.comparison import Aggregates, Comparison
-from utils.study.records import stretches
+from experiments.study.comparison import Aggregates, Comparison
+from experiments.study.records import stretches
+from utils.statistics import CONFIDENCE
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # on white and on black
 WARNING = "#dc2626"

@@ -1,9 +1,9 @@
 """Compares runs: learning curves of each game, aggregates over games, and what is missing.
 
-    uv run benchmarks/report.py runs/study --output docs/study
-    uv run benchmarks/report.py runs/*__ppo__* runs/*__deep_spi__* scores.csv wandb:my-team/deep-spi --output breakout
+    uv run experiments/report.py runs/study --output docs/study
+    uv run experiments/report.py runs/*__ppo__* runs/*__deep_spi__* scores.csv wandb:my-team/deep-spi --output breakout
 
-reads folders of runs, of studies, tables that it or benchmarks/seeds.py has written, projects of Weights & Biases, and writes
+reads folders of runs, of studies, tables that it or experiments/seeds.py has written, projects of Weights & Biases, and writes
 `OUTPUT.html`, one page with all, `OUTPUT.md` with its pictures beside it, `OUTPUT.csv`, the returns of all runs, which it can
 read again, and `OUTPUT_scores.csv`, the final score of each. The same command on the same runs writes the same bytes.
 
@@ -28,12 +28,8 @@ from typing import Annotated  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 
-from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
-from utils.runs.flags import require  # noqa: E402
-from utils.runs.launch import fail, run_main  # noqa: E402
-from utils.study import figures  # noqa: E402
-from utils.study.aggregates import RESAMPLINGS  # noqa: E402
-from utils.study.comparison import (  # noqa: E402
+from experiments.study import figures  # noqa: E402
+from experiments.study.comparison import (  # noqa: E402
     SCALES,
     Comparison,
     Scale,
@@ -43,8 +39,12 @@ from utils.study.comparison import (  # noqa: E402
     raw_scores,
     usual_scale,
 )
-from utils.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
-from utils.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
+from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
+from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
+from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
+from utils.runs.flags import require  # noqa: E402
+from utils.runs.launch import fail, run_main  # noqa: E402
+from utils.statistics import RESAMPLINGS  # noqa: E402
 
 SIZE = (3.6, 2.7)  # of a drawing, in inches
 

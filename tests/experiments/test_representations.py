@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import deep_spi
-from benchmarks import representations
-from benchmarks.representations import MEASURES
-from utils.runs.flags import UsageError, make_args
-from utils.study.representations import (
+from experiments import representations
+from experiments.representations import MEASURES
+from experiments.study.representations import (
     centred,
     dormant_share,
     effective_rank,
@@ -21,6 +20,7 @@ from utils.study.representations import (
     probe,
     readable,
 )
+from utils.runs.flags import UsageError, make_args
 
 
 def test_ranks_and_silent_units_by_hand():

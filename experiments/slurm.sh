@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run of a study in each job of an array. `benchmarks/run.py --slurm` submits it; change here, or in a copy that
+# A run of a study in each job of an array. `experiments/run.py --slurm` submits it; change here, or in a copy that
 # --slurm-script names, what your cluster asks for (partition, account, GPU, time).
 #SBATCH --gres=gpu:1 --cpus-per-task=8
 #SBATCH --time=04:00:00

@@ -6,9 +6,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from experiments.study.grid import LOGS, PlannedRun, state_of
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import ROOT
-from utils.study.grid import LOGS, PlannedRun, state_of
 
 LARGEST_ARRAY = 1_000  # SLURM's MaxArraySize, if nobody has changed it, is 1,001
 JOBS = "slurm"  # the folder in a study's that has a list of runs for each array submitted

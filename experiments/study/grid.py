@@ -72,7 +72,9 @@ def script_path(word: str) -> Path:
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if 'Run(args, "' in p.read_text()}
     own = Path(word).expanduser().absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
-        taken = [path for path in folder.ROOT.rglob(own.name) if path.parent.name in (folder.ROOT.name, "benchmarks")]
+        taken = [
+            path for path in folder.ROOT.rglob(own.name) if path.parent.name in (folder.ROOT.name, "benchmarks", "experiments")
+        ]
         require(not taken, f"--scripts {word}: is called as one of this project's; give it a name of its own")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
