@@ -3,6 +3,7 @@
 Nothing but the folders of the runs, and what each has printed, says where a study stands: `state_of` reads them.
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib
@@ -62,6 +63,12 @@ class Progress(NamedTuple):
     error: str = ""  # the last line of what failed
 
 
+def trains(path: Path) -> bool:
+    """Whether the file is a training script: it calls `run_script`."""
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return any(isinstance(func, ast.Name) and func.id == "run_script" for func in calls)
+
+
 def script_path(word: str) -> Path:
     """The file of a script, from its name with or without .py, its short name, or a path to a file of another folder.
 
@@ -69,12 +76,10 @@ def script_path(word: str) -> Path:
         UsageError: there is none.
     """
     stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
-    known = {p.stem: p for p in folder.ROOT.glob("*.py") if 'Run(args, "' in p.read_text()}
+    known = {p.stem: p for p in folder.ROOT.glob("*.py") if trains(p)}
     own = Path(word).expanduser().absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
-        taken = [
-            path for path in folder.ROOT.rglob(own.name) if path.parent.name in (folder.ROOT.name, "benchmarks", "experiments")
-        ]
+        taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
         require(not taken, f"--scripts {word}: is called as one of this project's; give it a name of its own")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
