@@ -31,6 +31,7 @@ from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
 from envs.scan import scan_steps
 from networks.architectures import make_actor_critic, make_encoder
+from networks.flags import NetworkArgs, WorldModelArgs
 from networks.world_models import make_world_model
 from utils.devices import by_device, on_each_device
 from utils.guarantees.monitor import MonitorArgs, monitor_occasionally
@@ -39,7 +40,6 @@ from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighbourhood import backtrack, gradient_steps, ratio_metrics
 from utils.runs.flags import (
-    LAYERS,
     Count,
     Default,
     InsideUnit,
@@ -48,17 +48,15 @@ from utils.runs.flags import (
     Positive,
     RunArgs,
     Share,
-    Sizes,
-    at_least,
     check_minibatches,
 )
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
-from utils.world_model import WorldModelArgs, gradient_penalty, penalises_gradients, transition_loss
+from utils.world_model import gradient_penalty, penalises_gradients, transition_loss
 
 
 @dataclass
-class Args(WorldModelArgs, MonitorArgs, RunArgs):
+class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     """Flags of the algorithm."""
 
     # rollout
@@ -66,25 +64,6 @@ class Args(WorldModelArgs, MonitorArgs, RunArgs):
     """environments that step together (B)"""
     num_steps: Annotated[Count, Default(minatar=128)] = 8
     """steps of each environment between two updates (T)"""
-    # networks
-    latent: Literal["continuous", "categorical"] = "continuous"
-    """what the encoder returns: the convolutional feature map, or a code of categorical variables (straight-through argmax)"""
-    num_categories: Annotated[Count, Needs(latent="categorical")] = 32
-    """variables of that code"""
-    num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
-    """classes of each of them"""
-    activation: Literal["relu", "elu", "gelu", "silu", "tanh"] = "relu"
-    """activation of encoder, actor and critic"""
-    fc_layers: Annotated[Sizes, Default(minatar=())] = (512,)
-    """sizes of the dense layers between latent and heads"""
-    use_layer_norm: Annotated[bool, LAYERS] = False
-    """layer normalisation in those dense layers, before the activation"""
-    decoupled_layers: Annotated[bool, LAYERS, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
-    """actor and critic each have their own dense layers; the encoder is shared"""
-    decoupled_repr: bool = False
-    """the critic has an encoder of its own, and dense layers of its own after it; nothing is shared"""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """what encoder, actor and critic compute in; parameters, world model and losses are float32 in any case"""
     # world model
     transition_loss_coef: NotNegative = 5e-4
     """c_P: weight of the transition loss in the utility"""

@@ -32,6 +32,7 @@ from envs.protocol import Env
 from envs.registry import make_env
 from networks.architectures import to_range
 from networks.discriminator import make_discriminator
+from networks.flags import CONTINUOUS, PENALISED, Density
 from networks.world_models import make_end_predictor
 from utils.devices import by_device, on_each_device
 from utils.dreams import replay, traces
@@ -58,7 +59,6 @@ from utils.runs.flags import (
 )
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
-from utils.world_model import CONTINUOUS, PENALISED, Density
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Advantages, losses and updates of the scripts against numbers computed by hand, and against each other."""
 
 import ast
-import difflib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -403,15 +402,19 @@ ADDED = {"Args", "Agent", "Params", "make_agent", "init_params", "loss_fn", "lea
 
 
 @pytest.mark.parametrize(
-    "theirs, ours, differ, lines",
-    [(ppo, deep_spi, ADDED, 110), (ppo, deep_mdp, ADDED, 90), (deep_mdp, deep_spi, {"Args", "loss_fn", "main"}, 60)],
+    "theirs, ours, may_differ",
+    [(ppo, deep_spi, ADDED), (ppo, deep_mdp, ADDED), (deep_mdp, deep_spi, {"Args", "loss_fn", "main"})],
 )
-def test_what_the_scripts_share_is_the_same(theirs, ours, differ, lines):
+def test_what_the_scripts_share_is_the_same(theirs, ours, may_differ):
+    """`diff` of two scripts shows their algorithms: other functions are the same in both, and in the same order."""
     a, b = functions(theirs), functions(ours)
-    assert list(a) == list(b)
-    assert differ == {name for name in a if ast.dump(a[name]) != ast.dump(b[name])}
-    texts = [(ROOT / f"{script.__name__}.py").read_text().splitlines() for script in (theirs, ours)]
-    assert len([line for line in difflib.ndiff(*texts) if line[0] in "+-"]) < lines
+    shared = [name for name in a if name in b and name not in may_differ]
+    assert shared == [name for name in b if name in a and name not in may_differ], "they are in another order"
+    for name in shared:
+        assert ast.dump(a[name]) == ast.dump(b[name]), (
+            f"{name} differs between {theirs.__name__}.py and {ours.__name__}.py. If both should change, copy the change; "
+            "if this is what makes your algorithm another one, name the function in may_differ of this test."
+        )
 
 
 def learn(script, env, args, updates):

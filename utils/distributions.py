@@ -2,6 +2,7 @@
 
 import math
 from functools import partial, reduce
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -25,7 +26,7 @@ class Deterministic:
 
 
 MIN_SCALE = 1e-6  # of a normal
-SCALE = math.log(2)  # of one whose network says 0
+INITIAL_SCALE = math.log(2)  # what `positive_scale` makes of 0
 
 
 def clipped_normal(key: jax.Array, shape: tuple[int, ...], bound: float) -> Float[Array, "*shape"]:
@@ -109,11 +110,35 @@ def positive_scale(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 positive_scale.defjvps(lambda tangent, scale, _: tangent * (1.0 - jnp.exp(MIN_SCALE - scale)))  # the sigmoid of x
 
 
+class Density(NamedTuple):
+    """A kind of transition distribution: whether its components have scales, and whether it may have several components."""
+
+    has_scale: bool
+    is_mixture: bool
+
+
+DENSITIES = {
+    "deterministic": Density(has_scale=False, is_mixture=False),
+    "normal": Density(has_scale=True, is_mixture=False),
+    "mixture_normal": Density(has_scale=True, is_mixture=True),
+}
+
+
 def count_maps(density: str, components: int) -> tuple[int, int]:
-    """How many components a density has (of a mixture, so many), and how many maps a network predicts for it: of each component
-    the location, and its scale where it has one."""
-    components = components if density == "mixture_normal" else 1
-    return components, components if density == "deterministic" else 2 * components
+    """Number of components of a density, and number of maps that a network predicts for it: a location for each component,
+    and a scale where the density has one.
+
+    Args:
+        density: a name in `DENSITIES`.
+        components: of a mixture; other densities have one.
+
+    Raises:
+        ValueError: the density is unknown.
+    """
+    if density not in DENSITIES:
+        raise ValueError(f"unknown transition density {density!r}; choose from {', '.join(DENSITIES)}")
+    components = components if DENSITIES[density].is_mixture else 1
+    return components, components * (1 + DENSITIES[density].has_scale)
 
 
 def initial_bias(key: jax.Array, shape: tuple[int, ...], components: int, scale: float) -> Float[Array, "A maps C"]:

@@ -1,84 +1,15 @@
-"""Flags of the world model, and its losses."""
+"""Losses of the world model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from envs.registry import pays_beyond_one
-from utils.distributions import SCALE, Categorical, Deterministic, Normal
+from utils.distributions import Categorical, Deterministic, Normal
 from utils.losses import smooth_l1_loss
-from utils.runs.flags import Count, Needs, NotNegative, Positive, Share, Sizes, as_typed, require
-
-SAMPLED = ("l2", "hamming")  # costs of a sample
-SCALED = ("normal", "mixture_normal")  # densities with a scale
-
-CONTINUOUS = Needs("continuous latents", latent="continuous")
-CODES = Needs(latent="categorical")
-PENALISED = Needs(lipschitz_nets=False)
-SAMPLES = Needs("a cost that samples: --categorical-cost l2 or hamming", categorical_cost=SAMPLED)
-Density = Annotated[Literal["deterministic", "normal", "mixture_normal"], CONTINUOUS]
-
-
-@dataclass
-class WorldModelArgs:
-    """Flags of the world model."""
-
-    # of continuous latents
-    transition_density: Density = "mixture_normal"
-    """continuous latents: distribution of the next; mixture_normal is the soft mixture, a weighted average of normals"""
-    mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
-    """components of mixture_normal"""
-    initial_scale: Annotated[Positive, CONTINUOUS, Needs("a density with scales", transition_density=SCALED)] = SCALE
-    """scale of each component at the start, of which Lipschitz networks take a tenth; one that starts small changes slowly"""
-    lipschitz_nets: Annotated[bool, CONTINUOUS] = True
-    """continuous latents: transition and reward networks that are K-Lipschitz for every value of their parameters; otherwise
-    unconstrained ones, with a penalty on their gradients if --lambda-gp is above 0"""
-    lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
-    """K of the Lipschitz networks"""
-    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.01
-    """weight of the gradient penalty of unconstrained networks; 0 for none"""
-    use_wgan_gp: Annotated[bool, CONTINUOUS, PENALISED] = False
-    """penalise (gradient norm - 1)^2, not its square: the networks are to have slopes near 1, and not to be flat"""
-    transition_layers: Annotated[Sizes, CONTINUOUS] = ()
-    """widths of the layers of a transition network that predicts by how much the latent changes (each even, for Lipschitz
-    networks); with no number behind it, the paper's two layers"""
-    # of categorical latents
-    world_model: Annotated[Literal["fc", "transformer", "softmoe"], CODES] = "fc"
-    """categorical latents: transition network"""
-    categorical_cost: Annotated[Literal["l2", "cross_entropy", "hamming", "jensen_shannon"], CODES] = "l2"
-    """categorical latents: distance of the next code from a sampled one (l2, hamming) or from its distribution (the others)"""
-    use_gumbel_softmax: Annotated[bool, CODES, SAMPLES] = False
-    """categorical latents: samples are one-hot with the gradient of the Gumbel-softmax instead of that of the probabilities"""
-    gumbel_temperature: Annotated[Positive, CODES, SAMPLES, Needs(use_gumbel_softmax=True)] = 1.0
-    """temperature of the Gumbel-softmax"""
-    # of both
-    w_balancing: Share | None = None
-    """share of the transition loss's gradient that reaches the prediction, the rest going to the next latent (DreamerV2's
-    balancing, with the distance at hand in the place of its KL divergence); by default each gets all of its own"""
-    clip_reward_net_output: bool = False
-    """squash the output of the reward network to [-1, 1]"""
-
-    def check(self) -> None:
-        """Raises UsageError where these flags do not go together, or not with those of the script around them."""
-        require(
-            self.lambda_gp > 0 or not self.use_wgan_gp,
-            f"--lambda-gp {self.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
-        )
-        even = not self.lipschitz_nets or not any(size % 2 for size in self.transition_layers)
-        require(even, f"{as_typed('transition_layers', self.transition_layers)}: Lipschitz networks need even widths")
-        require(
-            not self.clip_reward_net_output or self.reward_clip,
-            "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
-        )
-        require(
-            not (self.clip_reward_net_output and pays_beyond_one(self.env_id)),
-            f"--clip-reward-net-output: cannot predict the rewards of {self.env_id}; leave it out",
-        )
 
 
 def transition_loss(
@@ -92,12 +23,12 @@ def transition_loss(
     if args.w_balancing is not None:
         predicted = jax.tree.map(partial(scale_gradient, factor=args.w_balancing), predicted)
         next_z = scale_gradient(next_z, 1.0 - args.w_balancing)
-    if args.latent == "categorical":
-        costs = CATEGORICAL_COSTS[args.categorical_cost](predicted, next_z, key)
-    elif args.lipschitz_nets or args.transition_density == "deterministic":
-        costs = smooth_l1_loss(predicted.sample(key) - next_z)
-    else:
+    if isinstance(predicted, Categorical):
+        costs = CATEGORICAL_COSTS[args.categorical_cost].distance(predicted, next_z, key)
+    elif isinstance(predicted, Normal) and predicted.noise_clip is None:
         costs = predicted.absolute_error(next_z)
+    else:
+        costs = smooth_l1_loss(predicted.sample(key) - next_z)
     return _sums(costs)
 
 
@@ -127,9 +58,19 @@ def jensen_shannon(predicted: Categorical, next_z: Float[Array, "N V C"], key: j
     return jensen_shannon_distance(predicted.mean(), next_z)
 
 
-CATEGORICAL_COSTS: dict[str, Callable] = {
-    "l2": l2, "hamming": hamming, "cross_entropy": cross_entropy, "jensen_shannon": jensen_shannon
-}  # fmt: skip
+class Cost(NamedTuple):
+    """A distance of the next code from the prediction."""
+
+    distance: Callable[[Categorical, Float[Array, "N V C"], jax.Array], Float[Array, "N V"]]
+    samples: bool  # whether it draws a sample of the prediction
+
+
+CATEGORICAL_COSTS = {
+    "l2": Cost(l2, samples=True),
+    "hamming": Cost(hamming, samples=True),
+    "cross_entropy": Cost(cross_entropy, samples=False),
+    "jensen_shannon": Cost(jensen_shannon, samples=False),
+}
 
 
 def jensen_shannon_distance(

@@ -23,7 +23,7 @@ from networks.lipschitz import (
     still_init,
 )
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import SCALE, Deterministic, Normal, average_scale, count_maps, initial_bias, positive_scale
+from utils.distributions import INITIAL_SCALE, Deterministic, Normal, average_scale, count_maps, initial_bias, positive_scale
 
 SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
 
@@ -60,7 +60,7 @@ class Transition(nn.Module):
     num_actions: int
     density: str = "mixture_normal"
     components: int = 5
-    initial_scale: float = SCALE
+    initial_scale: float = INITIAL_SCALE
     constant: float = 1.0
 
     @nn.compact
@@ -95,7 +95,7 @@ class Transition(nn.Module):
         average = partial(jnp.einsum, precision="highest")
         loc = product(taken(average("amocg,am->aocg", h[:, :components], weights)), x)
         loc = loc.reshape(z.shape) + taken(average("amc,am->ac", bias[:, :components], weights))[:, None, None]
-        if self.density == "deterministic":
+        if maps == components:  # no scales
             return Deterministic(self.constant * loc)
         scales = product(taken(h[:, components:].reshape(num_actions, -1, c, g)), x)
         scales = scales.reshape(*z.shape[:3], components, channels) + taken(bias[:, components:])[:, None, None]
@@ -139,11 +139,11 @@ class DeepTransition(nn.Module):
 
         kept = of_each("kept", nn.initializers.ones, channels)
         changed = of_each("changed", nn.initializers.constant(0.1), 1)
-        limit = self.constant * (1.0 if self.density == "deterministic" else 1.0 - SCALE_SHARE)
+        limit = self.constant * (1.0 if maps == components else 1.0 - SCALE_SHARE)
         steepest = jnp.max(jnp.abs(kept), axis=1, keepdims=True) + jnp.abs(changed)
         within = limit / jnp.maximum(steepest, limit)
         loc = (within * kept)[:, None, None] * z + (within * changed)[:, None, None] * change
-        if self.density == "deterministic":
+        if maps == components:  # no scales
             return Deterministic(loc)
         scale = average_scale(weights, positive_scale(x[:, :, :, components:]), axis=3)
         return Normal(loc, SCALE_SHARE * self.constant * scale, 1.0)

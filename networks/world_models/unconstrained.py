@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from networks.architectures import ACTIVATIONS, Dense
 from networks.convolution import conv2d
 from networks.per_action import by_group, groups, of_action, product, shift
-from utils.distributions import SCALE, Deterministic, Normal, count_maps, initial_bias, positive_scale, soft_mixture
+from utils.distributions import INITIAL_SCALE, Deterministic, Normal, count_maps, initial_bias, positive_scale, soft_mixture
 
 
 class Transition(nn.Module):
@@ -22,7 +22,7 @@ class Transition(nn.Module):
     num_actions: int
     density: str = "mixture_normal"
     components: int = 5
-    initial_scale: float = SCALE
+    initial_scale: float = INITIAL_SCALE
     activation: str = "relu"
 
     @nn.compact
@@ -44,7 +44,7 @@ class Transition(nn.Module):
         x = jnp.concatenate([shift(x, i, j) for i in range(taps) for j in range(taps)], axis=3)
         raw = product(of_action(kernels, action), x)
         raw = raw.reshape(*z.shape[:3], maps, channels) + of_action(bias, action)[:, None, None]
-        if self.density == "deterministic":
+        if maps == components:  # no scales
             return Deterministic(raw.reshape(z.shape))
         loc, scale = raw[:, :, :, :components], positive_scale(raw[:, :, :, components:])
         weights = jnp.ones((1, 1, 1, 1, 1))
@@ -80,7 +80,7 @@ class DeepTransition(nn.Module):
         raw = Dense(maps * z.shape[-1], 0.1, name="change")(hidden).reshape(*z.shape[:3], maps, -1)
         raw = raw + self.param("bias", initial_bias, (1, maps, z.shape[-1]), components, self.initial_scale)
         loc = z[:, :, :, None] + raw[:, :, :, :components]
-        if self.density == "deterministic":
+        if maps == components:  # no scales
             return Deterministic(loc[:, :, :, 0])
         weights = jnp.ones((1, 1, 1, 1, 1))
         if components > 1:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from scipy.spatial import distance
 import deep_mdp_ppo as deep_mdp
 import deep_spi
 from envs.atari import make_pool
-from networks.architectures import Encoder, make_encoder
+from networks.architectures import ACTIVATIONS, Encoder, make_encoder
+from networks.world_models import CATEGORICAL as WORLD_MODELS
 from networks.world_models import make_world_model, softmoe, transformer, unconstrained
 from tests.probes import make_iteration
-from utils.distributions import Categorical, Deterministic, Normal
+from utils.distributions import DENSITIES, Categorical, Deterministic, Normal, count_maps
 from utils.losses import smooth_l1_loss
 from utils.runs.flags import check_flags
 from utils.world_model import (
@@ -32,20 +34,46 @@ from utils.world_model import (
 )
 
 KEY = jax.random.key(0)
-DENSITIES = ("deterministic", "normal", "mixture_normal")
 PENALTIES = ({}, {"use_wgan_gp": True}, {"lambda_gp": 0.0})
 CONTINUOUS = [{"transition_density": d} for d in DENSITIES]
 CONTINUOUS += [{"transition_density": d, "lipschitz_nets": False} | p for d in DENSITIES for p in PENALTIES]
 CATEGORICAL = [
     {"latent": "categorical", "world_model": w, "categorical_cost": c} | s
-    for w in ("fc", "transformer", "softmoe")
-    for c in CATEGORICAL_COSTS
-    for s in (({}, {"use_gumbel_softmax": True}) if c in ("l2", "hamming") else ({},))
+    for w in WORLD_MODELS
+    for c, cost in CATEGORICAL_COSTS.items()
+    for s in (({}, {"use_gumbel_softmax": True}) if cost.samples else ({},))
 ]
 CONTINUOUS += [{"transition_density": "deterministic", "lipschitz_nets": n, "transition_layers": (32,)} for n in (False, True)]
-QUICK = [CONTINUOUS[2], CONTINUOUS[-2], CATEGORICAL[1], CATEGORICAL[9], CATEGORICAL[14]]
+UNCONSTRAINED = {"transition_density": "mixture_normal", "lipschitz_nets": False}
+QUICK = [
+    {"transition_density": "mixture_normal"},
+    {"transition_density": "deterministic", "lipschitz_nets": False, "transition_layers": (32,)},
+    {"latent": "categorical", "world_model": "fc", "categorical_cost": "l2", "use_gumbel_softmax": True},
+    {"latent": "categorical", "world_model": "transformer", "categorical_cost": "hamming", "use_gumbel_softmax": True},
+    {"latent": "categorical", "world_model": "softmoe", "categorical_cost": "hamming"},
+]
+assert all(flags in CONTINUOUS + CATEGORICAL for flags in [UNCONSTRAINED, *QUICK])
 ALL = [flags if flags in QUICK else pytest.param(flags, marks=pytest.mark.slow) for flags in CONTINUOUS + CATEGORICAL]
 name = lambda flags: "-".join(str(v) for v in flags.values())  # noqa: E731
+
+
+def test_an_unknown_density_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown transition density 'gamma'; choose from deterministic, normal"):
+        count_maps("gamma", 5)
+    network = make_world_model(deep_spi.Args(transition_density="gamma"), 3)[0]
+    with pytest.raises(ValueError, match="unknown transition density 'gamma'"):
+        network.init(KEY, jnp.zeros((1, 1, 1, 8)), jnp.zeros(1, jnp.int32))
+
+
+def test_flags_offer_what_is_registered():
+    hints = get_type_hints(deep_spi.Args)
+    offered = {flag: get_args(hints[flag]) for flag in ("transition_density", "world_model", "categorical_cost", "activation")}
+    assert offered == {
+        "transition_density": tuple(DENSITIES),
+        "world_model": tuple(WORLD_MODELS),
+        "categorical_cost": tuple(CATEGORICAL_COSTS),
+        "activation": tuple(ACTIVATIONS),
+    }
 
 
 def codes(*classes, count=4):
@@ -56,7 +84,7 @@ def test_costs_of_codes_by_hand():
     """Two variables with two classes; the prediction is all but certain, so that a sample is known."""
     certain = Categorical(jnp.array([[[50.0, 0.0], [0.0, 50.0]]]))
     next_z = codes([0, 0], count=2)
-    cost = lambda name, predicted=certain: CATEGORICAL_COSTS[name](predicted, next_z, KEY)[0]  # noqa: E731
+    cost = lambda name, predicted=certain: CATEGORICAL_COSTS[name].distance(predicted, next_z, KEY)[0]  # noqa: E731
     assert_allclose(cost("hamming"), [0, 1], atol=1e-6)
     assert_allclose(cost("l2"), [0, 2], atol=1e-6)
     assert_allclose(cost("cross_entropy"), [0, 50], atol=1e-5)
@@ -114,9 +142,13 @@ def test_loss_of_unconstrained_normals_is_the_expected_error_and_that_of_certifi
     errors = np.abs(noise - 2)
     tolerance = 3 * 4 * errors.std() / np.sqrt(len(errors))
     assert_allclose(transition_loss(predicted, next_z, KEY, args), 3 * errors.mean(), atol=tolerance)
-    args = deep_spi.Args()
-    sampled = smooth_l1_loss(predicted.sample(KEY) - next_z).sum((1, 2, 3))
-    assert_allclose(transition_loss(predicted, next_z, KEY, args), sampled, rtol=1e-6)
+    certified = predicted.replace(noise_clip=1.0)
+    sampled = smooth_l1_loss(certified.sample(KEY) - next_z).sum((1, 2, 3))
+    assert_allclose(transition_loss(certified, next_z, KEY, deep_spi.Args()), sampled, rtol=1e-6)
+    z = jnp.ones((2, 1, 1, 8))
+    for lipschitz_nets, clip in ((True, 1.0), (False, None)):
+        network = make_world_model(deep_spi.Args(lipschitz_nets=lipschitz_nets), 3)[0]
+        assert network.init_with_output(KEY, z, jnp.zeros(2, jnp.int32))[0].noise_clip == clip
 
 
 @pytest.mark.parametrize("layers", [(), (8,)])
@@ -296,7 +328,7 @@ def train_a_little(script, env_id, flags):
 
 
 @pytest.mark.parametrize(
-    "env_id, flags", [("CartPole-v1", CONTINUOUS[9]), pytest.param("Pong-v5", CATEGORICAL[8], marks=pytest.mark.slow)]
+    "env_id, flags", [("CartPole-v1", UNCONSTRAINED), pytest.param("Pong-v5", QUICK[-1], marks=pytest.mark.slow)]
 )
 def test_trains(env_id, flags):
     train_a_little(deep_mdp, env_id, flags)

@@ -157,6 +157,19 @@ def cut_back(folder: Path, step: int) -> int:
     return len(kept)
 
 
+def check_shapes(metrics: dict[str, np.ndarray]) -> None:
+    """Checks that a metric is what the logs can show: a scalar, a histogram, a grey picture, or a trace of dreams.
+
+    Raises:
+        ValueError: it is not; the message names it.
+    """
+    for name, value in metrics.items():
+        shown = value.ndim in (0, 2) or value.shape == (len(EDGES) - 1,) or name.startswith(traces.PREFIX)
+        if not shown:
+            kinds = f"a scalar, counts [{len(EDGES) - 1}] of utils/histograms.py, or a grey picture [H, W]"
+            raise ValueError(f"metric {name} has shape {list(value.shape)}; it must be {kinds}")
+
+
 class Logger:
     """Writes the metrics of a run, one set per update, while the device is already busy with the next one.
 
@@ -232,6 +245,7 @@ class Logger:
             return []
         (values, finite), self.pending = jax.device_get(self.pending), None
         values = only_measured(values)
+        check_shapes(values)
         dreams = {name: values.pop(name) for name in list(values) if name.startswith(traces.PREFIX)}
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
         histograms = {name: value for name, value in values.items() if value.ndim == 1}

@@ -262,7 +262,7 @@ def test_an_environments_family_has_defaults_of_its_own():
         mixed = parse_flags(ppo.Args, typed)
         assert (mixed.env_id, mixed.num_envs, mixed.num_steps) == ("Asterix-MinAtar", 128, 128)
         assert own_defaults(mixed) == [
-            "--total-timesteps 5000000", "--num-steps 128", "--fc-layers (none)", "--learning-rate 0.001", "--num-minibatches 8"
+            "--total-timesteps 5000000", "--fc-layers (none)", "--num-steps 128", "--learning-rate 0.001", "--num-minibatches 8"
         ]  # fmt: skip
     assert own_defaults(atari) == []
     # dreams have a rate of their own

@@ -127,6 +127,14 @@ def test_interrupted_run_keeps_its_last_metrics_and_each_nan_is_said_once(tmp_pa
     assert "stopped after 30 steps" in out and err == ""
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])
+def test_a_metric_that_cannot_be_logged_is_named(shape, tmp_path):
+    with pytest.raises(ValueError, match=rf"metric spi/mine has shape \[{', '.join(map(str, shape))}\]; it must be a scalar"):
+        with Run(unsaved(logdir=str(tmp_path), total_timesteps=100), "test", 10) as run:
+            run.log(STATE, metrics(1.0) | {"spi/mine": jnp.zeros(shape)})
+            run.log(STATE, metrics(1.0))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_acted_on_between_updates(signum, tmp_path, capsys):
     before = signal.getsignal(signum)

@@ -1,0 +1,105 @@
+"""Flags of the networks: encoder, actor and critic (`NetworkArgs`), and the world model (`WorldModelArgs`).
+
+A flag's choices come from the registry that the code reads: `ACTIVATIONS`, `DENSITIES`, `CATEGORICAL`, `CATEGORICAL_COSTS`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from envs.registry import pays_beyond_one
+from networks.architectures import ACTIVATIONS
+from networks.world_models import CATEGORICAL
+from utils.distributions import DENSITIES, INITIAL_SCALE
+from utils.runs.flags import LAYERS, Count, Default, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least, require
+from utils.world_model import CATEGORICAL_COSTS
+
+WITH_SCALE = tuple(name for name, density in DENSITIES.items() if density.has_scale)
+SAMPLED = tuple(name for name, cost in CATEGORICAL_COSTS.items() if cost.samples)
+
+CONTINUOUS = Needs("continuous latents", latent="continuous")
+CODES = Needs(latent="categorical")
+PENALISED = Needs(lipschitz_nets=False)
+SAMPLES = Needs(f"a cost that samples: --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
+SCALES = Needs("a density with scales", transition_density=WITH_SCALE)
+Density = Annotated[Literal[*DENSITIES], CONTINUOUS]
+
+
+@dataclass
+class NetworkArgs:
+    """Flags of encoder, actor and critic."""
+
+    latent: Literal["continuous", "categorical"] = "continuous"
+    """what the encoder returns: its feature map, or a code of one-hot categorical variables (straight-through argmax)"""
+    num_categories: Annotated[Count, CODES] = 32
+    """categorical latents: number of variables"""
+    num_classes: Annotated[int, at_least(2), CODES] = 32
+    """categorical latents: classes of each variable"""
+    activation: Literal[*ACTIVATIONS] = "relu"
+    """activation of encoder, actor and critic"""
+    fc_layers: Annotated[Sizes, Default(minatar=())] = (512,)
+    """sizes of the dense layers between latent and heads"""
+    use_layer_norm: Annotated[bool, LAYERS] = False
+    """layer normalization in those dense layers, before the activation"""
+    decoupled_layers: Annotated[bool, LAYERS, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
+    """actor and critic have separate dense layers and share the encoder"""
+    decoupled_repr: bool = False
+    """actor and critic share nothing: the critic has its own encoder and dense layers"""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """data type in which encoder, actor and critic compute; parameters, world model and losses are always float32"""
+
+
+@dataclass
+class WorldModelArgs:
+    """Flags of the world model."""
+
+    # continuous latents
+    transition_density: Density = "mixture_normal"
+    """continuous latents: distribution of the next latent; mixture_normal is a weighted average of normals (a soft mixture)"""
+    mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
+    """number of components of mixture_normal"""
+    initial_scale: Annotated[Positive, CONTINUOUS, SCALES] = INITIAL_SCALE
+    """initial scale of each component (Lipschitz networks use a tenth of it)"""
+    lipschitz_nets: Annotated[bool, CONTINUOUS] = True
+    """continuous latents: transition and reward networks are K-Lipschitz for every parameter value; otherwise they are
+    unconstrained, with a gradient penalty if --lambda-gp is positive"""
+    lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
+    """K of the Lipschitz networks"""
+    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.01
+    """weight of the gradient penalty on unconstrained networks; 0 disables it"""
+    use_wgan_gp: Annotated[bool, CONTINUOUS, PENALISED] = False
+    """penalize (gradient norm - 1)^2 instead of the squared norm: pulls slopes toward 1 instead of 0"""
+    transition_layers: Annotated[Sizes, CONTINUOUS] = ()
+    """layer widths of a deeper, residual transition network (even, for Lipschitz networks); without a number, the paper's two
+    layers"""
+    # categorical latents
+    world_model: Annotated[Literal[*CATEGORICAL], CODES] = "fc"
+    """categorical latents: transition network"""
+    categorical_cost: Annotated[Literal[*CATEGORICAL_COSTS], CODES] = "l2"
+    """categorical latents: distance of the next code from a sample (l2, hamming) or from the predicted probabilities"""
+    use_gumbel_softmax: Annotated[bool, CODES, SAMPLES] = False
+    """categorical latents: samples stay one-hot and take the gradient of the Gumbel-softmax instead of the probabilities'"""
+    gumbel_temperature: Annotated[Positive, CODES, SAMPLES, Needs(use_gumbel_softmax=True)] = 1.0
+    """temperature of the Gumbel-softmax"""
+    # both
+    w_balancing: Share | None = None
+    """share of the transition loss's gradient that reaches the prediction; the rest reaches the next latent (DreamerV2's KL
+    balancing, here with the transition loss). By default each gets its full gradient"""
+    clip_reward_net_output: bool = False
+    """squash the reward network's output to [-1, 1]"""
+
+    def check(self) -> None:
+        """Raises UsageError where these flags contradict each other or those of the script."""
+        require(
+            self.lambda_gp > 0 or not self.use_wgan_gp,
+            f"--lambda-gp {self.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
+        )
+        even = not self.lipschitz_nets or not any(size % 2 for size in self.transition_layers)
+        require(even, f"{as_typed('transition_layers', self.transition_layers)}: Lipschitz networks need even widths")
+        require(
+            not self.clip_reward_net_output or self.reward_clip,
+            "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
+        )
+        require(
+            not (self.clip_reward_net_output and pays_beyond_one(self.env_id)),
+            f"--clip-reward-net-output: cannot predict the rewards of {self.env_id}; leave it out",
+        )
