@@ -145,7 +145,7 @@ def test_loss_of_unconstrained_normals_is_the_expected_error_and_that_of_certifi
     certified = predicted.replace(noise_clip=1.0)
     sampled = smooth_l1_loss(certified.sample(KEY) - next_z).sum((1, 2, 3))
     assert_allclose(transition_loss(certified, next_z, KEY, deep_spi.Args()), sampled, rtol=1e-6)
-    z = jnp.ones((2, 1, 1, 8))
+    z = jnp.ones((2, 2, 2, 64))
     for lipschitz_nets, clip in ((True, 1.0), (False, None)):
         network = make_world_model(deep_spi.Args(lipschitz_nets=lipschitz_nets), 3)[0]
         assert network.init_with_output(KEY, z, jnp.zeros(2, jnp.int32))[0].noise_clip == clip
