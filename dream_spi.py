@@ -32,7 +32,7 @@ from envs.protocol import Env
 from envs.registry import make_env
 from networks.architectures import to_range
 from networks.discriminator import make_discriminator
-from networks.flags import CONTINUOUS, PENALISED, Density
+from networks.flags import CONTINUOUS, PENALIZED, Density
 from networks.world_models import make_end_predictor
 from utils.devices import by_device, on_each_device
 from utils.dreams import replay, traces
@@ -76,7 +76,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     transition_density: Density = "deterministic"
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
     lipschitz_nets: Annotated[bool, CONTINUOUS] = False
-    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.0
+    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.0
     value_aware_coef: NotNegative = 1.0
     """weight of half the squared error in what the critic says of the predicted next latent, against what it says of the real
     one, unless the episode ended there; the transition network alone learns from it (Farahmand et al., 2017)"""
@@ -95,16 +95,16 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     actor_after: Annotated[int, at_least(0), Default(atari=60_000)] = 0
     """steps of real data before the actor learns in dreams; until then model and critic learn from the initial policy's"""
     bounded_dreams: bool = True
-    """keep what is dreamt where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
+    """keep what is dreamed where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
     values in what such rewards allow"""
     real_value_coef: NotNegative = 3.0
-    """weight of the critic's loss on the returns of the real data that dreams start from, beside that on dreamt ones (Hafner et
-    al., 2023)"""
+    """weight of the critic's loss on the real returns of the states that dreams start from, beside its loss on dreamed returns
+    (Hafner et al., 2023)"""
     slow_critic: Annotated[float, Range(lambda x: 0 <= x < 1, "must lie in [0, 1)"), Needs(clip_vloss=False)] = 0.0
     """dreams take values of a critic that moves slowly: how much of it is left after one round of dreams, the rest being the
     critic that learns; 0 for that one itself"""
     norm_returns: bool = False
-    """divide dreamt advantages by the range of dreamt returns, from their 5th to their 95th percentile, where it is above 1
+    """divide dreamed advantages by the range of dreamed returns, from their 5th to their 95th percentile, where it is above 1
     (Hafner et al., 2023), instead of what --norm-adv does"""
     soft_done: bool = False
     """dreams never end, but go on with the predicted probability as a weight; otherwise their ends are drawn"""
@@ -126,7 +126,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
         said = f"--dream-minibatches {self.dream_minibatches}: {steps} steps of dreams do not divide into {parts} equal parts"
         said += f" (--num-devices {self.num_devices})" if self.num_devices > 1 else ""
         require(steps % parts == 0, f"{said}; take another number")
-        refuse_unread(self, ("monitor_guarantee", "enforce_neighbourhood", "target_kl"), "deep_spi.py, of real data alone")
+        refuse_unread(self, ("monitor_guarantee", "enforce_neighborhood", "target_kl"), "deep_spi.py, of real data alone")
 
 
 class Agent(NamedTuple):
@@ -181,7 +181,7 @@ class HeadsBatch(NamedTuple):
     target: Float[Array, " N"]
     weight: Float[Array, " N"]
     real_target: Float[Array, " N"]  # what the critic learns of real data
-    real_weight: Float[Array, " N"]  # 1 at those latents that were not dreamt
+    real_weight: Float[Array, " N"]  # 1 at those latents that were not dreamed
 
 
 class TrainState(NamedTuple):
@@ -255,7 +255,7 @@ def imagine(
 
 
 def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
-    """Generalised advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
+    """Generalized advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
     error = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
     return decayed_sums(error, gamma * gae_lambda * dreams.going_on)
 
@@ -385,7 +385,7 @@ def update_model(
 
     def minibatch_step(carry, drawn):
         draw, key = drawn
-        # clipping is about the policy before the update, or since it last dreamt
+        # clipping is about the policy before the update, or since it last dreamed
         batch, ended, weight = take(draw, carry[0] if args.dreams_from == "replay" else state.params)
         if args.wasserstein_discriminator:
             carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)
@@ -397,8 +397,8 @@ def update_model(
         if args.dreams_from == "replay":
             z = agent.encoder.apply(carry[0].encoder, batch.obs)[: batch.action.shape[0]]
             start = z, batch.valid.astype(jnp.float32), batch.target, jax.random.fold_in(key, 3)
-            carry, dreamt = dream_and_learn(*carry, *start, state.iteration, agent, optimizers, args)
-            metrics |= dreamt
+            carry, dreamed = dream_and_learn(*carry, *start, state.iteration, agent, optimizers, args)
+            metrics |= dreamed
         return carry, metrics
 
     count = jax.tree.leaves(draws)[0].shape[0]

@@ -95,7 +95,7 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     ]
     known = reference(run.args.env_id, atari_protocol(run.args))
     if known is not None:
-        lines.append(f"human-normalised score: {known.human_normalized(returns.mean()):.3f} (0 random play, 1 human)")
+        lines.append(f"human-normalized score: {known.human_normalized(returns.mean()):.3f} (0 random play, 1 human)")
         if known.baseline is not None and protocol == "train":
             lines.append(f"published PPO: {known.baseline:,.1f}")
     return lines

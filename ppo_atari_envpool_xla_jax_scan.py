@@ -31,7 +31,7 @@ from utils.devices import by_device, on_each_device
 from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
-from utils.neighbourhood import backtrack, gradient_steps, ratio_metrics
+from utils.neighborhood import backtrack, gradient_steps, ratio_metrics
 from utils.runs.flags import (
     Count,
     Default,
@@ -55,7 +55,7 @@ class Args(NetworkArgs, RunArgs):
     """environments that step together (B)"""
     num_steps: Annotated[Count, Default(minatar=128)] = 8
     """steps of each environment between two updates (T)"""
-    # optimisation
+    # optimization
     learning_rate: Annotated[Positive, Default(minatar=1e-3)] = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
@@ -75,9 +75,9 @@ class Args(NetworkArgs, RunArgs):
     gamma: Share = 0.99
     """discount"""
     gae_lambda: Share = 0.95
-    """lambda of generalised advantage estimation"""
+    """lambda of generalized advantage estimation"""
     norm_adv: bool = True
-    """normalise advantages in each minibatch"""
+    """normalize advantages in each minibatch"""
     clip_coef: InsideUnit = 0.1
     """eps: the policy may move its ratios to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
@@ -90,7 +90,7 @@ class Args(NetworkArgs, RunArgs):
     """weight of the value loss"""
     target_kl: Positive | None = None
     """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
-    enforce_neighbourhood: Literal["none", "early_stop", "backtrack"] = "none"
+    enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
     """hold the ratios of *all* actions within [1 - eps, 1 + eps], which clipping does not: early_stop ends an update once a
     minibatch finds one outside, backtrack moves the parameters back until all in the rollout are inside"""
 
@@ -199,7 +199,7 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
-    """Generalised advantage estimates (Schulman et al., 2016, equation 16); 0 where a step is not valid.
+    """Generalized advantage estimates (Schulman et al., 2016, equation 16); 0 where a step is not valid.
 
     A terminated step bootstraps from nothing, a truncated one from the value of the last observation of its episode.
     Neither looks beyond the end: what follows it is not valid.
@@ -317,7 +317,7 @@ def update(
     minibatches = first, env, jax.random.split(loss_key, first.shape[0])
     (params, opt_state), metrics, ran = gradient_steps(minibatch_step, (state.params, state.opt_state), minibatches, args)
     metrics = summarize(metrics, ran, args.num_minibatches) | {"charts/learning_rate": jnp.asarray(learning_rate)}
-    if args.enforce_neighbourhood == "backtrack":
+    if args.enforce_neighborhood == "backtrack":
         moved = partial(policy_change, steps=steps, agent=agent)
         # a step of the encoder may flip a code however small it is: then let the others move without it
         targets = (params, params._replace(encoder=state.params.encoder))

@@ -139,7 +139,7 @@ def frames(model: Model) -> UInt8[np.ndarray, "S 1 84 84"]:
 
 
 def enlarged(frame: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "5*H 5*W 3"]:
-    """A grey frame in the size and the colours of a picture."""
+    """A gray frame in the size and the colors of a picture."""
     return np.repeat(np.kron(frame, np.ones((5, 5), np.uint8))[..., None], 3, axis=-1)
 
 
@@ -203,7 +203,7 @@ class ConfoundingGridworld:
         return GridState(cell, steps, terminated | truncated, key, episode), timestep
 
     def render(self, state: GridState) -> UInt8[np.ndarray, "H W 3"]:
-        """The frame of the first agent in grey."""
+        """The frame of the first agent in gray."""
         return enlarged(self.frames[int(state.cell[0]), 0])
 
     def exact_metrics(
@@ -266,7 +266,7 @@ class GymConfoundingGridworld(gymnasium.Env):
         return self.frames[self.cell].copy(), reward, bool(self.model.terminal[self.cell]), False, {}
 
     def render(self) -> UInt8[np.ndarray, "H W 3"] | str | None:
-        """The frame in grey, five times as large; or the letters of the grid, with A for the agent."""
+        """The frame in gray, five times as large; or the letters of the grid, with A for the agent."""
         if self.render_mode == "rgb_array":
             return enlarged(self.frames[self.cell, 0])
         if self.render_mode == "ansi":

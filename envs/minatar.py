@@ -1,6 +1,6 @@
 """MinAtar: five Atari games on a grid of 10 x 10 cells (Young & Tian, 2019), in JAX, by pgx.
 
-The games are the library pgx-minatar's, an extra for its licence (GPL-3): `uv run --extra minatar ...`. Their rules are the
+The games are the library pgx-minatar's, an extra for its license (GPL-3): `uv run --extra minatar ...`. Their rules are the
 paper's: an action is replaced by the one before with probability 0.1 (sticky actions), a game gets harder as it goes on, the
 agent chooses among the actions that do something, and what it sees is a map of zeros and ones for each kind of object. Ours are
 the convention for ends (`envs.protocol.Timestep`) and a time limit that truncates. docs/minatar.md says where the library
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 from envs.protocol import EpisodeStats, Timestep, own_seed
 
 CELL_PIXELS = 16
-COLOURS = np.array([
+COLORS = np.array([
     (0, 0, 0), (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
 ], np.uint8)  # fmt: skip
@@ -45,11 +45,11 @@ GAMES = {
 }
 
 
-def in_colours(maps: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-    """An observation [H, W, C]: a colour for each kind of object, later kinds above earlier ones."""
+def in_colors(maps: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """An observation [H, W, C]: a color for each kind of object, later kinds above earlier ones."""
     maps = maps.astype(bool)
     kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last kind; 0 of none
-    return COLOURS[kind]
+    return COLORS[kind]
 
 
 def is_installed() -> bool:
@@ -125,8 +125,8 @@ class MinAtar:
         return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
 
     def render(self, state: MinAtarState) -> UInt8[np.ndarray, "160 160 3"]:
-        """The grid of the first game, see `in_colours`."""
-        return in_colours(np.asarray(state.game.observation[0])).repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
+        """The grid of the first game, see `in_colors`."""
+        return in_colors(np.asarray(state.game.observation[0])).repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
 
     def exact_metrics(self, policy: Callable) -> dict[str, Array]:
         """Nothing: a game's dynamics are a program, not a table."""

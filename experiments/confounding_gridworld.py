@@ -170,8 +170,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
             axes.fill_between(curve["steps"], mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.plot(curve["steps"], curve[key].T, color=line.get_color(), alpha=0.35, linewidth=0.6)
     for value, what in ((optimum, "optimum"), (right, "always right")):
-        above.axhline(value, color="grey", linestyle=":")
-        above.annotate(f"{what}, {value:.2f}", (0, value), va="bottom", color="grey")
+        above.axhline(value, color="gray", linestyle=":")
+        above.annotate(f"{what}, {value:.2f}", (0, value), va="bottom", color="gray")
     above.set(ylabel="exact value of the start")
     above.legend(loc="lower right")
     beneath.set(xlabel="environment steps", ylabel="distance of the\nchoices' latents")

@@ -84,7 +84,7 @@ def as_tables(params: Any, agent: Any, cells: int, codes: np.ndarray, num_action
 def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any]:
     """Trains from every seed. Returns metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
     setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
-    flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighbourhood=mode)
+    flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighborhood=mode)
     check_flags(flags)
     env, frames = gridworld.make_cells(flags)
     agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
@@ -135,26 +135,26 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
     rows = []
     for k in range(1, len(tables["phi"])):
         old, new = ({name: table[i] for name, table in tables.items()} for i in (k - 1, k))
-        behaviour = np.vstack([old["policy"][old["phi"][alive]], np.full(4, 0.25)]).astype(np.float64)
-        behaviour /= behaviour.sum(-1, keepdims=True)
-        often, length = visits(real, behaviour), episode_length(real, behaviour)
+        behavior = np.vstack([old["policy"][old["phi"][alive]], np.full(4, 0.25)]).astype(np.float64)
+        behavior /= behavior.sum(-1, keepdims=True)
+        often, length = visits(real, behavior), episode_length(real, behavior)
         row = {"step-wise zeta": 0.0, "episodic zeta": 0.0, "violated": 0.0}
         for which, of in (("old", old), ("new", new)):
             phi, latent, policy = with_end(of, real, alive, often, *env.reward_range)
-            terms = difference_terms(real, latent, phi, policy, behaviour, gamma, total_variation)
+            terms = difference_terms(real, latent, phi, policy, behavior, gamma, total_variation)
             errors, distance = jnp.asarray(terms.reward_error), jnp.asarray(terms.distance)
             error = np.asarray(local_error(errors, distance, terms.k_value, gamma, terms.span), np.float64)
-            weighted = jnp.asarray(errors_over_time(real, behaviour, terms.ratio * error))
+            weighted = jnp.asarray(errors_over_time(real, behavior, terms.ratio * error))
             stepwise = float(stepwise_bound(weighted, terms.ratio_max, gamma, span))
             row["step-wise zeta"] += stepwise
-            row["episodic zeta"] += float(episodic_bound(mean_error(real, behaviour, error), terms.ratio_max, gamma, length))
+            row["episodic zeta"] += float(episodic_bound(mean_error(real, behavior, error), terms.ratio_max, gamma, length))
             row["violated"] += abs(terms.real - terms.latent) > stepwise * (1 + 1e-4) + 1e-4
             row |= {f"{which}, real": terms.real, f"{which}, latent": terms.latent}
         row |= {
             "improvement": row["new, real"] - row["old, real"],
             "latent improvement": row["new, latent"] - row["old, latent"],
-            "reward error": mean_error(real, behaviour, terms.reward_error),
-            "transition error": mean_error(real, behaviour, terms.distance),
+            "reward error": mean_error(real, behavior, terms.reward_error),
+            "transition error": mean_error(real, behavior, terms.distance),
             "ratio_max": terms.ratio_max,
             "ratio_min": terms.ratio.min(),
             "k_value": terms.k_value,
@@ -175,7 +175,7 @@ def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
         (line,) = above.plot(steps, values.mean(axis=0), label=mode)
         above.plot(steps, values.T, color=line.get_color(), alpha=0.3, linewidth=0.6)
     above.set(ylabel="exact value of the start")
-    above.legend(title="--enforce-neighbourhood")
+    above.legend(title="--enforce-neighborhood")
     for axes, mode in zip(beneath, MODES, strict=True):
         of = bounds[mode][0]
         axes.plot(steps, of["improvement"], ".", markersize=3, label="true improvement")
@@ -214,7 +214,7 @@ def main(args: Args) -> None:
             "true improvement below 0": float(np.mean(of["improvement"] < -1e-6)),
             "worst true improvement": float(np.min(of["improvement"])),
             "promised above 0": int(np.sum(of["promised"] > 0)),
-            "outside the neighbourhood": float(np.mean((of["ratio_max"] > above) | (of["ratio_min"] < below))),
+            "outside the neighborhood": float(np.mean((of["ratio_max"] > above) | (of["ratio_min"] < below))),
             "medians": {name: float(np.median(of[name])) for name in of if name != "violated"},
         }
         line = {k: v for k, v in summary[mode].items() if k != "medians"}

@@ -35,7 +35,7 @@ from experiments.study.comparison import (  # noqa: E402
     Scale,
     aggregate,
     compare,
-    normalised,
+    normalized,
     raw_scores,
     usual_scale,
 )
@@ -97,7 +97,7 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     )
     against = args.against or comparison.algorithms[0]
     require(against in comparison.algorithms, f"--against {against}: is none of {', '.join(comparison.algorithms)}")
-    found = aggregate(normalised(comparison, raw, scale, against), scale, against, args.seed)
+    found = aggregate(normalized(comparison, raw, scale, against), scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:

@@ -35,7 +35,7 @@ STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # 
 # What has a `dtype` multiplies in that, and adds its bias in float32: the gradient of a bias is a sum over a whole batch and
 # its maps, which in bfloat16 stops growing after a few hundred terms.
 class Conv(nn.Module):
-    """A VALID convolution with square kernels, orthogonal initialisation: of maps, channels last, or of frames, channels
+    """A VALID convolution with square kernels, orthogonal initialization: of maps, channels last, or of frames, channels
     first, if `of_frames`."""
 
     features: int
@@ -54,7 +54,7 @@ class Conv(nn.Module):
 
 
 class GridLayer(nn.Module):
-    """A VALID convolution of a small map and its activation, initialised as `Conv`."""
+    """A VALID convolution of a small map and its activation, initialized as `Conv`."""
 
     features: int
     size: int
@@ -70,7 +70,7 @@ class GridLayer(nn.Module):
 
 
 class Dense(nn.Module):
-    """A dense layer with orthogonal initialisation of the given gain."""
+    """A dense layer with orthogonal initialization of the given gain."""
 
     features: int
     gain: float = 2**0.5
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, obs: Num[Array, "N *obs"]) -> Float[Array, "N *z"]:
         activation = ACTIVATIONS[self.activation]
-        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST_FRAME:  # stacked grey frames, as emulators return them
+        if obs.ndim == 4 and min(obs.shape[2:]) >= SMALLEST_FRAME:  # stacked gray frames, as emulators return them
             x = activation(Conv(32, 8, 4, self.dtype, of_frames=True)(obs))
             x = activation(Conv(64, 4, 2, self.dtype)(x))
             x = activation(Conv(64, 3, 1, self.dtype)(x))
@@ -183,7 +183,7 @@ class ActorCritic(nn.Module):
 
         The product of the layers' spectral norms and steepest slopes, for logits; the softmax moves by at most a quarter of how
         far the difference of two logits does, since for probabilities p and changes v the sum of p_i |v_i - p.v| is at most
-        half of v's range. Layer normalisation has no finite constant: inf. Rounding is left out, of whatever type.
+        half of v's range. Layer normalization has no finite constant: inf. Rounding is left out, of whatever type.
         """
         if self.layer_norm and self.layers:
             return jnp.asarray(jnp.inf)

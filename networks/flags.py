@@ -18,7 +18,7 @@ SAMPLED = tuple(name for name, cost in CATEGORICAL_COSTS.items() if cost.samples
 
 CONTINUOUS = Needs("continuous latents", latent="continuous")
 CODES = Needs(latent="categorical")
-PENALISED = Needs(lipschitz_nets=False)
+PENALIZED = Needs(lipschitz_nets=False)
 SAMPLES = Needs(f"a cost that samples: --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
 SCALES = Needs("a density with scales", transition_density=WITH_SCALE)
 Density = Annotated[Literal[*DENSITIES], CONTINUOUS]
@@ -64,9 +64,9 @@ class WorldModelArgs:
     unconstrained, with a gradient penalty if --lambda-gp is positive"""
     lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
     """K of the Lipschitz networks"""
-    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALISED] = 0.01
+    lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.01
     """weight of the gradient penalty on unconstrained networks; 0 disables it"""
-    use_wgan_gp: Annotated[bool, CONTINUOUS, PENALISED] = False
+    use_wgan_gp: Annotated[bool, CONTINUOUS, PENALIZED] = False
     """penalize (gradient norm - 1)^2 instead of the squared norm: pulls slopes toward 1 instead of 0"""
     transition_layers: Annotated[Sizes, CONTINUOUS] = ()
     """layer widths of a deeper, residual transition network (even, for Lipschitz networks); without a number, the paper's two

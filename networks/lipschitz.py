@@ -14,7 +14,7 @@ symmetric with eigenvalues p in [0, 1], so in its eigenbasis, at frequency w, th
 at most 1. The bound is that of the convolution on the infinite grid; zero padding, then reading a window, multiplies it
 with projections, so it holds for the padded map too.
 
-The certificates are those of the exact map. What they rest on, the orthogonalisation, is computed in full float32 everywhere;
+The certificates are those of the exact map. What they rest on, the orthogonalization, is computed in full float32 everywhere;
 their matrix products and convolutions are then computed in the platform's default precision, which on recent GPUs rounds each
 product to about 1e-3.
 
@@ -72,7 +72,7 @@ def transpose(a: Float[Array, "m n *batch"]) -> Float[Array, "n m *batch"]:
     return jnp.swapaxes(a, 0, 1)
 
 
-def orthogonaliser(gram_matrix: Float[Array, "n n *batch"]) -> Float[Array, "n n *batch"]:
+def orthogonalizer(gram_matrix: Float[Array, "n n *batch"]) -> Float[Array, "n n *batch"]:
     """The matrix M such that W M has norm at most 1, and singular values near 1, given the Gram matrix W^T W.
 
     Working with the Gram matrix keeps the work on the smaller side of W, and lets a layer apply W and M one after the
@@ -94,7 +94,7 @@ def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]
     if kernel.shape[0] < kernel.shape[1]:
         return transpose(orthogonal(transpose(kernel)))
     kernel = rescaled(kernel)
-    return matmul(kernel, orthogonaliser(gram(kernel)))
+    return matmul(kernel, orthogonalizer(gram(kernel)))
 
 
 def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_ _ *batch"]]:
@@ -163,7 +163,7 @@ def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
 
 
 def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n *batch"]:
-    """Initialiser: a random (semi-)orthogonal matrix; for a batch of small ones, normal entries of the same size, which the
+    """Initializer: a random (semi-)orthogonal matrix; for a batch of small ones, normal entries of the same size, which the
     layer makes nearly orthogonal itself (compiling a batched QR takes seconds)."""
     m, n, *batch = shape
     if batch:
@@ -173,13 +173,13 @@ def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n
 
 
 def mirror_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m 2*m"]:
-    """Initialiser: [I, -I]. `group_sort` turns its outputs (x, -x) into (-|x|, |x|)."""
+    """Initializer: [I, -I]. `group_sort` turns its outputs (x, -x) into (-|x|, |x|)."""
     eye = jnp.eye(shape[0])
     return jnp.concatenate([eye, -eye], axis=1)
 
 
 def still_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "w m *batch"]:
-    """Initialiser of what a convolution shifts: [I; I]. Its span is orthogonal to every (x, -x), which thus stays in place."""
+    """Initializer of what a convolution shifts: [I; I]. Its span is orthogonal to every (x, -x), which thus stays in place."""
     eye = jnp.eye(shape[1]).reshape(shape[1], shape[1], *(1,) * (len(shape) - 2))
     return jnp.broadcast_to(jnp.concatenate([eye, eye]), shape)
 
@@ -194,10 +194,10 @@ class LipschitzDense(nn.Module):
         m, n = x.shape[-1], self.features
         kernel = rescaled(self.param("kernel", orthogonal_init, (m, n)))
         bias = self.param("bias", nn.initializers.zeros, (n,))
-        # applying the kernel and its orthogonaliser in turn costs less than forming their product
+        # applying the kernel and its orthogonalizer in turn costs less than forming their product
         if m >= n:
-            return (x @ kernel) @ orthogonaliser(gram(kernel)) + bias
-        return (x @ orthogonaliser(gram(kernel.T)).T) @ kernel + bias
+            return (x @ kernel) @ orthogonalizer(gram(kernel)) + bias
+        return (x @ orthogonalizer(gram(kernel.T)).T) @ kernel + bias
 
 
 class LipschitzScalars(nn.Module):

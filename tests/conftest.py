@@ -26,7 +26,7 @@ if not jax.config.jax_platforms or "cpu" in jax.config.jax_platforms:
     jax.config.update("jax_num_cpu_devices", 2)  # for those tests that use two; the others use the first
 
 CHECKED = ["envs", "networks", "utils.dreams", "utils.evaluation", "utils.guarantees", "experiments.study"]
-MODULES = ("devices", "distributions", "histograms", "losses", "metrics", "neighbourhood", "occasionally", "world_model")
+MODULES = ("devices", "distributions", "histograms", "losses", "metrics", "neighborhood", "occasionally", "world_model")
 CHECKED += [f"utils.{name}" for name in MODULES]
 install_import_hook(CHECKED, "beartype.beartype")
 

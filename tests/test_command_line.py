@@ -7,7 +7,7 @@ from tests.commands import CARTPOLE, PPO, SMALL, run
 from tests.event_files import scalars
 
 CODES = ["--latent=categorical", "--num-categories=4", "--num-classes=4"]  # which compile faster
-WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighbourhood=backtrack"]
+WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighborhood=backtrack"]
 WATCHED += ["--track-params", "--track-grads", "--track-every=2"]
 REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=40", "--replay-length=4", "--replay-batch-size=4"]
 REPLAYED += ["--replay-ratio=1.5", "--wasserstein-discriminator", "--log-dreams", "--log-dreams-every=2"]
@@ -37,8 +37,8 @@ def assert_tracked(folder, written, *names):
     ],
 )
 def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):
-    unoptimised = "Breakout-v5" not in flags[0]  # that one as it is for users
-    done = run(script, *SMALL, *flags, f"--logdir={tmp_path}", JAX_DISABLE_MOST_OPTIMIZATIONS=str(int(unoptimised)))
+    unoptimized = "Breakout-v5" not in flags[0]  # that one as it is for users
+    done = run(script, *SMALL, *flags, f"--logdir={tmp_path}", JAX_DISABLE_MOST_OPTIMIZATIONS=str(int(unoptimized)))
     assert (done.returncode, done.stderr) == (0, "")
     assert "device:" in done.stdout and "96/96 steps" in done.stdout and "tensorboard --logdir" in done.stdout
     (folder,) = tmp_path.iterdir()

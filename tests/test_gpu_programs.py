@@ -38,7 +38,7 @@ REPLAY |= {"replay_ratio": 1.0}
         slow(deep_spi, CODES | {"world_model": "transformer"}),
         slow(deep_spi, CODES | {"world_model": "softmoe"}),
         slow(deep_spi, {"lipschitz_nets": False, "transition_density": "normal", "monitor_guarantee": True}),
-        slow(deep_spi, {"lipschitz_nets": False, "transition_layers": (64,), "enforce_neighbourhood": "backtrack"}),
+        slow(deep_spi, {"lipschitz_nets": False, "transition_layers": (64,), "enforce_neighborhood": "backtrack"}),
         slow(dream_spi, {"use_replay_buffer": False, "wasserstein_discriminator": True}),
         slow(dream_spi, REPLAY | {"lipschitz_nets": True, "transition_density": "mixture_normal"}),
     ],

@@ -50,7 +50,7 @@ class Normal:
     noise_clip: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def sample(self, key: jax.Array) -> Float[Array, "*shape"]:
-        """One reparameterised sample (gradients reach loc and scale)."""
+        """One reparameterized sample (gradients reach loc and scale)."""
         if self.noise_clip is None:
             noise = jax.random.normal(key, self.loc.shape, self.loc.dtype)
         else:
@@ -142,7 +142,7 @@ def count_maps(density: str, components: int) -> tuple[int, int]:
 
 
 def initial_bias(key: jax.Array, shape: tuple[int, ...], components: int, scale: float) -> Float[Array, "A maps C"]:
-    """Initialiser: 0 for the first `components` maps, the locations; for scales what `positive_scale` turns into `scale`."""
+    """Initializer: 0 for the first `components` maps, the locations; for scales what `positive_scale` turns into `scale`."""
     return jnp.zeros(shape).at[:, components:].set(scale + math.log(-math.expm1(-scale)))
 
 
@@ -237,7 +237,7 @@ class Categorical:
     temperature: float | None = flax.struct.field(pytree_node=False, default=None)
 
     def sample(self, key: jax.Array) -> Float[Array, "*batch V C"]:
-        """One reparameterised sample."""
+        """One reparameterized sample."""
         gumbel = jax.random.gumbel(key, self.logits.shape, self.logits.dtype)
         drawn = jax.nn.one_hot(jnp.argmax(self.logits + gumbel, axis=-1), self.logits.shape[-1])
         soft = self.mean() if self.temperature is None else jax.nn.softmax((self.logits + gumbel) / self.temperature)

@@ -89,7 +89,7 @@ def jensen_shannon_distance(
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, divergence, 1.0)), 0.0)
 
 
-def penalises_gradients(args: Any) -> bool:
+def penalizes_gradients(args: Any) -> bool:
     """Whether the flags ask for a penalty on the world model's gradients."""
     return args.latent == "continuous" and not args.lipschitz_nets and args.lambda_gp > 0
 

@@ -91,7 +91,7 @@ def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str
     return {key: scores(runs) for key, runs in comparison.runs.items()}
 
 
-def normalised(
+def normalized(
     comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale, against: str
 ) -> dict[str, list[np.ndarray]]:
     """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games of which all

@@ -16,9 +16,9 @@ from experiments.study.comparison import Aggregates, Comparison
 from experiments.study.records import stretches
 from utils.statistics import CONFIDENCE
 
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # on white and on black
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # on white and on black
 WARNING = "#dc2626"
-INK = "#010203"  # in an SVG it becomes the colour of the text around it
+INK = "#010203"  # in an SVG it becomes the color of the text around it
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "deep-spi",  # the same figure is the same bytes
@@ -37,14 +37,14 @@ STYLE = {
 Draw = Callable[[Axes], None]
 
 
-def colour(comparison: Comparison, name: str) -> str:
+def color(comparison: Comparison, name: str) -> str:
     """Of an algorithm, the same in all figures."""
-    return COLOURS[comparison.algorithms.index(name) % len(COLOURS)]
+    return COLORS[comparison.algorithms.index(name) % len(COLORS)]
 
 
 def dashes(comparison: Comparison, name: str) -> str:
-    """Where there are more algorithms than colours, what else tells their lines apart."""
-    return ("-", "--", ":")[comparison.algorithms.index(name) // len(COLOURS) % 3]
+    """Where there are more algorithms than colors, what else tells their lines apart."""
+    return ("-", "--", ":")[comparison.algorithms.index(name) // len(COLORS) % 3]
 
 
 def mean_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str)
             runs = [stretches(run, points, whole) for run in comparison.runs[name, env_id]]
             if not runs:
                 continue
-            shade, all_values = colour(comparison, name), [filled(run.value) for run in runs]
+            shade, all_values = color(comparison, name), [filled(run.value) for run in runs]
             for run, value in zip(runs, all_values, strict=True):
                 axes.plot(run.step, value, color=shade, linewidth=0.6, alpha=0.5)
             shortest = min(runs, key=lambda run: len(run.step))
@@ -99,8 +99,8 @@ def intervals(
     def draw(axes):
         axes.use_sticky_edges = False  # what lies at the edge is seen
         for row, (name, (value, low, high)) in enumerate(values.items()):
-            axes.barh(row, max(high - low, 0.0), left=low, height=0.6, color=colour(comparison, name), alpha=0.35)
-            axes.plot([value, value], [row - 0.3, row + 0.3], color=colour(comparison, name), linewidth=2.5)
+            axes.barh(row, max(high - low, 0.0), left=low, height=0.6, color=color(comparison, name), alpha=0.35)
+            axes.plot([value, value], [row - 0.3, row + 0.3], color=color(comparison, name), linewidth=2.5)
         if line is not None:
             axes.axvline(line, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks([])
@@ -116,7 +116,7 @@ def profiles(comparison: Comparison, found: Aggregates, xlabel: str) -> Draw:
 
     def draw(axes):
         for name, (value, low, high) in found.profiles.items():
-            shade = colour(comparison, name)
+            shade = color(comparison, name)
             axes.plot(found.thresholds, value, dashes(comparison, name), color=shade, linewidth=1.5)
             axes.fill_between(found.thresholds, low, high, color=shade, alpha=0.2, linewidth=0)
         axes.set(title="performance profile", xlabel=xlabel, ylabel="share of runs above")
@@ -147,7 +147,7 @@ def png(comparison: Comparison, draws: list[Draw], size: tuple[float, float], co
         lines = -(-len(comparison.algorithms) // beside)
         figure = _figure(draws, size, columns, note, 0.22 * lines + 0.1)
         handles = [
-            Line2D([], [], color=colour(comparison, name), linestyle=dashes(comparison, name), label=name, linewidth=2.5)
+            Line2D([], [], color=color(comparison, name), linestyle=dashes(comparison, name), label=name, linewidth=2.5)
             for name in comparison.algorithms
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=beside)
@@ -157,7 +157,7 @@ def png(comparison: Comparison, draws: list[Draw], size: tuple[float, float], co
 
 
 def svg(draw: Draw, size: tuple[float, float], label: str, note: str = "") -> str:
-    """One drawing, to stand in a page: as wide as there is room, in the colour of the text."""
+    """One drawing, to stand in a page: as wide as there is room, in the color of the text."""
     with matplotlib.rc_context(STYLE):
         out = io.StringIO()
         figure = _figure([draw], size, 1, note)
@@ -170,5 +170,5 @@ def svg(draw: Draw, size: tuple[float, float], label: str, note: str = "") -> st
 def legend(comparison: Comparison) -> str:
     """The legend of all drawings of a page."""
     styles = {"-": "solid", "--": "dashed", ":": "dotted"}
-    lines = {name: f"{styles[dashes(comparison, name)]} {colour(comparison, name)}" for name in comparison.algorithms}
+    lines = {name: f"{styles[dashes(comparison, name)]} {color(comparison, name)}" for name in comparison.algorithms}
     return "".join(f'<span><i style="border-top: 4px {line}"></i>{escape(name)}</span>' for name, line in lines.items())

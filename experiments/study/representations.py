@@ -9,9 +9,9 @@ SIDE = 12  # of an image that a probe reads
 
 
 def effective_rank(z: Float[np.ndarray, "N d"]) -> float | None:
-    """exp of the entropy of the singular values of the centred latents, taken as shares of their sum (Roy & Vetterli, 2007):
+    """exp of the entropy of the singular values of the centered latents, taken as shares of their sum (Roy & Vetterli, 2007):
     d where all directions are alike, 1 where there is one."""
-    values = np.linalg.svd(centred(z), compute_uv=False)
+    values = np.linalg.svd(centered(z), compute_uv=False)
     values = values[values > 1e-6 * np.linalg.norm(z)]  # the rest is rounding
     shares = values / values.sum()
     return float(np.exp(-np.sum(shares * np.log(shares)))) if len(values) else None
@@ -31,7 +31,7 @@ def explained(error: Float[np.ndarray, "N *k"], whole: Float[np.ndarray, "N *k"]
     return 1.0 - float(np.sum(error.astype(np.float64) ** 2) / total) if total > 0 else None
 
 
-def centred(x: Float[np.ndarray, "N *k"]) -> Float[np.ndarray, "N *k"]:
+def centered(x: Float[np.ndarray, "N *k"]) -> Float[np.ndarray, "N *k"]:
     """x less its mean; exactly 0 where that is but rounding."""
     x = x.astype(np.float64)
     deviation = x - x.mean(0)
@@ -53,7 +53,7 @@ def probe(z: Float[np.ndarray, "N d"], y: Float[np.ndarray, "N k"], group: Num[n
         weights = vectors @ (target / (values + ridge * unit)[:, None])
         errors[ridge] = [y[part] - z[part] @ weights for part in (choose, test)]
     best = min(RIDGES, key=lambda ridge: np.sum(errors[ridge][0] ** 2))
-    return explained(errors[best][1], centred(y[test]))
+    return explained(errors[best][1], centered(y[test]))
 
 
 def readable(obs: Num[np.ndarray, "N *obs"]) -> Float[np.ndarray, "N k"]:
@@ -71,7 +71,7 @@ def of_latents(
     mean square over their variance."""
     group = np.broadcast_to(np.arange(valid.shape[1]), valid.shape)[valid]
     now, after = z[:-1][valid], z[1:][valid]
-    flat, variance = now.reshape(len(now), -1), np.sum(centred(now) ** 2)
+    flat, variance = now.reshape(len(now), -1), np.sum(centered(now) ** 2)
     return {
         "effective_rank": effective_rank(flat),
         "dormant": dormant_share(now),
@@ -93,5 +93,5 @@ def of_predictions(
     return {
         "transition_skill": explained(mean - after, now - after),
         "noise": None if certain is None else 1.0 - certain,
-        "reward_r2": explained(predicted_reward - reward, centred(reward)),
+        "reward_r2": explained(predicted_reward - reward, centered(reward)),
     }

@@ -29,7 +29,7 @@ SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the re
 
 
 def dense_init(key: jax.Array, shape: tuple[int, ...], components: int) -> Float[Array, "c o A maps G"]:
-    """Initialiser: for the first `components` maps, the locations, what takes the hidden (-z, z) back to z, and some noise
+    """Initializer: for the first `components` maps, the locations, what takes the hidden (-z, z) back to z, and some noise
     that tells them apart; anything for the scales."""
     eye = jnp.eye(shape[1])
     back = jnp.concatenate([-eye, eye]).reshape(*shape[:2], 1, 1, 1)

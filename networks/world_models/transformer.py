@@ -1,7 +1,7 @@
 """Transformer world model of categorical latents: the action, then the variables of z in their order, one token each.
 
 Attention is causal, so that the distribution of the v-th variable of z' is computed from the action and the first v variables
-of z. (Vaswani et al., 2017, with the normalisation before each sub-layer.)
+of z. (Vaswani et al., 2017, with the normalization before each sub-layer.)
 """
 
 import flax.linen as nn

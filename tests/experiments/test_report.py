@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from experiments import report
-from experiments.study.comparison import aggregate, compare, normalised, raw_scores
+from experiments.study.comparison import aggregate, compare, normalized, raw_scores
 from experiments.study.figures import filled, mean_curve
 from experiments.study.grid import PlannedRun
 from experiments.study.records import (
@@ -182,23 +182,23 @@ def test_scales():
     runs += [record([30.5], None, 10, "deep_spi", env_id=games[0]), record([-20.7], None, 10, "deep_spi", env_id=games[1])]
     comparison = compare(runs)
     raw = raw_scores(comparison, 40, 2)
-    human = normalised(comparison, raw, "human", "ppo")  # Breakout: random 1.7, human 30.5; Pong: -20.7, 14.6
+    human = normalized(comparison, raw, "human", "ppo")  # Breakout: random 1.7, human 30.5; Pong: -20.7, 14.6
     assert_allclose(human["ppo"], [[0], [1]], atol=1e-9), assert_allclose(human["deep_spi"], [[1], [0]], atol=1e-9)
-    spread = normalised(comparison, raw, "min-max", "ppo")
+    spread = normalized(comparison, raw, "min-max", "ppo")
     assert_allclose(spread["ppo"], [[0], [1]]), assert_allclose(spread["deep_spi"], [[1], [0]])
-    beside = normalised(comparison, raw, "against", "ppo")
+    beside = normalized(comparison, raw, "against", "ppo")
     assert_allclose(beside["ppo"], [[1], [1]]), assert_allclose(beside["deep_spi"], [[30.5 / 1.7], [-20.7 / 14.6]])
     with pytest.raises(UsageError, match="--scale against: deep_spi has a mean score of -20.7 on Pong-v5; say --scale min-max"):
-        normalised(comparison, raw, "against", "deep_spi")
-    relative = normalised(comparison, raw, "baseline", "ppo")
+        normalized(comparison, raw, "against", "deep_spi")
+    relative = normalized(comparison, raw, "baseline", "ppo")
     found = aggregate(relative, "baseline", "ppo", 0)
     assert found.statistics["optimality gap"]["ppo"][0] == -np.mean(np.minimum(np.concatenate(relative["ppo"]), 0))
     assert found.improvement["deep_spi"][0] == 0.5
     small = compare([record([1])])
     for scale in ("human", "baseline"):
         with pytest.raises(UsageError, match=f"--scale {scale}.*say --scale min-max"):
-            normalised(small, raw_scores(small, 40, 2), scale, "ppo")
-    assert_allclose(normalised(small, raw_scores(small, 40, 2), "min-max", "ppo")["ppo"], [[0]])  # all the same
+            normalized(small, raw_scores(small, 40, 2), scale, "ppo")
+    assert_allclose(normalized(small, raw_scores(small, 40, 2), "min-max", "ppo")["ppo"], [[0]])  # all the same
 
 
 def run_report(monkeypatch, *words):

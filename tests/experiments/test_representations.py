@@ -11,7 +11,7 @@ import deep_spi
 from experiments import representations
 from experiments.representations import MEASURES
 from experiments.study.representations import (
-    centred,
+    centered,
     dormant_share,
     effective_rank,
     explained,
@@ -84,7 +84,7 @@ def test_predictions_by_hand():
     still = of_predictions(now, now, now, now, np.full(2, 0.1), predicted)
     assert still == {"transition_skill": None, "noise": None, "reward_r2": None}
     assert explained(np.zeros((2, 2)), np.ones((2, 2))) == 1
-    assert not np.any(centred(np.full((10_000, 2), 0.1, np.float32)))
+    assert not np.any(centered(np.full((10_000, 2), 0.1, np.float32)))
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")

@@ -49,8 +49,8 @@ REPLAY |= {"replay_length": 8, "replay_batch_size": 4, "dreams_from": "replay"}
     "script, flags",
     [
         pytest.param(ppo, {"env_id": "CartPole-v1", "minibatch_by": "transition", "target_kl": 1e-4}, marks=pytest.mark.slow),
-        (deep_spi, {"env_id": "ConfoundingGridworld-v0", "update_epochs": 1, "enforce_neighbourhood": "early_stop"} | CODES),
-        pytest.param(deep_spi, {"env_id": "CartPole-v1", "enforce_neighbourhood": "backtrack"}, marks=pytest.mark.slow),
+        (deep_spi, {"env_id": "ConfoundingGridworld-v0", "update_epochs": 1, "enforce_neighborhood": "early_stop"} | CODES),
+        pytest.param(deep_spi, {"env_id": "CartPole-v1", "enforce_neighborhood": "backtrack"}, marks=pytest.mark.slow),
         pytest.param(dream_spi, {"env_id": "Breakout-MinAtar", "dream_minibatches": 2}, marks=pytest.mark.slow),
         pytest.param(dream_spi, {"env_id": "Breakout-v5", "fc_layers": (16,)} | REPLAY, marks=pytest.mark.slow),
         pytest.param(ppo, {"env_id": "Breakout-v5", "overlap_rollout": True}, marks=pytest.mark.slow),

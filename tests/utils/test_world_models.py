@@ -28,7 +28,7 @@ from utils.world_model import (
     CATEGORICAL_COSTS,
     gradient_penalty,
     jensen_shannon_distance,
-    penalises_gradients,
+    penalizes_gradients,
     scale_gradient,
     transition_loss,
 )
@@ -291,7 +291,7 @@ def test_losses_fall_on_a_fixed_batch_when_only_the_world_model_learns(flags, st
             transition_loss(predict[0](z), next_z, key, args).mean(),
             smooth_l1_loss(predict[1](z) - reward).mean(),
         ]
-        if penalises_gradients(args):
+        if penalizes_gradients(args):
             losses.append(args.lambda_gp * sum(gradient_penalty(f, z, key, args.use_wgan_gp).mean() for f in predict))
         return sum(losses), jnp.stack(losses)
 
@@ -324,7 +324,7 @@ def train_a_little(script, env_id, flags):
         losses = {k: float(v) for k, v in metrics.items() if k.startswith("losses/")}
         assert np.isfinite(list(losses.values())).all(), losses
         assert losses["losses/transition_loss"] > 0
-        assert ("losses/gradient_penalty" in losses) == penalises_gradients(args)
+        assert ("losses/gradient_penalty" in losses) == penalizes_gradients(args)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def vtrace(
 
     A[t] = error[t] + gamma lambda weight[t + 1] A[t + 1], and the target is value[t] + weight[t] A[t]. `weight` is their rho
     and c, pi/mu truncated, lambda that of their remark 2. What A is multiplied by at t itself is left to the policy's loss.
-    Where the weights are 1, A is the generalised advantage estimate.
+    Where the weights are 1, A is the generalized advantage estimate.
     """
     steps = jax.tree.map(lambda x: x[:-1], steps)
     error = steps.reward + gamma * (1.0 - steps.terminated) * value[1:] - value[:-1]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Num
 
 from envs.frames import SMALLEST_FRAME
-from envs.minatar import in_colours
+from envs.minatar import in_colors
 from utils.runs.flags import Count, Needs
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
     """Dreams from the first latents of a rollout, with the actions taken in it, beside the rollout.
 
     H is the horizon of a dream, or the length of the rollout if that is less. `alive` [H, B] is 1 while the real episode has
-    not ended: nothing real is left to compare with thereafter. `error` is the distance of the dreamt next latent from the real
+    not ended: nothing real is left to compare with thereafter. `error` is the distance of the dreamed next latent from the real
     one, `no_change` that of the first latent from it: Euclidean for continuous latents, for categorical ones the share of
     variables that differ. One dream, that in which most rewards and ends happened, is there step by step: the number of its
     environment `example`, the actions `taken` [H] in it, its observations `frames` [H+1, *obs], and `like` [H+1, *obs], for
@@ -70,9 +70,9 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
             {
                 "alive": alive,
                 "reward": real.reward,
-                "dreamt_reward": reward,
+                "dreamed_reward": reward,
                 "end": real.terminated.astype(jnp.float32),
-                "dreamt_end": ends,
+                "dreamed_end": ends,
                 "error": distance(next_z, real.obs),
                 "no_change": distance(real_z[0], real.obs),
             },
@@ -80,10 +80,10 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
         )
 
     start = real_z[0], jnp.ones(real_z.shape[1])
-    _, (traces, dreamt_z) = jax.lax.scan(step, start, (after, jax.random.split(key, horizon)))
+    _, (traces, dreamed_z) = jax.lax.scan(step, start, (after, jax.random.split(key, horizon)))
     happened = jnp.abs(traces["reward"]) + traces["end"] + 0.1  # and rather long than short
     example = jnp.argmax(jnp.sum(traces["alive"] * happened, axis=0))
-    of_example = jnp.concatenate([real_z[:1, example], dreamt_z[:, example]]).reshape(horizon + 1, -1)
+    of_example = jnp.concatenate([real_z[:1, example], dreamed_z[:, example]]).reshape(horizon + 1, -1)
     flat = real_z.reshape(-1, of_example.shape[1])
     # |a - b|^2 but for |a|^2
     distances = jnp.sum(flat**2, axis=1) - 2.0 * jnp.matmul(of_example, flat.T, precision="highest")
@@ -100,18 +100,18 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
 
 
 def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
-    """Numbers to compare runs by, of what `trace_dreams` returned, over all steps that really happened: the error of the dreamt
-    latents as a share of that of a model in which nothing changes, and by how much the squared error of the dreamt rewards is
+    """Numbers to compare runs by, of what `trace_dreams` returned, over all steps that really happened: the error of dreamed
+    latents as a share of that of a model in which nothing changes, and by how much the squared error of the dreamed rewards is
     less than the variance of the real ones, as a share of that. What is no number is left out: where nothing changed, say, or
     all rewards were equal."""
     of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
     alive = of["alive"] > 0
-    error, still, real, dreamt = (of[name][alive].astype(float) for name in ("error", "no_change", "reward", "dreamt_reward"))
+    error, still, real, dreamed = (of[name][alive].astype(float) for name in ("error", "no_change", "reward", "dreamed_reward"))
     measured = {}
     if still.sum() > 0:
         measured["dreams/latent_error"] = error.sum() / still.sum()
     if len(real) and real.var() > 1e-12 * np.mean(real**2):
-        measured["dreams/explained_reward"] = 1 - np.mean((real - dreamt) ** 2) / real.var()
+        measured["dreams/explained_reward"] = 1 - np.mean((real - dreamed) ** 2) / real.var()
     return {name: float(value) for name, value in measured.items() if np.isfinite(value)}
 
 
@@ -127,11 +127,13 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
 
     example = of["example"]
-    title = f"Environment {example}, in which most happened: what was real, and what the world model dreamt of the same actions"
+    title = (
+        f"Environment {example}, in which most happened: what was real, and what the world model dreamed of the same actions"
+    )
     above.suptitle(title, fontsize=11)
     rows = above.subplots(2, len(shown), squeeze=False)
     limit = max(np.abs(of[name].astype(float)).max() for name in ("frames", "like"))
-    for row, name, kind in zip(rows, ("frames", "like"), ("", "dreamt_"), strict=True):
+    for row, name, kind in zip(rows, ("frames", "like"), ("", "dreamed_"), strict=True):
         for axes, k in zip(row, shown, strict=True):
             lives = k == 0 or alive[k - 1, example]
             show_observation(axes, of[name][k] if lives else None, limit)
@@ -141,7 +143,7 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
                 said.append(f"reward {of[f'{kind}reward'][k - 1, example]:.2g}")
                 said += [f"end: {end:.0%}" if kind else "the end"] if end >= LIKELY else []
             axes.set_xlabel("\n".join(said), fontsize=8)
-        row[0].set_ylabel("dreamt" if kind else "real", fontsize=10)
+        row[0].set_ylabel("dreamed" if kind else "real", fontsize=10)
     for axes, k in zip(rows[0], shown, strict=True):
         axes.set_title(f"step {k}\naction {of['taken'][k - 1]}" if k else "start", fontsize=8)
     said = "A dream is numbers: its row shows the observation of this rollout whose latent is nearest.\n"
@@ -158,13 +160,13 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
 
     for axes, name, title in ((reward, "reward", "reward of each step"), (end, "end", "probability that the episode ends")):
         axes.plot(x, mean(name), "o-", label="real")
-        axes.plot(x, mean(f"dreamt_{name}"), "x--", label="dreamt")
+        axes.plot(x, mean(f"dreamed_{name}"), "x--", label="dreamed")
         axes.set_title(title, fontsize=9)
         axes.legend(fontsize=8)
     still = mean("no_change")
     error.plot(x, np.divide(mean("error"), still, out=np.full(horizon, np.nan), where=still > 0), "x--", color="C1")
-    error.axhline(1.0, color="grey", linewidth=1)
-    error.set_title("error of the dreamt latent\n(0: none; 1: as if nothing changed)", fontsize=9)
+    error.axhline(1.0, color="gray", linewidth=1)
+    error.set_title("error of the dreamed latent\n(0: none; 1: as if nothing changed)", fontsize=9)
     for axes in (reward, end, error):
         axes.set_xlabel("step of the dream", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -175,7 +177,7 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
 
 
 def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: float) -> None:
-    """An observation as a person sees it: the last of stacked frames, a grid in colours, or the numbers of a vector as bars, up
+    """An observation as a person sees it: the last of stacked frames, a grid in colors, or the numbers of a vector as bars, up
     to `limit`."""
     axes.set_xticks([])
     axes.set_yticks([])
@@ -185,10 +187,10 @@ def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: f
     elif obs.ndim == 3 and min(obs.shape[1:]) >= SMALLEST_FRAME:
         axes.imshow(obs[-1], cmap="gray", vmin=0, vmax=255)
     elif obs.ndim == 3 and min(obs.shape[:2]) > 1:
-        axes.imshow(in_colours(obs))
+        axes.imshow(in_colors(obs))
     elif obs.ndim == 2:
         axes.imshow(obs, cmap="gray")
     else:
         axes.barh(np.arange(obs.size), obs.reshape(-1))
         axes.set_xlim(-limit, limit)
-        axes.axvline(0.0, color="grey", linewidth=1)
+        axes.axvline(0.0, color="gray", linewidth=1)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from utils.guarantees.bounds import aged_bound, episodic_bound, is_vacuous, local_error, value_lipschitz, value_span
 from utils.losses import masked_mean
-from utils.neighbourhood import ratio_metrics
+from utils.neighborhood import ratio_metrics
 from utils.occasionally import occasionally
 from utils.runs.flags import Count, Needs, require
 

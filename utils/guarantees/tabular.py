@@ -74,17 +74,17 @@ def difference_terms(
     latent: Tables,
     phi: Int[np.ndarray, " S"],
     latent_policy: Float[np.ndarray, "Z A"],
-    behaviour: Float[np.ndarray, "S A"],
+    behavior: Float[np.ndarray, "S A"],
     gamma: float,
     wasserstein: Callable,
 ) -> Terms:
-    """The terms for the policy pibar . phi, seen through the episodes of `behaviour`, which may take every action.
+    """The terms for the policy pibar . phi, seen through the episodes of `behavior`, which may take every action.
 
     Args:
         real, latent: environment and model; the latent model's start is overruled, it is phi of the real one.
         phi: the latent of each state, that of the end being the end.
         latent_policy: pibar.
-        behaviour: pi_b.
+        behavior: pi_b.
         gamma: the discount.
         wasserstein: of two distributions over latents.
     """
@@ -94,7 +94,7 @@ def difference_terms(
     distances = wasserstein(codes[:, None], codes[None])
     apart = distances > 0
     differences = np.abs(latent_values[:, None] - latent_values[None])
-    ratio = policy / behaviour
+    ratio = policy / behavior
     ratio[-1] = 1.0  # nothing is decided at the end
     return Terms(
         real=float(real.start @ values(real, policy, gamma)),
@@ -109,11 +109,11 @@ def difference_terms(
 
 
 def errors_over_time(
-    real: Tables, behaviour: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]
+    real: Tables, behavior: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]
 ) -> Float[np.ndarray, " H"]:
-    """E[errors(s_t, a_t)] over the episodes of `behaviour`, for t = 0, 1, ..., H - 1, H = `HORIZON`."""
-    probability, _ = under(real, behaviour)
-    expected, state, result = np.sum(behaviour * errors, axis=1), real.start, np.zeros(HORIZON)
+    """E[errors(s_t, a_t)] over the episodes of `behavior`, for t = 0, 1, ..., H - 1, H = `HORIZON`."""
+    probability, _ = under(real, behavior)
+    expected, state, result = np.sum(behavior * errors, axis=1), real.start, np.zeros(HORIZON)
     for t in range(HORIZON):
         if state[-1] >= 1 - 1e-13:
             break
@@ -129,9 +129,9 @@ def visits(real: Tables, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, 
     return np.append(np.linalg.solve((np.eye(len(alive)) - alive).T, real.start[:-1]), 0.0)[:, None] * policy
 
 
-def mean_error(real: Tables, behaviour: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]) -> float:
-    """Mean of the errors over the transitions of the episodes of `behaviour`, which end with certainty."""
-    often = visits(real, behaviour)
+def mean_error(real: Tables, behavior: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]) -> float:
+    """Mean of the errors over the transitions of the episodes of `behavior`, which end with certainty."""
+    often = visits(real, behavior)
     return float(np.sum(often * errors) / np.sum(often))
 
 

@@ -158,7 +158,7 @@ def cut_back(folder: Path, step: int) -> int:
 
 
 def check_shapes(metrics: dict[str, np.ndarray]) -> None:
-    """Checks that a metric is what the logs can show: a scalar, a histogram, a grey picture, or a trace of dreams.
+    """Checks that a metric is what the logs can show: a scalar, a histogram, a gray picture, or a trace of dreams.
 
     Raises:
         ValueError: it is not; the message names it.
@@ -166,7 +166,7 @@ def check_shapes(metrics: dict[str, np.ndarray]) -> None:
     for name, value in metrics.items():
         shown = value.ndim in (0, 2) or value.shape == (len(EDGES) - 1,) or name.startswith(traces.PREFIX)
         if not shown:
-            kinds = f"a scalar, counts [{len(EDGES) - 1}] of utils/histograms.py, or a grey picture [H, W]"
+            kinds = f"a scalar, counts [{len(EDGES) - 1}] of utils/histograms.py, or a gray picture [H, W]"
             raise ValueError(f"metric {name} has shape {list(value.shape)}; it must be {kinds}")
 
 
@@ -231,7 +231,7 @@ class Logger:
         return {"elapsed": self.elapsed, "episodes": list(self.episodes), "warned": sorted(self.warned)}
 
     def log(self, metrics: dict[str, jax.Array], results: list[str], finite: Bool[jax.Array, " results"]) -> list[str]:
-        """Takes the metrics of the update just dispatched (scalars, grey pictures, histograms, traces of dreams), and in which
+        """Takes the metrics of the update just dispatched (scalars, gray pictures, histograms, traces of dreams), and in which
         of its results all numbers are finite; writes those of the one before, and returns what was not finite there."""
         bad = self.flush()
         self.pending, self.results = (metrics, finite), results
@@ -292,8 +292,8 @@ class Logger:
         for name, value in pictures.items():
             self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
         for name, counts in histograms.items():
-            centres = (EDGES[1:] + EDGES[:-1]) / 2
-            sums = float(counts.sum()), float(counts @ centres), float(counts @ centres**2)
+            centers = (EDGES[1:] + EDGES[:-1]) / 2
+            sums = float(counts.sum()), float(counts @ centers), float(counts @ centers**2)
             drawn = summary.histogram_raw(name, float(EDGES[0]), float(EDGES[-1]), *sums, EDGES[1:].tolist(), counts.tolist())
             self.events.add(drawn, self.step)
         if self.wandb is not None:

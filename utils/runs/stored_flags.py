@@ -8,6 +8,7 @@ from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, m
 
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags that make something depend on how much of the run is left
 
+RENAMED = {"enforce_neighbourhood": "enforce_neighborhood"}  # flags of older runs
 # what runs did before there was a flag for it, where that is not the default of the flag
 BEFORE = {"transition_layers": (), "value_aware_coef": 0.0, "real_value_coef": 0.0, "bounded_dreams": False}
 
@@ -26,6 +27,7 @@ def from_store(args_type: type, stored: dict[str, Any]) -> Any:
         UsageError: a stored flag is not declared.
     """
     fields = {field.name: field for field in dataclasses.fields(args_type)}
+    stored = {RENAMED.get(name, name): value for name, value in stored.items()}
     unknown = [name for name in stored if name not in fields]
     if unknown:
         raise UsageError(f"the run was made with --{unknown[0].replace('_', '-')}, which there is no more: use its commit")

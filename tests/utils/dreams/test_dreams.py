@@ -213,7 +213,7 @@ def test_heads_loss_by_hand():
     assert_allclose(metrics["dreams/policy_loss"], policy_loss, rtol=1e-5)
     assert_allclose(metrics["dreams/entropy"], entropy, rtol=1e-5)
     assert_allclose(metrics["dreams/value_loss"], value_loss, rtol=1e-5)
-    assert_allclose(metrics["dreams/real_value_loss"], 0.5 * 2.0**2)  # of the only latent that was not dreamt
+    assert_allclose(metrics["dreams/real_value_loss"], 0.5 * 2.0**2)  # of the only latent that was not dreamed
     assert_allclose(loss, policy_loss - 0.01 * entropy + 0.5 * (value_loss + 0.25 * 2.0), rtol=1e-5)
     # a value that has moved from 0.5 to 0.9, by more than 0.2, towards a target of 2.5: as if it were at 0.7
     batch = batch._replace(z=batch.z.at[0, 1].set(0.9))
@@ -291,8 +291,8 @@ def test_each_update_changes_its_own_parameters_alone(flags, real):
         state = after_heads
 
 
-def test_slow_critic_and_normalised_returns():
-    """Dreams bootstrap from the slow critic, which then follows; advantages are divided by the range of the dreamt returns."""
+def test_slow_critic_and_normalized_returns():
+    """Dreams bootstrap from the slow critic, which then follows; advantages are divided by the range of the dreamed returns."""
     flags = {"norm_adv": False, "ent_coef": 0.0, "bounded_dreams": False, "slow_critic": 0.75}
     args, env, agent, optimizers, state = dream_setup(**flags)
     params = state.params._replace(slow_critic=jax.tree.map(lambda x: 40.0 * x, state.params.actor_critic))
@@ -450,9 +450,9 @@ def test_traces_of_dreams_by_hand():
     assert_allclose(of["error"][:, 0], [1, 2, 3])
     assert_allclose(of["no_change"][:, 0], [2, 4, 6])
     assert_allclose(of["error"][0, 1], 1.0)
-    assert_allclose(of["dreamt_reward"][:, 0], [0 + 0, 1 + 1, 2 + 0])
+    assert_allclose(of["dreamed_reward"][:, 0], [0 + 0, 1 + 1, 2 + 0])
     assert_allclose(of["reward"], np.array([[1, 2, 3], [7, 6, 7]]).T)
-    assert_allclose(of["dreamt_end"][:, 0], jax.nn.sigmoid(jnp.array([0.0, 2.0, 2.0])), rtol=1e-6)
+    assert_allclose(of["dreamed_end"][:, 0], jax.nn.sigmoid(jnp.array([0.0, 2.0, 2.0])), rtol=1e-6)
     assert_array_equal(of["end"], np.array([[0, 0, 0], [1, 0, 0]]).T)
 
     # the second environment has 7 and an end, the first 6; it dreams of 5, 6, 7, 8, and all but 8 were seen (4 is no nearer)
@@ -462,7 +462,7 @@ def test_traces_of_dreams_by_hand():
     assert_allclose(of["like"][:, 0, 0, 0], [5, 6, 7, 8])
 
     taken = {name: np.asarray(x) for name, x in taken.items()}
-    # rewards 1, 2, 3 and 7, of variance 5.1875, dreamt as 0, 2, 2 and 5
+    # rewards 1, 2, 3 and 7, of variance 5.1875, dreamed as 0, 2, 2 and 5
     expected = {
         "dreams/latent_error": (1 + 2 + 3 + 1) / (2 + 4 + 6 + 2),
         "dreams/explained_reward": 1 - (1 + 0 + 1 + 4) / 4 / 5.1875,
@@ -473,9 +473,9 @@ def test_traces_of_dreams_by_hand():
 
     figure = traces.draw(taken)
     axes = {axes.get_title(): axes for axes in figure.axes}
-    real, dreamt = axes["reward of each step"].lines  # the mean of those that live
+    real, dreamed = axes["reward of each step"].lines  # the mean of those that live
     assert_allclose(real.get_ydata(), [4, 2, 3])
-    assert_allclose(dreamt.get_ydata(), [(0 + 5) / 2, 2, 2])
+    assert_allclose(dreamed.get_ydata(), [(0 + 5) / 2, 2, 2])
     assert_allclose(figure.axes[-1].lines[0].get_ydata(), [1 / 2, 2 / 4, 3 / 6])
     columns = [axes for axes in figure.axes if axes.get_title().startswith("step")]
     assert [axes.get_xlabel() for axes in columns] == ["reward 7\nthe end", "", ""]
@@ -587,7 +587,7 @@ def test_real_data_and_dreams_are_clipped_apart(model, of_data):
 
 
 def test_predictions_learn_the_values_of_what_followed():
-    """Half the squared error of the critic at the next latent as it is dreamt, and no network but the transition learns from
+    """Half the squared error of the critic at the next latent as it is dreamed, and no network but the transition learns from
     it."""
     flags = {"latent": "continuous", "lipschitz_nets": False, "transition_density": "deterministic", "transition_layers": (8,)}
     args = dream_spi.Args(num_envs=16, num_steps=8, num_minibatches=2, fc_layers=(), value_aware_coef=2.0, **flags)
@@ -602,10 +602,10 @@ def test_predictions_learn_the_values_of_what_followed():
     assert not batch.valid.all()
     z = agent.encoder.apply(state.params.encoder, batch.obs)
     n, value = len(batch.action), lambda z: agent.actor_critic.apply(state.params.actor_critic, z)[1]
-    dreamt = jnp.maximum(agent.transition.apply(state.params.transition, z[:n], batch.action).loc, 0.0)
+    dreamed = jnp.maximum(agent.transition.apply(state.params.transition, z[:n], batch.action).loc, 0.0)
     ended = jnp.arange(n) % 5 == 0
     counted = np.asarray(batch.valid & ~ended)
-    errors = np.where(counted, value(dreamt) - value(z[-n:]), 0.0)
+    errors = np.where(counted, value(dreamed) - value(z[-n:]), 0.0)
 
     def loss(params, coef):
         return dream_spi.model_loss(params, batch, ended, 1.0, key, agent, replace(args, value_aware_coef=coef))[0]

@@ -120,7 +120,7 @@ def test_vtrace_by_hand():
     )
     value = column(1.0, 2.0, 30.0, 4.0, 50.0, 6.0, 8.0)
     weight = column(0.5, 0.2, 1.0, 0.1, 1.0, 0.3, 1.0)
-    # errors as in the test of generalised advantages: 1, -1, none, 23, none, 1
+    # errors as in the test of generalized advantages: 1, -1, none, 23, none, 1
     expected = [1 + 0.25 * 0.2 * -1, -1.0, 0.0, 23.0, 0.0, 1.0]
     advantage, target = vtrace(steps, value, weight, 0.5, 0.5)
     assert_allclose(advantage[:, 0], expected, rtol=1e-6)
@@ -176,7 +176,7 @@ def test_off_policy_ratio_by_hand():
 
 @settings(max_examples=30, deadline=None)
 @given(weight=st.floats(0.01, 20), moved=st.floats(0.2, 3), utility=st.floats(-3, 3))
-def test_the_neighbourhood_is_about_the_policy_before_the_update_whatever_the_weight(weight, moved, utility):
+def test_the_neighborhood_is_about_the_policy_before_the_update_whatever_the_weight(weight, moved, utility):
     """A gradient moves the policy out of [1 - eps, 1 + eps] of pi_k for no weight, and the loss is w times that of PPO."""
     agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0, ent_coef=0.0, vf_coef=0.0)
     batch = tiny_batch(deep_spi)

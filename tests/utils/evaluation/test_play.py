@@ -18,7 +18,7 @@ import evaluate
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_machado_pool, make_pool
 from envs.confounding_gridworld import ConfoundingGridworld
-from envs.minatar import COLOURS, MinAtar
+from envs.minatar import COLORS, MinAtar
 from envs.protocol import EpisodeStats, Timestep
 from tests.commands import run
 from utils.evaluation import video
@@ -141,9 +141,9 @@ def test_pictures():
     env = MinAtar("Breakout-MinAtar", 2, 0)
     state, obs = env.reset()
     picture = env.render(state)[::16, ::16]  # of the first game; paddle, ball, trail and bricks
-    assert np.array_equal((picture == COLOURS[0]).all(-1), ~np.asarray(obs[0], bool).any(-1))
+    assert np.array_equal((picture == COLORS[0]).all(-1), ~np.asarray(obs[0], bool).any(-1))
     for row, column, kind in np.argwhere(np.asarray(obs[0])):
-        assert np.array_equal(picture[row, column], COLOURS[1 + kind]) or obs[0, row, column, kind + 1 :].any()
+        assert np.array_equal(picture[row, column], COLORS[1 + kind]) or obs[0, row, column, kind + 1 :].any()
     pool = make_pool("Breakout-v5", 2, 1)
     assert pool.render(pool.reset()[0]).shape == (210, 160, 3)
 
@@ -231,6 +231,6 @@ def test_machado_on_atari_from_the_command_line(tmp_path):
     assert refused.returncode == 2 and "trained on the 4 of Breakout-v5: train it with --full-action-space" in refused.stderr
     words = ["--protocol=machado", "--episodes=3", f"--video={tmp_path / 'v.mp4'}"]
     done = run("evaluate.py", str(tmp_path / "full"), *words)
-    assert done.returncode == 0 and "human-normalised score" in done.stdout, done.stderr
+    assert done.returncode == 0 and "human-normalized score" in done.stdout, done.stderr
     size, frames = decode(tmp_path / "v.mp4")
     assert size == (160, 210) and f"{frames:,} frames" in done.stdout

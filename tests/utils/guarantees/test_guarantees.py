@@ -47,21 +47,21 @@ DROPPABLE = ("reward", "transition", "ratio", "length")
 
 def bounds(case, drop=""):
     """Gaps and their bounds, by name. `drop` leaves out a factor or a term, and so makes the bounds wrong."""
-    behaviour, gamma = case.old[case.phi], case.gamma
+    behavior, gamma = case.old[case.phi], case.gamma
     rewards = np.concatenate([case.real.reward.ravel(), case.latent.reward.ravel()])
     span = value_span((rewards.min(), rewards.max()), gamma)
-    length = 1.0 if drop == "length" else episode_length(case.real, behaviour)
+    length = 1.0 if drop == "length" else episode_length(case.real, behavior)
     found, zeta, change = {}, {"step-wise": 0.0, "episodic": 0.0}, {}
     for which, policy in (("old", case.old), ("new", case.new)):
-        terms = difference_terms(case.real, case.latent, case.phi, policy, behaviour, gamma, case.wasserstein)
+        terms = difference_terms(case.real, case.latent, case.phi, policy, behavior, gamma, case.wasserstein)
         change[which] = (terms.real, terms.latent)
         reward_error = 0.0 * terms.reward_error if drop == "reward" else terms.reward_error
         distance = 0.0 * terms.distance if drop == "transition" else terms.distance
         error = np.asarray(local(reward_error, distance, terms.k_value, gamma, terms.span), np.float64)
         ratio_max, ratio = (1.0, 1.0) if drop == "ratio" else (terms.ratio_max, terms.ratio)
-        weighted = errors_over_time(case.real, behaviour, ratio * error)
+        weighted = errors_over_time(case.real, behavior, ratio * error)
         step_wise = float(stepwise(weighted, ratio_max, gamma, span))
-        episodic = float(average(mean_error(case.real, behaviour, error), ratio_max, gamma, length))
+        episodic = float(average(mean_error(case.real, behavior, error), ratio_max, gamma, length))
         found[f"{which}, step-wise"] = (abs(terms.real - terms.latent), step_wise)
         found[f"{which}, episodic"] = (abs(terms.real - terms.latent), episodic)
         found[f"{which}, span"] = (abs(terms.real - terms.latent), span)

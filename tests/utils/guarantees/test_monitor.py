@@ -93,7 +93,7 @@ class Played:
         weights = np.ones_like(self.real.reward)
         weights[self.lower] *= 1e-6 if merged else 1.0
         self.latent = fitted_model(self.real, code, len(code), weights)
-        self.behaviour = self.old[code]
+        self.behavior = self.old[code]
 
         encoder, actor = TableEncoder(tuple(int(c) for c in cells)), TableHeads()
         self.agent = deep_spi.Agent(encoder, actor, Table(lambda rows: Categorical(rows[:, None])), Table(lambda rows: rows))
@@ -113,7 +113,7 @@ class Played:
         self.measured = {name.removeprefix(PREFIX): float(value) for name, value in measured.items()}
 
     def terms(self, policy):
-        return difference_terms(self.real, self.latent, self.phi, policy, self.behaviour, GAMMA, total_variation)
+        return difference_terms(self.real, self.latent, self.phi, policy, self.behavior, GAMMA, total_variation)
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +126,17 @@ def test_terms_agree_with_exact_ones(played, name):
     """Estimates from 200,000 steps."""
     case = played[name]
     exact, measured = case.terms(case.new), case.measured
-    length = episode_length(case.real, case.behaviour)
+    length = episode_length(case.real, case.behavior)
     assert_allclose(measured["episode_length"], length, rtol=0.05)
     assert_allclose(measured["ratio_max"], exact.ratio_max, rtol=1e-4)
-    assert_allclose(measured["reward_error"], mean_error(case.real, case.behaviour, exact.reward_error), rtol=0.1, atol=1e-5)
+    assert_allclose(measured["reward_error"], mean_error(case.real, case.behavior, exact.reward_error), rtol=0.1, atol=1e-5)
     # the sample's coupling: how much probability the model gives to other codes than the one that followed
     codes = np.eye(len(case.latent.reward))
     following, predicted = case.real.probability @ codes[case.phi], case.latent.probability[case.phi]
     mismatch = np.sum(following * (1 - predicted), axis=-1) - following[..., -1] * (1 - predicted[..., -1])
-    coupled = mean_error(case.real, case.behaviour, mismatch)
+    coupled = mean_error(case.real, case.behavior, mismatch)
     assert_allclose(measured["transition_error"], coupled, rtol=0.1)
-    assert coupled >= mean_error(case.real, case.behaviour, exact.distance)
+    assert coupled >= mean_error(case.real, case.behavior, exact.distance)
     span = value_span(case.env.reward_range, GAMMA)
     assert_allclose([measured["k_value"], measured["value_span"]], span, rtol=1e-6)
     assert GAMMA * exact.ratio_max <= 1
@@ -147,7 +147,7 @@ def test_terms_agree_with_exact_ones(played, name):
     total = 0.0
     for policy in (case.new, case.old):
         terms = case.terms(policy)
-        weighted = errors_over_time(case.real, case.behaviour, terms.ratio * (terms.reward_error + GAMMA * span * mismatch))
+        weighted = errors_over_time(case.real, case.behavior, terms.ratio * (terms.reward_error + GAMMA * span * mismatch))
         total += np.sum((GAMMA * terms.ratio_max) ** np.arange(len(weighted)) * weighted)
     assert_allclose(measured["zeta_stepwise"], total, rtol=0.1)
     assert measured["zeta_stepwise"] < measured["zeta"]
@@ -163,7 +163,7 @@ def test_merged_choices_are_flagged_and_faithful_ones_are_not(played):
         for terms in (old, new):
             errors, distances = jnp.asarray(terms.reward_error), jnp.asarray(terms.distance)
             weighted = terms.ratio * np.asarray(local_error(errors, distances, terms.k_value, GAMMA, terms.span))
-            weighted = errors_over_time(case.real, case.behaviour, weighted)
+            weighted = errors_over_time(case.real, case.behavior, weighted)
             zeta[name] += float(stepwise_bound(jnp.asarray(weighted), terms.ratio_max, GAMMA, span))
     real, latent = change["merged"]
     assert latent > 0 > real  # looks good, and is harmful

@@ -106,7 +106,7 @@ DREAM_MISTAKES = [
     (["--critic-learning-rate=1e-3"], "--critic-learning-rate", "--decoupled-layers"),
     (["--weight-decay=-1"], "--weight-decay", "0 or more"),
     (["--monitor-guarantee"], "--monitor-guarantee", "leave it out"),
-    (["--enforce-neighbourhood=backtrack"], "--enforce-neighbourhood", "leave it out"),
+    (["--enforce-neighborhood=backtrack"], "--enforce-neighborhood", "leave it out"),
     (["--target-kl=0.1"], "--target-kl", "leave it out"),
     (["--env-id=CartPole-v1", "--replay-capacity=30000"], "--replay-capacity", "--use-replay-buffer"),
     (["--actor-after=-1"], "--actor-after", "at least 0"),
@@ -288,6 +288,7 @@ def test_a_default_of_the_family_is_no_value_of_ones_own():
     for env_id, width in (("Breakout-MinAtar", 2), ("Pong-v5", 3)):
         with pytest.raises(UsageError, match=f"--width {width}: is read only with --track"):
             check_flags(Args(env_id=env_id, width=width))
+    assert from_store(deep_spi.Args, {"enforce_neighbourhood": "backtrack"}).enforce_neighborhood == "backtrack"
     assert from_store(Args, {"env_id": "Breakout-MinAtar"}).width == 3 and from_store(Args, {"env_id": "Pong-v5"}).width == 2
 
 

@@ -57,7 +57,7 @@ def fake_wandb(run, log=lambda *_, **__: None, finish=lambda _: None):
     run.wandb = run.logger.wandb = fake
 
 
-TRACES = ("alive", "reward", "dreamt_reward", "end", "dreamt_end", "error", "no_change")
+TRACES = ("alive", "reward", "dreamed_reward", "end", "dreamed_end", "error", "no_change")
 
 
 def metrics(value, episodes=0.0):

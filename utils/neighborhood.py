@@ -1,4 +1,4 @@
-"""The neighbourhood N^C of a policy, C = 1 + eps: all policies whose ratios to it lie in [2 - C, C] = [1 - eps, 1 + eps], for
+"""The neighborhood N^C of a policy, C = 1 + eps: all policies whose ratios to it lie in [2 - C, C] = [1 - eps, 1 + eps], for
 *every* action. PPO's loss stops rewarding a ratio beyond it, and that of the action taken alone; it keeps no ratio inside."""
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ def outside(log_ratios: Float[Array, "*batch A"], eps: Number) -> Bool[Array, "*
 
 
 def ratio_metrics(log_ratios: Float[Array, "*batch A"], valid: Bool[Array, "*batch"], eps: Number) -> dict[str, Array]:
-    """The extreme ratios, and the share of states at which the policy has left the neighbourhood.
+    """The extreme ratios, and the share of states at which the policy has left the neighborhood.
 
     Args:
         log_ratios: of all actions at the states visited; 0 where a step is not valid.
         valid: which steps count.
-        eps: the neighbourhood.
+        eps: the neighborhood.
     """
     return {
         "spi/ratio_max": jnp.exp(jnp.max(log_ratios)),
@@ -56,7 +56,7 @@ def backtrack(
         targets: where to go, first choice first.
         log_ratios: of all actions at the states visited, against the policy that visited them; 0 where a step is not valid.
         valid: which steps count.
-        eps: the neighbourhood.
+        eps: the neighborhood.
 
     Returns:
         The parameters, and what to log: `ratio_metrics` of them, f as `spi/step_fraction` (0 for old), and
@@ -94,7 +94,7 @@ def gradient_steps(
     """Scans a gradient step over an update's K minibatches, and skips the rest of them where the flags ask for that.
 
     `--target-kl` skips what comes after the minibatch whose approximate KL divergence exceeds it. `early_stop` skips what comes
-    after the minibatch that finds a ratio outside the neighbourhood, and that one's own step: those before have gone too far.
+    after the minibatch that finds a ratio outside the neighborhood, and that one's own step: those before have gone too far.
 
     Args:
         step: takes the carry (what learns) and a minibatch, and returns the carry and metrics, measured before the step.
@@ -104,7 +104,7 @@ def gradient_steps(
     Returns:
         The last carry, the metrics of each minibatch, and which minibatches were not skipped.
     """
-    early_stop = args.enforce_neighbourhood == "early_stop"
+    early_stop = args.enforce_neighborhood == "early_stop"
     if args.target_kl is None and not early_stop:
         carry, metrics = scan_with_metrics(step, carry, minibatches)
         return carry, metrics, jnp.ones(jax.tree.leaves(minibatches)[0].shape[0], bool)

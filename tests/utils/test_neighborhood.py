@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from tests.probes import CueEnv, make_iteration, random_steps, state_without_env
-from utils.neighbourhood import SHRINK, TRIES, backtrack, outside, ratio_metrics
+from utils.neighborhood import SHRINK, TRIES, backtrack, outside, ratio_metrics
 
 
 def test_ratios_by_hand():
@@ -87,7 +87,7 @@ def test_backtracking_goes_as_far_as_the_grid_allows(seed, size, eps):
 def updated(script, learning_rate, mode="none"):
     """An update of a policy of vectors with that policy's own rollout, and what it takes to check it."""
     args = script.Args(num_envs=8, num_steps=4, num_minibatches=2, total_timesteps=320, fc_layers=(16,))
-    args = replace(args, learning_rate=learning_rate, enforce_neighbourhood=mode)
+    args = replace(args, learning_rate=learning_rate, enforce_neighborhood=mode)
     agent, optimizer = script.make_agent(args, 4), script.make_optimizer(args)
     steps = random_steps(script, jax.random.key(1), 4, 8, obs_shape=(5,))
     params = script.init_params(jax.random.key(0), agent, steps.obs[0])
@@ -143,7 +143,7 @@ def test_backtracking_holds_categorical_policies_in_training():
     """Through the script's own rollout, whose log-probabilities are those of the policy that acted."""
     code = {"latent": "categorical", "num_categories": 2, "num_classes": 4}
     args = deep_spi.Args(num_envs=16, num_steps=4, num_minibatches=2, total_timesteps=64 * 8, fc_layers=(16,), **code)
-    args = replace(args, learning_rate=0.01, enforce_neighbourhood="backtrack")
+    args = replace(args, learning_rate=0.01, enforce_neighborhood="backtrack")
     env = CueEnv(16)
     agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
     state = deep_spi.init_state(args, env, agent, optimizer)
