@@ -2,18 +2,18 @@
 
     python deep_mdp_ppo.py --env-id=Breakout-v5
 
-PPO, and the losses of a latent world model added to it, which shape the representation. It is the baseline of Deep SPI: the
-same networks and losses, but they stand outside the clipped ratio, so that the model is fitted where the data was collected,
-and what it gets wrong does not make an action worth less. `diff deep_mdp_ppo.py deep_spi.py` shows just that.
+PPO with the losses of a latent world model added, which shape the representation. This is the baseline of Deep SPI, with the
+same networks and losses. Here the model losses are outside the clipped ratio, so the model is fitted where the data was
+collected, and a high model error does not lower the utility of an action. `diff deep_mdp_ppo.py deep_spi.py` shows only this.
 
 Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
-Shapes: T steps x B environments, and N = flattened.
+Shapes: T steps x B environments; a minibatch has N transitions.
 """
 
 if __name__ == "__main__":
     from utils.runs.quiet_start import start_quietly
 
-    start_quietly()  # Ctrl-C while the rest is imported leaves no traceback
+    start_quietly()  # Ctrl-C during the remaining imports leaves no traceback
 
 from dataclasses import dataclass
 from functools import partial
@@ -58,56 +58,56 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     """Flags of the algorithm."""
 
     # rollout
-    num_envs: Annotated[Count, Default(minatar=64)] = 128
-    """environments that step together (B)"""
-    num_steps: Annotated[Count, Default(minatar=128)] = 8
-    """steps of each environment between two updates (T)"""
+    num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
+    """number of parallel environments (B)"""
+    num_steps: Annotated[Count, Default(minatar=128, classic=128)] = 8
+    """steps per environment in each rollout (T)"""
     # world model
     transition_loss_coef: NotNegative = 5e-4
     """c_P: weight of the transition loss"""
     reward_loss_coef: NotNegative = 0.01
     """c_R: weight of the reward loss"""
     # optimization
-    learning_rate: Annotated[Positive, Default(minatar=1e-3)] = 2.5e-4
+    learning_rate: Annotated[Positive, Default(minatar=1e-3, classic=1e-3)] = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over the run"""
+    """anneal the learning rate linearly to 0 over the run"""
     update_epochs: Count = 4
-    """passes over the rollout in one update"""
+    """epochs over the rollout per update"""
     num_minibatches: Annotated[Count, Default(minatar=8)] = 4
-    """minibatches in each pass"""
-    minibatch_by: Literal["env", "transition"] = "env"
-    """what is shuffled into minibatches: whole environments (T steps stay together, so that a world model's frames are encoded
-    once and not twice), or single transitions (the better choice for few environments and many steps)"""
+    """minibatches per epoch"""
+    minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
+    """what is shuffled into minibatches. env: whole environments; their T steps stay together, so each frame is encoded once
+    for a world model, not twice. transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
-    """clip the norm of the whole gradient to this"""
+    """clip the global norm of the gradient to this"""
     adam_eps: Positive = 1e-5
-    """epsilon of Adam, beside which smaller gradients move little"""
+    """epsilon of Adam; gradients below it barely change the parameters"""
     # loss
     gamma: Share = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: Share = 0.95
     """lambda of generalized advantage estimation"""
     norm_adv: bool = True
-    """normalize advantages in each minibatch"""
+    """normalize the advantages in each minibatch"""
     clip_coef: InsideUnit = 0.1
-    """eps: the policy may move its ratios to [1 - eps, 1 + eps]"""
+    """eps: clip the probability ratio to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
-    """clip the change of the value, too, to eps"""
+    """also clip the change of the value to eps"""
     use_huber: bool = False
-    """Huber's loss instead of the square for the value"""
+    """use the Huber loss instead of the squared error for the value"""
     ent_coef: NotNegative = 0.01
     """weight of the entropy bonus"""
     vf_coef: NotNegative = 0.5
     """weight of the value loss"""
     target_kl: Positive | None = None
-    """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
+    """skip the remaining minibatches of an update once the approximate KL divergence exceeds this"""
     enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
-    """hold the ratios of *all* actions within [1 - eps, 1 + eps], which clipping does not: early_stop ends an update once a
-    minibatch finds one outside, backtrack moves the parameters back until all in the rollout are inside"""
+    """keep the ratios of all actions in [1 - eps, 1 + eps], which clipping does not ensure. early_stop: end the update at the
+    first minibatch with a ratio outside. backtrack: move the parameters back until all ratios in the rollout are inside"""
 
     def check(self) -> None:
-        """Raises UsageError where flags do not go together; what stands at each flag is checked already."""
+        """Raise UsageError if flags contradict each other. `check_flags` has already checked each flag by itself."""
         check_minibatches(self)
 
 
@@ -121,7 +121,7 @@ class Agent(NamedTuple):
 
 
 class Params(NamedTuple):
-    """The parameters of the networks of `Agent`, field by field."""
+    """The parameters of each network in `Agent`, under the same field name."""
 
     encoder: Any
     actor_critic: Any
@@ -132,9 +132,9 @@ class Params(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of B environments.
 
-    At index t stands what the step that took `action[t]` in `obs[t]` returned, so `obs[t + 1]` is its next observation,
-    the last one of the episode included. `valid[t]` is false where that step was none: `obs[t]` had ended an episode, and
-    the environment ignored the action and started a new one.
+    Step t takes `action[t]` in `obs[t]` and leads to `obs[t + 1]`, which is the terminal observation if the episode ends there.
+    Index t of the other fields belongs to this step. `valid[t]` is False for a reset step: `obs[t]` is a terminal observation,
+    so the environment ignores the action and starts a new episode.
     """
 
     obs: Num[Array, "T+1 B *obs"] | Stacks
@@ -149,7 +149,7 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """N transitions in runs of S consecutive steps, time first: the next observation of n is `obs[n + N / S]`."""
+    """N transitions: N / S sequences of S consecutive steps, time first. The observation after n is `obs[n + N / S]`."""
 
     obs: Num[Array, "N+N/S *obs"]
     action: Int[Array, " N"]
@@ -162,7 +162,7 @@ class Minibatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes in training."""
+    """Everything that changes during training."""
 
     params: Params
     opt_state: optax.OptState
@@ -173,7 +173,7 @@ class TrainState(NamedTuple):
 
 
 def make_agent(args: Args, num_actions: int) -> Agent:
-    """The networks that the flags ask for."""
+    """Build the networks that the flags select."""
     transition, reward = make_world_model(args, num_actions)
     return Agent(
         encoder=make_encoder(args),
@@ -184,7 +184,7 @@ def make_agent(args: Args, num_actions: int) -> Agent:
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
-    """Random parameters. Each network has a key of its own, so that all scripts start from the same encoder and heads."""
+    """Return random parameters. Each network has its own key, so all scripts start from the same encoder, actor and critic."""
     key_of = partial(jax.random.fold_in, key)
     z, encoder = agent.encoder.init_with_output(key_of(0), obs[:1])
     action = jnp.zeros(1, jnp.int32)
@@ -197,13 +197,13 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on the clipped gradient; the learning rate is applied in `update`, which knows how far the run is."""
+    """Return Adam with gradient clipping. `update` applies the learning rate, because it depends on the run's progress."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
 
 
 def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:
-    """Takes T steps in each environment with the current policy. (A program of its own: one with emulators in it is compiled
-    for this process alone.)"""
+    """Take T steps in each environment with the current policy. This is jitted separately from `learn`, because a program that
+    contains emulators is compiled again in every process."""
 
     def policy(obs):
         return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs), obs)
@@ -221,10 +221,10 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
-    """Generalized advantage estimates (Schulman et al., 2016, equation 16); 0 where a step is not valid.
+    """Return generalized advantage estimates (Schulman et al., 2016, equation 16), which are 0 at reset steps.
 
-    A terminated step bootstraps from nothing, a truncated one from the value of the last observation of its episode.
-    Neither looks beyond the end: what follows it is not valid.
+    A terminated step does not bootstrap. A truncated step bootstraps from the value of its terminal observation.
+    Neither uses anything after the end of the episode, because a reset step follows.
     """
 
     def backwards(next_advantage, step):
@@ -241,7 +241,7 @@ def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array,
 def loss_fn(
     params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
-    """DeepMDP's loss of a minibatch, and what to log of it. The key draws the next latents."""
+    """Return DeepMDP's loss on a minibatch, and its metrics. `key` samples the next latents."""
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
     z = agent.encoder.apply(params.encoder, batch.obs)
@@ -249,14 +249,14 @@ def loss_fn(
     logits, value = agent.actor_critic.apply(params.actor_critic, z, batch.obs[:n])
 
     log_probs = jax.nn.log_softmax(logits)
-    # of all actions; a huge masked ratio would turn its masked gradient into NaN
+    # of all actions; masked before exp, because an overflow turns even a masked gradient into NaN
     log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
     log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
     ratio = jnp.exp(log_ratio)
     clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
-    # No gradient is stopped: they reach both networks and the encoder of z and z'.
+    # No gradient is stopped: the losses train both networks, and the encoder through z and z'.
     predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
     predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
     transition_losses = transition_loss(predict_z(z), next_z, key, args)
@@ -290,8 +290,8 @@ def loss_fn(
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
-    """First step and environment of each run of steps of each of the K minibatches of one update, freshly shuffled in
-    every epoch. A run is one step long, or T where minibatches keep whole environments together."""
+    """Return the first step and the environment of each sequence in an update's K minibatches of R sequences. Every epoch has
+    its own shuffle. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
     runs = args.num_envs * (args.num_steps if args.minibatch_by == "transition" else 1)
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, runs))(jax.random.split(key, args.update_epochs))
     shuffled = shuffled.reshape(args.update_epochs * args.num_minibatches, -1)
@@ -301,7 +301,7 @@ def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], In
 def gather(
     steps: Rollout, advantages: Float[Array, "T B"], first: Int[Array, " R"], env: Int[Array, " R"], args: Args
 ) -> Minibatch:
-    """The minibatch made of the runs of steps that start at `first` in the environments `env`."""
+    """Return the minibatch of the sequences that start at the steps `first` in the environments `env`."""
     length = 1 if args.minibatch_by == "transition" else args.num_steps
 
     def where(length):
@@ -310,7 +310,7 @@ def gather(
 
     taken = where(length)
     return Minibatch(
-        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look each pixel's frame up anew
+        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look up the frame again for each pixel
         action=steps.action[taken],
         log_probs=steps.log_probs[taken],
         value=steps.value[taken],
@@ -330,12 +330,12 @@ def update(
     optimizer: optax.GradientTransformation,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """All epochs of minibatch gradient steps on one rollout."""
+    """Run all epochs of minibatch gradient steps on one rollout. Return the new state and the metrics."""
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
 
-    everywhere = on_each_device((steps, advantages))  # sent once: a minibatch takes from all devices' steps
+    everywhere = on_each_device((steps, advantages))  # copied once: a minibatch needs steps from all devices
 
     def minibatch_step(carry, minibatch):
         params, opt_state = carry
@@ -354,7 +354,7 @@ def update(
     metrics = summarize(metrics, ran, args.num_minibatches) | {"charts/learning_rate": jnp.asarray(learning_rate)}
     if args.enforce_neighborhood == "backtrack":
         moved = partial(policy_change, steps=steps, agent=agent)
-        # a step of the encoder may flip a code however small it is: then let the others move without it
+        # even a tiny encoder step can flip a categorical latent; the second target keeps the old encoder
         targets = (params, params._replace(encoder=state.params.encoder))
         params, measured = backtrack(state.params, targets, moved, steps.valid, args.clip_coef)
         metrics = metrics | measured
@@ -362,9 +362,9 @@ def update(
 
 
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
-    """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
+    """Return log pi'(a|s) - log pi(a|s) of all actions, 0 at reset steps; pi' has `params`, pi collected the rollout."""
 
-    def log_probs(t):  # a step at a time, as in the plain rollout: so that what has not changed is rounded alike
+    def log_probs(t):  # one step at a time, as in a rollout without --overlap-rollout: an unchanged policy rounds the same
         obs = steps.obs[t]
         logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
@@ -376,7 +376,7 @@ def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, 
 def learn(
     state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """The update on a rollout, and what to log of both. A program of its own, which the next run finds compiled."""
+    """Update on a rollout. Return the new state and all metrics. Jitted separately, so the next run finds it in the cache."""
     key, update_key = jax.random.split(state.key)
     old_params = state.params
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)
@@ -389,7 +389,7 @@ def learn(
 
 
 def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first iteration."""
+    """Return the state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
@@ -397,7 +397,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
 
 
 def main(args: Args) -> None:
-    """Trains, and logs and saves as it goes."""
+    """Train, log and save."""
     check_run(args)
     run = Run(args, "deep_mdp", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)

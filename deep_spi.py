@@ -2,18 +2,18 @@
 
     python deep_spi.py --env-id=Breakout-v5
 
-PPO whose advantage is lowered, transition by transition, by what the latent world model gets wrong there. The losses of
-the world model stand inside the clipped ratio, so model and representation are fitted where the next policy will go, and
-an action whose model error is high is worth less. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows all of it.
+PPO with the utility U = A - c_R l_R - c_P l_P in place of the advantage A. The reward loss l_R and the transition loss l_P of a
+latent world model lower the utility of each transition. The clipped ratio multiplies U, so model and representation are fitted
+where the next policy will go. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows exactly what Deep SPI adds.
 
 Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
-Shapes: T steps x B environments, and N = flattened.
+Shapes: T steps x B environments; a minibatch has N transitions.
 """
 
 if __name__ == "__main__":
     from utils.runs.quiet_start import start_quietly
 
-    start_quietly()  # Ctrl-C while the rest is imported leaves no traceback
+    start_quietly()  # Ctrl-C during the remaining imports leaves no traceback
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,62 +60,62 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     """Flags of the algorithm."""
 
     # rollout
-    num_envs: Annotated[Count, Default(minatar=64)] = 128
-    """environments that step together (B)"""
-    num_steps: Annotated[Count, Default(minatar=128)] = 8
-    """steps of each environment between two updates (T)"""
+    num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
+    """number of parallel environments (B)"""
+    num_steps: Annotated[Count, Default(minatar=128, classic=128)] = 8
+    """steps per environment in each rollout (T)"""
     # world model
     transition_loss_coef: NotNegative = 5e-4
     """c_P: weight of the transition loss in the utility"""
     reward_loss_coef: NotNegative = 0.01
     """c_R: weight of the reward loss in the utility"""
     piecewise_auxiliary_ratio: bool = True
-    """each transition's utility is lowered by its own losses; otherwise by their mean over the minibatch"""
+    """lower each transition's utility by its own model losses; otherwise, by their mean over the minibatch"""
     drift_formulation: bool = False
-    """mirror learning: the plain ratio times utility, less a penalty on drifting out of the neighborhood"""
+    """mirror learning: the unclipped ratio times the utility, minus a penalty for drifting out of the neighborhood"""
     drift_coef: Annotated[Share, Needs(drift_formulation=True)] = 1.0
-    """weight of that penalty, in [0, 1]; at 1 the loss equals the clipped one"""
+    """weight of the drift penalty, in [0, 1]; at 1 the loss equals the clipped loss"""
     # optimization
-    learning_rate: Annotated[Positive, Default(minatar=1e-3)] = 2.5e-4
+    learning_rate: Annotated[Positive, Default(minatar=1e-3, classic=1e-3)] = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0 over the run"""
+    """anneal the learning rate linearly to 0 over the run"""
     update_epochs: Count = 4
-    """passes over the rollout in one update"""
+    """epochs over the rollout per update"""
     num_minibatches: Annotated[Count, Default(minatar=8)] = 4
-    """minibatches in each pass"""
-    minibatch_by: Literal["env", "transition"] = "env"
-    """what is shuffled into minibatches: whole environments (T steps stay together, so that a world model's frames are encoded
-    once and not twice), or single transitions (the better choice for few environments and many steps)"""
+    """minibatches per epoch"""
+    minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
+    """what is shuffled into minibatches. env: whole environments; their T steps stay together, so each frame is encoded once
+    for a world model, not twice. transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
-    """clip the norm of the whole gradient to this"""
+    """clip the global norm of the gradient to this"""
     adam_eps: Positive = 1e-5
-    """epsilon of Adam, beside which smaller gradients move little"""
+    """epsilon of Adam; gradients below it barely change the parameters"""
     # loss
     gamma: Share = 0.99
-    """discount"""
+    """discount factor"""
     gae_lambda: Share = 0.95
     """lambda of generalized advantage estimation"""
     norm_adv: bool = True
-    """normalize advantages in each minibatch"""
+    """normalize the advantages in each minibatch"""
     clip_coef: InsideUnit = 0.1
-    """eps: the policy may move its ratios to [1 - eps, 1 + eps]"""
+    """eps: clip the probability ratio to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
-    """clip the change of the value, too, to eps"""
+    """also clip the change of the value to eps"""
     use_huber: bool = False
-    """Huber's loss instead of the square for the value"""
+    """use the Huber loss instead of the squared error for the value"""
     ent_coef: NotNegative = 0.01
     """weight of the entropy bonus"""
     vf_coef: NotNegative = 0.5
     """weight of the value loss"""
     target_kl: Positive | None = None
-    """skip the rest of an update's minibatches once the approximate KL divergence exceeds this"""
+    """skip the remaining minibatches of an update once the approximate KL divergence exceeds this"""
     enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
-    """hold the ratios of *all* actions within [1 - eps, 1 + eps], which clipping does not: early_stop ends an update once a
-    minibatch finds one outside, backtrack moves the parameters back until all in the rollout are inside"""
+    """keep the ratios of all actions in [1 - eps, 1 + eps], which clipping does not ensure. early_stop: end the update at the
+    first minibatch with a ratio outside. backtrack: move the parameters back until all ratios in the rollout are inside"""
 
     def check(self) -> None:
-        """Raises UsageError where flags do not go together; what stands at each flag is checked already."""
+        """Raise UsageError if flags contradict each other. `check_flags` has already checked each flag by itself."""
         check_minibatches(self)
 
 
@@ -129,7 +129,7 @@ class Agent(NamedTuple):
 
 
 class Params(NamedTuple):
-    """The parameters of the networks of `Agent`, field by field."""
+    """The parameters of each network in `Agent`, under the same field name."""
 
     encoder: Any
     actor_critic: Any
@@ -140,9 +140,9 @@ class Params(NamedTuple):
 class Rollout(NamedTuple):
     """T steps of B environments.
 
-    At index t stands what the step that took `action[t]` in `obs[t]` returned, so `obs[t + 1]` is its next observation,
-    the last one of the episode included. `valid[t]` is false where that step was none: `obs[t]` had ended an episode, and
-    the environment ignored the action and started a new one.
+    Step t takes `action[t]` in `obs[t]` and leads to `obs[t + 1]`, which is the terminal observation if the episode ends there.
+    Index t of the other fields belongs to this step. `valid[t]` is False for a reset step: `obs[t]` is a terminal observation,
+    so the environment ignores the action and starts a new episode.
     """
 
     obs: Num[Array, "T+1 B *obs"] | Stacks
@@ -157,7 +157,7 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """N transitions in runs of S consecutive steps, time first: the next observation of n is `obs[n + N / S]`."""
+    """N transitions: N / S sequences of S consecutive steps, time first. The observation after n is `obs[n + N / S]`."""
 
     obs: Num[Array, "N+N/S *obs"]
     action: Int[Array, " N"]
@@ -170,7 +170,7 @@ class Minibatch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes in training."""
+    """Everything that changes during training."""
 
     params: Params
     opt_state: optax.OptState
@@ -181,7 +181,7 @@ class TrainState(NamedTuple):
 
 
 def make_agent(args: Args, num_actions: int) -> Agent:
-    """The networks that the flags ask for."""
+    """Build the networks that the flags select."""
     transition, reward = make_world_model(args, num_actions)
     return Agent(
         encoder=make_encoder(args),
@@ -192,7 +192,7 @@ def make_agent(args: Args, num_actions: int) -> Agent:
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
-    """Random parameters. Each network has a key of its own, so that all scripts start from the same encoder and heads."""
+    """Return random parameters. Each network has its own key, so all scripts start from the same encoder, actor and critic."""
     key_of = partial(jax.random.fold_in, key)
     z, encoder = agent.encoder.init_with_output(key_of(0), obs[:1])
     action = jnp.zeros(1, jnp.int32)
@@ -205,13 +205,13 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
 
 
 def make_optimizer(args: Args) -> optax.GradientTransformation:
-    """Adam on the clipped gradient; the learning rate is applied in `update`, which knows how far the run is."""
+    """Return Adam with gradient clipping. `update` applies the learning rate, because it depends on the run's progress."""
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optax.scale_by_adam(eps=args.adam_eps))
 
 
 def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[TrainState, Rollout]:
-    """Takes T steps in each environment with the current policy. (A program of its own: one with emulators in it is compiled
-    for this process alone.)"""
+    """Take T steps in each environment with the current policy. This is jitted separately from `learn`, because a program that
+    contains emulators is compiled again in every process."""
 
     def policy(obs):
         return agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs), obs)
@@ -229,10 +229,10 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
-    """Generalized advantage estimates (Schulman et al., 2016, equation 16); 0 where a step is not valid.
+    """Return generalized advantage estimates (Schulman et al., 2016, equation 16), which are 0 at reset steps.
 
-    A terminated step bootstraps from nothing, a truncated one from the value of the last observation of its episode.
-    Neither looks beyond the end: what follows it is not valid.
+    A terminated step does not bootstrap. A truncated step bootstraps from the value of its terminal observation.
+    Neither uses anything after the end of the episode, because a reset step follows.
     """
 
     def backwards(next_advantage, step):
@@ -250,10 +250,10 @@ def loss_fn(
     params: Params, batch: Minibatch, key: jax.Array, agent: Agent, args: Args,
     distance: Callable = transition_loss, weight: Float[Array, " N"] | float = 1.0,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
-    """Deep SPI's loss of a minibatch, and what to log of it. The key draws the next latents.
+    """Return Deep SPI's loss on a minibatch, and its metrics. `key` samples the next latents.
 
-    For `dream_spi.py`: `distance` measures how far a prediction is from the next latent; `weight` is the ratio of the policy
-    before the update to the one that acted, by which a transition counts: clipping is about the former.
+    For `dream_spi.py`: `distance` measures how far a predicted next latent is from the actual one. `weight`, the ratio of the
+    policy before the update to the policy that acted, multiplies both the ratio and the clipped ratio.
     """
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
@@ -262,14 +262,14 @@ def loss_fn(
     logits, value = agent.actor_critic.apply(params.actor_critic, z, batch.obs[:n])
 
     log_probs = jax.nn.log_softmax(logits)
-    # of all actions; a huge masked ratio would turn its masked gradient into NaN
+    # of all actions; masked before exp, because an overflow turns even a masked gradient into NaN
     log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
     log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
     ratio = weight * jnp.exp(log_ratio)
     clipped_ratio = weight * jnp.clip(jnp.exp(log_ratio), 1 - args.clip_coef, 1 + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
-    # U = A - c_R l_R - c_P l_P. No gradient is stopped: through U they reach both networks and the encoder of z and z'.
+    # U = A - c_R l_R - c_P l_P. No gradient is stopped: U trains both networks, and the encoder through z and z'.
     predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
     predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
     transition_losses = distance(predict_z(z), next_z, key, args)
@@ -310,8 +310,8 @@ def loss_fn(
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
-    """First step and environment of each run of steps of each of the K minibatches of one update, freshly shuffled in
-    every epoch. A run is one step long, or T where minibatches keep whole environments together."""
+    """Return the first step and the environment of each sequence in an update's K minibatches of R sequences. Every epoch has
+    its own shuffle. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
     runs = args.num_envs * (args.num_steps if args.minibatch_by == "transition" else 1)
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, runs))(jax.random.split(key, args.update_epochs))
     shuffled = shuffled.reshape(args.update_epochs * args.num_minibatches, -1)
@@ -321,7 +321,7 @@ def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], In
 def gather(
     steps: Rollout, advantages: Float[Array, "T B"], first: Int[Array, " R"], env: Int[Array, " R"], args: Args
 ) -> Minibatch:
-    """The minibatch made of the runs of steps that start at `first` in the environments `env`."""
+    """Return the minibatch of the sequences that start at the steps `first` in the environments `env`."""
     length = 1 if args.minibatch_by == "transition" else args.num_steps
 
     def where(length):
@@ -330,7 +330,7 @@ def gather(
 
     taken = where(length)
     return Minibatch(
-        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look each pixel's frame up anew
+        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look up the frame again for each pixel
         action=steps.action[taken],
         log_probs=steps.log_probs[taken],
         value=steps.value[taken],
@@ -350,12 +350,12 @@ def update(
     optimizer: optax.GradientTransformation,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """All epochs of minibatch gradient steps on one rollout."""
+    """Run all epochs of minibatch gradient steps on one rollout. Return the new state and the metrics."""
     num_iterations = args.total_timesteps // (args.num_envs * args.num_steps)
     fraction_left = 1.0 - state.iteration / num_iterations if args.anneal_lr else 1.0
     learning_rate = args.learning_rate * fraction_left
 
-    everywhere = on_each_device((steps, advantages))  # sent once: a minibatch takes from all devices' steps
+    everywhere = on_each_device((steps, advantages))  # copied once: a minibatch needs steps from all devices
 
     def minibatch_step(carry, minibatch):
         params, opt_state = carry
@@ -374,7 +374,7 @@ def update(
     metrics = summarize(metrics, ran, args.num_minibatches) | {"charts/learning_rate": jnp.asarray(learning_rate)}
     if args.enforce_neighborhood == "backtrack":
         moved = partial(policy_change, steps=steps, agent=agent)
-        # a step of the encoder may flip a code however small it is: then let the others move without it
+        # even a tiny encoder step can flip a categorical latent; the second target keeps the old encoder
         targets = (params, params._replace(encoder=state.params.encoder))
         params, measured = backtrack(state.params, targets, moved, steps.valid, args.clip_coef)
         metrics = metrics | measured
@@ -382,9 +382,9 @@ def update(
 
 
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
-    """log pi'(a|s) - log pi(a|s) of all actions at the states visited, pi the policy that visited them; 0 where not valid."""
+    """Return log pi'(a|s) - log pi(a|s) of all actions, 0 at reset steps; pi' has `params`, pi collected the rollout."""
 
-    def log_probs(t):  # a step at a time, as in the plain rollout: so that what has not changed is rounded alike
+    def log_probs(t):  # one step at a time, as in a rollout without --overlap-rollout: an unchanged policy rounds the same
         obs = steps.obs[t]
         logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
@@ -396,7 +396,7 @@ def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, 
 def learn(
     state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """The update on a rollout, and what to log of both. A program of its own, which the next run finds compiled."""
+    """Update on a rollout. Return the new state and all metrics. Jitted separately, so the next run finds it in the cache."""
     key, update_key = jax.random.split(state.key)
     old_params = state.params
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)
@@ -409,7 +409,7 @@ def learn(
 
 
 def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first iteration."""
+    """Return the state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
@@ -417,7 +417,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizer: optax.GradientTran
 
 
 def main(args: Args) -> None:
-    """Trains, and logs and saves as it goes."""
+    """Train, log and save."""
     check_run(args)
     run = Run(args, "deep_spi", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)

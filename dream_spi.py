@@ -2,18 +2,18 @@
 
     python dream_spi.py --env-id=Breakout-v5
 
-On real data the loss of Deep SPI trains encoder and world model, and a predictor of ends. Actor and critic learn by PPO in
-dreams: from each latent of real data the policy acts in the world model for a few steps. Rollout, advantages, minibatches and
-the loss on real data are those of `deep_spi.py`, imported from there; here stands what DreamSPI adds.
+On real data, Deep SPI's loss trains the encoder and the world model, together with a network that predicts the end of an
+episode. Actor and critic learn by PPO in dreams: from each latent of real data, the policy acts in the world model for a few
+steps. This script contains what DreamSPI adds, and imports the rest from `deep_spi.py`.
 
 Read from top to bottom: flags, records, dreaming, advantages, losses, updates, main.
-Shapes: T steps x B environments, H steps x M dreams, and N = flattened.
+Shapes: T steps x B environments, H steps x M dreams; a minibatch has N transitions.
 """
 
 if __name__ == "__main__":
     from utils.runs.quiet_start import start_quietly
 
-    start_quietly()  # Ctrl-C while the rest is imported leaves no traceback
+    start_quietly()  # Ctrl-C during the remaining imports leaves no traceback
 
 import math
 from dataclasses import dataclass, replace
@@ -63,8 +63,8 @@ from utils.runs.run import Run
 
 @dataclass
 class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamOptimizerArgs, deep_spi.Args):
-    """Flags of the algorithm, besides those of Deep SPI; that one's `learning_rate` is of encoder and world model here, and its
-    `drift_formulation` shapes the loss on real data alone. Some of its flags have defaults of their own here."""
+    """Flags of the algorithm, in addition to Deep SPI's, some of which have other defaults here. `learning_rate` applies to the
+    encoder and the world model, and `drift_formulation` only to the loss on real data."""
 
     num_minibatches: Annotated[Count, Default(minatar=32)] = 8
     adam_eps: Positive = 1e-8
@@ -72,61 +72,60 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     transition_loss_coef: NotNegative = 1e-2
     reward_loss_coef: NotNegative = 0.1
     model_clip_coef: InsideUnit | None = None
-    """eps of the loss on real data, from which encoder and world model learn; if not given --clip-coef, the eps of dreams"""
+    """eps of the loss on real data, which trains encoder and world model (default: --clip-coef, which is the eps in dreams)"""
     transition_density: Density = "deterministic"
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
     lipschitz_nets: Annotated[bool, CONTINUOUS] = False
     lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.0
     value_aware_coef: NotNegative = 1.0
-    """weight of half the squared error in what the critic says of the predicted next latent, against what it says of the real
-    one, unless the episode ended there; the transition network alone learns from it (Farahmand et al., 2017)"""
+    """weight of the value-aware loss (Farahmand et al., 2017): half the squared difference between the critic's values of the
+    predicted and the real next latent, except at terminations. Only the transition network learns from it"""
     # dreams
     dreams_from: Annotated[Literal["rollout", "replay"], Needs(use_replay_buffer=True)] = "rollout"
-    """where dreams start: from all latents of the rollout, once the model has learned, or those of each replayed minibatch,
-    after each gradient step of the model"""
+    """where dreams start. rollout: from all latents of the rollout, after the update of the model. replay: from the latents of
+    each replayed minibatch, after each gradient step of the model"""
     imagination_horizon: Count = 3
-    """steps of a dream (H)"""
+    """steps per dream (H)"""
     n_imagination_rollouts: Annotated[Count, Needs(dreams_from="rollout")] = 1
-    """dreams from each latent of the rollout, one after the other, the policy learning in between"""
+    """rounds of dreams per update; each round dreams from all latents of the rollout, then trains the policy"""
     imagination_epochs: Count = 4
-    """passes over the dreams of one such round"""
+    """epochs over the dreams of each round"""
     dream_minibatches: Annotated[Count, Default(minatar=8)] = 4
-    """minibatches in each pass"""
+    """minibatches per epoch in dreams"""
     actor_after: Annotated[int, at_least(0), Default(atari=60_000)] = 0
-    """steps of real data before the actor learns in dreams; until then model and critic learn from the initial policy's"""
+    """environment steps before the actor learns in dreams; until then, model and critic learn from the initial policy's data"""
     bounded_dreams: bool = True
-    """keep what is dreamed where it can be: latents in the range of the encoder's activation, rewards in the environment's, and
-    values in what such rewards allow"""
+    """in dreams, clip latents to the range of the encoder's activation, rewards to the environment's range, and values to what
+    these rewards allow"""
     real_value_coef: NotNegative = 3.0
-    """weight of the critic's loss on the real returns of the states that dreams start from, beside its loss on dreamed returns
-    (Hafner et al., 2023)"""
+    """weight of the critic's loss on real returns where dreams start, relative to its loss in dreams (Hafner et al., 2023)"""
     slow_critic: Annotated[float, Range(lambda x: 0 <= x < 1, "must lie in [0, 1)"), Needs(clip_vloss=False)] = 0.0
-    """dreams take values of a critic that moves slowly: how much of it is left after one round of dreams, the rest being the
-    critic that learns; 0 for that one itself"""
+    """decay of the slow critic, a moving average of the critic that is updated after each round of dreams and provides their
+    values; at 0, the critic itself provides them"""
     norm_returns: bool = False
-    """divide dreamed advantages by the range of dreamed returns, from their 5th to their 95th percentile, where it is above 1
-    (Hafner et al., 2023), instead of what --norm-adv does"""
+    """divide dreamed advantages by the range from the 5th to the 95th percentile of dreamed returns, if that exceeds 1 (Hafner
+    et al., 2023); replaces --norm-adv in dreams"""
     soft_done: bool = False
-    """dreams never end, but go on with the predicted probability as a weight; otherwise their ends are drawn"""
+    """dreams never end; each step is weighted by the predicted probability of reaching it. Otherwise, ends are sampled"""
     # real data for actor and critic
     dyna_style: bool = False
-    """actor and critic learn on real data as well"""
+    """also train actor and critic on real data"""
     progressive: Literal["none", "linear", "exponential", "late"] = "none"
-    """actor and critic start on real data and move to dreams: the share of their learning rate in dreams rises from 0 to 1 over
-    the run, linearly, as 1 - 0.01^progress, or as 1e-8^(1 - progress) (besides what --anneal-heads-lr takes off both)"""
+    """shift actor and critic from real data to dreams: the fraction of their learning rate in dreams rises from 0 to 1 over the
+    run. linear: progress; exponential: (1 - 0.01^progress) / 0.99; late: 1e-8^(1 - progress). --anneal-heads-lr lowers both"""
 
     def check(self) -> None:
-        """Raises UsageError where flags do not go together, or are of no use here."""
-        said = f"--dyna-style: --progressive {self.progressive} has actor and critic learn on real data already; drop one"
+        """Raise UsageError if flags contradict each other or have no effect here."""
+        said = f"--dyna-style: --progressive {self.progressive} already trains actor and critic on real data; drop one"
         require(not self.dyna_style or self.progressive == "none", said)
-        said = "--decoupled-repr: a dream has no observations for an encoder of the critic's own; take --decoupled-layers"
+        said = "--decoupled-repr: dreams have no observations for the critic's own encoder; use --decoupled-layers"
         require(not self.decoupled_repr, said)
         starts = self.replay_batch_size * self.replay_length if self.dreams_from == "replay" else self.num_envs * self.num_steps
         steps, parts = starts * self.imagination_horizon, self.dream_minibatches * self.num_devices
-        said = f"--dream-minibatches {self.dream_minibatches}: {steps} steps of dreams do not divide into {parts} equal parts"
+        said = f"--dream-minibatches {self.dream_minibatches}: {steps} dreamed steps do not divide into {parts} equal parts"
         said += f" (--num-devices {self.num_devices})" if self.num_devices > 1 else ""
-        require(steps % parts == 0, f"{said}; take another number")
-        refuse_unread(self, ("monitor_guarantee", "enforce_neighborhood", "target_kl"), "deep_spi.py, of real data alone")
+        require(steps % parts == 0, f"{said}; choose another number")
+        refuse_unread(self, ("monitor_guarantee", "enforce_neighborhood", "target_kl"), "deep_spi.py")
 
 
 class Agent(NamedTuple):
@@ -138,12 +137,12 @@ class Agent(NamedTuple):
     reward: nn.Module
     end: nn.Module
     discriminator: nn.Module | None
-    slow_critic: bool = False  # there is one
-    reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's, which `learn` knows
+    slow_critic: bool = False  # True if there is one
+    reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's; `learn` sets it
 
 
 class Params(NamedTuple):
-    """The parameters of the networks of `Agent`, field by field; and those of a critic that follows (`--slow-critic`)."""
+    """The parameters of each network in `Agent`, under the same field name, and of the slow critic (`--slow-critic`)."""
 
     encoder: Any
     actor_critic: Any
@@ -155,10 +154,10 @@ class Params(NamedTuple):
 
 
 class Dreams(NamedTuple):
-    """H steps of M dreams, in the convention of `Rollout`: `z[t + 1]` follows `action[t]` in `z[t]`.
+    """H steps of M dreams, indexed as in `Rollout`: `z[t + 1]` follows `action[t]` in `z[t]`.
 
-    `going_on[t]` is whether (or with `--soft-done` how probably) the dream goes on after step t, and `weight[t]` whether it had
-    come to step t at all: what comes after an end counts for nothing.
+    `going_on[t]` is 1 if the dream continues after step t, else 0. `weight[t]` is 1 if the dream reached step t, else 0: steps
+    after its end do not count. With `--soft-done` both are probabilities.
     """
 
     z: Float[Array, "H M *z"]
@@ -171,7 +170,7 @@ class Dreams(NamedTuple):
 
 
 class HeadsBatch(NamedTuple):
-    """N steps of dreams."""
+    """N steps of dreams, to train actor and critic."""
 
     z: Float[Array, "N *z"]
     action: Int[Array, " N"]
@@ -180,12 +179,12 @@ class HeadsBatch(NamedTuple):
     advantage: Float[Array, " N"]
     target: Float[Array, " N"]
     weight: Float[Array, " N"]
-    real_target: Float[Array, " N"]  # what the critic learns of real data
-    real_weight: Float[Array, " N"]  # 1 at those latents that were not dreamed
+    real_target: Float[Array, " N"]  # the return in real data
+    real_weight: Float[Array, " N"]  # 1 at latents of real data, 0 at dreamed ones
 
 
 class TrainState(NamedTuple):
-    """All that changes in training."""
+    """Everything that changes during training."""
 
     params: Params
     opt_state: Optimizers
@@ -197,13 +196,13 @@ class TrainState(NamedTuple):
 
 
 def make_agent(args: Args, num_actions: int) -> Agent:
-    """The networks that the flags ask for."""
+    """Build the networks that the flags select."""
     others = make_end_predictor(args, num_actions), make_discriminator(args, num_actions)
     return Agent(*deep_spi.make_agent(args, num_actions), *others, slow_critic=args.slow_critic > 0)
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
-    """Random parameters, those of `deep_spi.py` for the same key among them."""
+    """Return random parameters, including those that `deep_spi.py` draws from the same key."""
     params = deep_spi.init_params(key, agent, obs)
     z, action = agent.encoder.apply(params.encoder, obs[:1]), jnp.zeros(1, jnp.int32)
     end = agent.end.init(jax.random.fold_in(key, 4), z, action)
@@ -215,7 +214,7 @@ def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Para
 def dream_step(
     params: Params, z: Float[Array, "M *z"], action: Int[Array, " M"], key: jax.Array, agent: Agent, args: Args
 ) -> tuple[Float[Array, "M *z"], Float[Array, " M"], Float[Array, " M"]]:
-    """A step in the world model: the next latent, the reward, and the probability that the episode ends there."""
+    """Take a step in the world model. Return the next latent, the reward, and the probability that the episode ends there."""
     reward = agent.reward.apply(params.reward, z, action)
     next_z = agent.transition.apply(params.transition, z, action).sample(key)
     if args.bounded_dreams:
@@ -226,9 +225,9 @@ def dream_step(
 def imagine(
     params: Params, z: Float[Array, "M *z"], awake: Float[Array, " M"], key: jax.Array, agent: Agent, args: Args
 ) -> Dreams:
-    """Acts in the world model for H steps, from each of the latents (where `awake` is 1). No gradient flows through a dream."""
+    """Act in the world model for H steps, from each latent where `awake` is 1. No gradient flows through a dream."""
     params, z = jax.lax.stop_gradient((params, z))
-    low, high = agent.reward_range  # and 0, for episodes end
+    low, high = agent.reward_range  # the value range includes 0, because episodes end
     value_range = jnp.asarray([min(low, 0.0), max(high, 0.0)]) / max(1.0 - args.gamma, 1e-8)
 
     def policy(z):
@@ -255,7 +254,7 @@ def imagine(
 
 
 def dream_advantages(dreams: Dreams, gamma: float, gae_lambda: float) -> Float[Array, "H M"]:
-    """Generalized advantage estimates: `going_on` in the place of (1 - done); the last value stands for the rest."""
+    """Return generalized advantage estimates, with `going_on` instead of (1 - done). They bootstrap from the last value."""
     error = dreams.reward + gamma * dreams.going_on * dreams.value[1:] - dreams.value[:-1]
     return decayed_sums(error, gamma * gae_lambda * dreams.going_on)
 
@@ -264,7 +263,7 @@ def model_loss(
     params: Params, batch: Minibatch, ended: Bool[Array, " N"], weight: Float[Array, " N"] | float, key: jax.Array,
     agent: Agent, args: Args,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
-    """Deep SPI's loss on real data, that of the predictor of ends, and that of the values of predicted latents."""
+    """Return the loss on real data, with metrics. It combines Deep SPI's, the end predictor's and the value-aware loss."""
     args = replace(args, clip_coef=args.model_clip_coef or args.clip_coef)
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
@@ -290,7 +289,7 @@ def model_loss(
 
 
 def heads_loss(params: Params, batch: HeadsBatch, agent: Agent, args: Args) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:
-    """PPO's loss in dreams, each step counting by its weight."""
+    """Return PPO's loss on dreamed steps, each counted by its `weight`, and its metrics."""
     mean = partial(weighted_mean, weight=batch.weight)
     logits, value = agent.actor_critic.apply(params.actor_critic, batch.z)
     log_probs = jax.nn.log_softmax(logits)
@@ -325,8 +324,8 @@ def dream_and_learn(
     params: Params, opt_state: Optimizers, z: Float[Array, "M *z"], awake: Float[Array, " M"], target: Float[Array, " M"],
     key: jax.Array, iteration: Int[Scalar, ""], agent: Agent, optimizers: Optimizers, args: Args,
 ) -> tuple[tuple[Params, Optimizers], dict[str, Scalar]]:  # fmt: skip
-    """Dreams from latents (where `awake` is 1) whose real returns the critic takes for `target`; then all minibatch gradient
-    steps of actor and critic on them."""
+    """Dream from each latent where `awake` is 1, then run all minibatch gradient steps of actor and critic on these dreams. The
+    critic also learns `target`, the real return of each latent."""
     rates = learning_rates(iteration, args)
     dream_key, shuffle_key = jax.random.split(key)
     dreams = imagine(params, z, awake, dream_key, agent, args)
@@ -365,14 +364,15 @@ def update_model(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """All gradient steps on real data, of the heads as well if asked; with `--dreams-from replay` these dream after each."""
+    """Run all gradient steps on real data, which train actor and critic as well with `--dyna-style` or `--progressive`. With
+    `--dreams-from replay`, actor and critic also learn from dreams after each step."""
     rates = learning_rates(state.iteration, args)
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:
         draws = jax.random.split(draw_key, replay.replay_updates(args))
     else:
         draws = minibatch_indices(draw_key, args)
-        steps, advantages = on_each_device((steps, advantages))  # sent once: a minibatch takes from all
+        steps, advantages = on_each_device((steps, advantages))  # copied once: a minibatch needs steps from all devices
 
     def take(draw, params):
         if args.use_replay_buffer:
@@ -385,7 +385,7 @@ def update_model(
 
     def minibatch_step(carry, drawn):
         draw, key = drawn
-        # clipping is about the policy before the update, or since it last dreamed
+        # clipping is relative to the policy before the update, or after it last learned from dreams
         batch, ended, weight = take(draw, carry[0] if args.dreams_from == "replay" else state.params)
         if args.wasserstein_discriminator:
             carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)
@@ -415,7 +415,7 @@ def update_heads(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """All rounds of dreams from the latents of the rollout, and of minibatch gradient steps of actor and critic on them."""
+    """Run all rounds of dreams from the latents of the rollout. In each round, actor and critic learn from the dreams."""
     z = jax.lax.map(lambda t: agent.encoder.apply(state.params.encoder, steps.obs[t]), jnp.arange(len(steps.valid)))
     z, awake = z.reshape(-1, *z.shape[2:]), steps.valid.reshape(-1).astype(jnp.float32)
     start = by_device((z, awake, (advantages + steps.value[:-1]).reshape(-1)))
@@ -429,14 +429,14 @@ def update_heads(
 
 
 def store(state: TrainState, steps: Rollout, args: Args) -> tuple[TrainState, Float[Array, "T B"]]:
-    """Keeps a rollout for replay where asked for, and computes its advantages."""
+    """Add a rollout to the replay buffer, if there is one, and compute its advantages."""
     if args.use_replay_buffer:
         state = state._replace(replay=replay.add(state.replay, steps, args))
     return state, compute_gae(steps, args.gamma, args.gae_lambda)
 
 
 def prefill(state: TrainState, steps: Rollout, env: Env, agent: Agent, args: Args) -> tuple[TrainState, dict[str, Scalar]]:
-    """In the place of `learn` while the buffer fills."""
+    """Add a rollout to the replay buffer without learning; replaces `learn` until the buffer is prefilled."""
     state, advantages = store(state, steps, args)
     return state._replace(iteration=state.iteration + 1), rollout_metrics(state.params, steps, advantages, env, agent)
 
@@ -444,7 +444,7 @@ def prefill(state: TrainState, steps: Rollout, env: Env, agent: Agent, args: Arg
 def learn(
     state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizers: Optimizers, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """The updates after a rollout."""
+    """Run all updates on a rollout. Return the new state and the metrics."""
     agent = agent._replace(reward_range=env.reward_range)
     key, model_key, heads_key, trace_key = jax.random.split(state.key, 4)
     old_params = state.params
@@ -454,7 +454,7 @@ def learn(
         state, dream_metrics = update_heads(state, steps, advantages, heads_key, agent, optimizers, args)
         metrics |= dream_metrics
     metrics |= rollout_metrics(state.params, steps, advantages, env, agent)
-    if args.log_dreams:  # of the model that has not learned from this rollout yet
+    if args.log_dreams:  # by the model before it learned from this rollout
         trace = partial(trace_dreams, old_params, steps, trace_key, agent, args, dream_step)
         learned = state.iteration - replay.prefill_iterations(args)
         metrics = metrics | occasionally(learned, args.log_dreams_every, trace, traces.PREFIX)
@@ -462,7 +462,7 @@ def learn(
 
 
 def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> TrainState:
-    """The state before the first iteration."""
+    """Return the state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
     buffer = replay.init_replay(env, args) if args.use_replay_buffer else None
@@ -472,7 +472,7 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
 
 
 def main(args: Args) -> None:
-    """Trains, and logs and saves as it goes."""
+    """Train, log and save."""
     check_run(args)
     run = Run(args, "dream_spi", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)

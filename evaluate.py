@@ -1,9 +1,9 @@
-"""Plays whole games with what a run has trained, says how well it does, and films it.
+"""Play whole games with a trained policy, report its returns, and record a video.
 
     python evaluate.py runs/my-run --episodes 100 --video game.mp4
 
-Each environment plays a number of games that is fixed beforehand, over all lives. Actions are drawn, as in training, or with
---greedy the most likely ones. A row of each game goes into a table.
+Each environment plays a number of games that is fixed in advance; a game includes all lives. Actions are sampled, as in
+training; with --greedy they are the most likely ones. The results are written to a table with one row per game.
 """
 
 if __name__ == "__main__":
@@ -38,7 +38,7 @@ from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")
 COLUMNS += ("episodic_return", "episodic_length", "truncated")
-SAID_SECONDS = 10.0  # between two lines that say how many games were played
+SAID_SECONDS = 10.0  # between two progress messages
 
 
 @dataclass
@@ -46,52 +46,52 @@ class Args:
     """Flags of the evaluation."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a run: its final model, or its last checkpoint; or of one checkpoint"""
+    """folder of a run (its final model, or else its last checkpoint), or of one checkpoint"""
     episodes: int = 100
-    """games to play"""
+    """number of games to play"""
     num_envs: int | None = None
-    """environments that play at once, each the same number of games or one more; if not given one for each game, up to 128"""
+    """number of parallel environments, which share the games evenly (default: one per game, up to 128)"""
     protocol: Literal["train", "machado"] = "train"
-    """train: the environments of the run; machado: Atari with sticky actions (0.25), all 18 actions and no knowledge of lives
-    (Machado et al., 2018), for runs with --full-action-space and those of games that use all 18"""
+    """train: the environments of the run. machado: Atari with sticky actions (0.25), all 18 actions and no loss-of-life signal
+    (Machado et al., 2018), for runs with --full-action-space or on games that use all 18 actions"""
     greedy: bool = False
-    """take the most likely action instead of drawing one"""
+    """take the most likely action instead of sampling one"""
     seed: int = 1
-    """of environments and actions; those of training are others whatever it is"""
+    """seed of environments and actions; the random numbers differ from those of training for every seed"""
     output: Path | None = None
-    """the table; if not given evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv and so on"""
+    """file of the table (default: evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv, ...)"""
     video: Path | None = None
-    """film another game: .mp4 (needs imageio-ffmpeg: uv run --extra video ...), or .gif"""
+    """file of a video of one more game: .mp4 (needs imageio-ffmpeg: uv run --extra video ...) or .gif"""
 
 
 def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
-    """Environments to play in.
+    """Return the environments to play in.
 
     Raises:
-        UsageError: the run cannot be played by that protocol.
+        UsageError: the protocol does not fit the run's game or actions.
     """
     env_id = run.args.env_id
     if args.protocol == "train":
         return make_env(replace(run.args, num_envs=num_envs, seed=seed))
-    require(family(env_id) == "atari", f"--protocol machado: is one of Atari's games, and {args.run} was trained on {env_id}")
+    require(family(env_id) == "atari", f"--protocol machado: {args.run} was trained on {env_id}, not Atari; leave it out")
     env = make_machado_pool(env_id, num_envs, seed, run.args.env_step)
     if env.num_actions != run.env.num_actions:
         raise UsageError(
-            f"--protocol machado: plays with all {env.num_actions} actions, and {args.run} was trained on the "
-            f"{run.env.num_actions} of {env_id}: train it with --full-action-space, or leave out --protocol"
+            f"--protocol machado: uses all {env.num_actions} actions, but {args.run} was trained on the "
+            f"{run.env.num_actions} of {env_id}; train it with --full-action-space, or leave out --protocol"
         )
     return env
 
 
 def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
-    """Lines that say how well it does."""
+    """Return lines that summarize the games."""
     returns = np.array([game.episodic_return for game in games])
     low, high = with_interval([returns], mean, np.random.default_rng(0))[1]
     spread = f"{returns.std(ddof=1):.2f}" if len(returns) > 1 else "unknown"
     lines = [
         f"return: mean {returns.mean():.2f}, {CONFIDENCE:.0%} interval [{low:.2f}, {high:.2f}] (bootstrap)",
         f"        median {np.median(returns):.2f}, standard deviation {spread}, {returns.min():g} to {returns.max():g}",
-        f"length: mean {np.mean([g.episodic_length for g in games]):,.0f} steps; {sum(g.truncated for g in games)} cut off",
+        f"length: mean {np.mean([g.episodic_length for g in games]):,.0f} steps; {sum(g.truncated for g in games)} truncated",
     ]
     known = reference(run.args.env_id, atari_protocol(run.args))
     if known is not None:
@@ -102,7 +102,7 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
 
 
 def table(games: list[Game], run: LoadedRun, args: Args) -> list[tuple]:
-    """A row for each game."""
+    """Return one row per game, with the columns of `COLUMNS`."""
     rows = []
     of_run = (run.progress["name"], run.progress["script"], run.args.env_id, run.progress["seed"], run.progress["step"])
     for i, game in enumerate(games):
@@ -112,7 +112,7 @@ def table(games: list[Game], run: LoadedRun, args: Args) -> list[tuple]:
 
 
 def default_output(args: Args, run: LoadedRun) -> Path:
-    """Where the table goes if nobody says so: beside what is evaluated, which stays as it is."""
+    """Return the default path of the table, which is in the run's folder but never inside a model or checkpoint."""
     kind = [args.protocol] * (args.protocol != "train") + ["greedy"] * args.greedy
     folder, path = args.run, args.run.absolute()
     if path.parent.name == CHECKPOINTS:
@@ -123,21 +123,21 @@ def default_output(args: Args, run: LoadedRun) -> Path:
 
 
 def open_camera(args: Args, run: LoadedRun, seed: int) -> Film:
-    """A camera before a game of its own.
+    """Return a camera that films one game in its own environment.
 
     Raises:
-        UsageError: the environment has no pictures.
+        UsageError: the environment cannot be rendered.
     """
     env = make_envs(args, run, 1, seed)
     try:
         env.render(env.reset()[0])
     except (AttributeError, RuntimeError) as error:
-        raise UsageError(f"--video: {run.args.env_id} cannot be filmed ({error}); leave it out") from None
+        raise UsageError(f"--video: {run.args.env_id} cannot be rendered ({error}); leave out --video") from None
     return Film(env, lambda params, obs: policy_of(params, run.agent)(obs), args.greedy)
 
 
 def main(args: Args) -> None:
-    """Plays, and writes."""
+    """Play the games, and write the table and the video."""
     args = replace(args, run=args.run.expanduser())
     require(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
     num_envs = min(args.episodes, 128) if args.num_envs is None else args.num_envs
@@ -145,8 +145,8 @@ def main(args: Args) -> None:
     require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be 0 or more, and less than 2**31")
     video = None if args.video is None else check_path(args.video)
     if video != args.video:
-        print(f"*** there is no imageio-ffmpeg: the video becomes {video} (uv run --extra video ... for MP4) ***")
-    # a run's own seed is one number, so that no training has the same
+        print(f"*** imageio-ffmpeg is not installed: writing {video} instead (for MP4: uv run --extra video ...) ***")
+    # training derives its seeds from one number, so seeds derived from two are different
     seeds = [int(seed) for seed in np.random.SeedSequence([args.seed, len(COLUMNS)]).generate_state(3)]
     run = read_run(args.run, num_envs=1)
     env = make_envs(args, run, num_envs, seeds[0])
@@ -168,14 +168,14 @@ def main(args: Args) -> None:
     keys = jax.random.split(jax.random.key(seeds[1]))
     games = play(env, policy_of(run.params, run.agent), args.episodes, keys[0], args.greedy, say)
     write_csv(output, COLUMNS, table(games, run, args))
-    how = "most likely actions" if args.greedy else "drawn actions"
-    print(f"{len(games)} games by the {args.protocol} protocol, {how}, seed {args.seed}:")
+    how = "most likely actions" if args.greedy else "sampled actions"
+    print(f"{len(games)} games under the {args.protocol} protocol, {how}, seed {args.seed}:")
     print("\n".join([*describe(games, run, args.protocol), f"table: {output}"]), flush=True)
     if camera is not None:
-        most = MOST_FRAMES if video.suffix == ".gif" else None  # all pictures of a GIF are in memory together
+        most = MOST_FRAMES if video.suffix == ".gif" else None  # a GIF's frames are all in memory at once
         with contextlib.closing(camera.frames(run.params, keys[1], most)) as frames:
             count = write_video(video, frames)
-        ended = f"return {camera.game.episodic_return:g}" if camera.game else "cut off there"
+        ended = f"return {camera.game.episodic_return:g}" if camera.game else "cut off at the frame limit"
         print(f"video: {video}, {count:,} frames, {ended}")
 
 

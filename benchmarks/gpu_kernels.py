@@ -1,11 +1,11 @@
-"""How many kernels an update is on a GPU, by what they are for. No GPU is needed, only NVIDIA's packages.
+"""Count the GPU kernels of an update by their purpose. This needs NVIDIA's packages, but no GPU.
 
     uv run --extra cuda13 benchmarks/gpu_kernels.py --settings ppo deep_spi "deep_spi --num-envs 512"
-    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings "deep_spi --num-devices 4"    # and what these exchange
+    uv run --extra cuda13 benchmarks/gpu_kernels.py --settings "deep_spi --num-devices 4"    # also exchanges between devices
 
-Updates of these networks are made of thousands of kernels, most of which take 1 to 3 microseconds however little they do. How
-long the large ones take no number tells, only a GPU. XLA compiles for an H200 that need not be there; what it would learn by
-timing (which way to multiply is fastest) it then takes from its rules, so numbers differ a little from those of a real one.
+An update of these networks launches thousands of kernels, most of which take 1 to 3 microseconds even for little work. The
+counts do not show how long the large kernels take; that needs a GPU. XLA compiles for an H200 that need not be present. It then
+chooses algorithms (for matrix products) by rules instead of timings, so counts differ slightly from those on a real H200.
 """
 
 import os
@@ -66,20 +66,20 @@ CALLED = re.compile(r"(?:to_apply|body|condition|true_computation|false_computat
 
 @dataclass
 class Args:
-    """Flags of the count."""
+    """Count the GPU kernels of an update."""
 
     settings: tuple[str, ...] = ("ppo", "deep_mdp", "deep_spi", "dream_spi")
-    """scripts (these), with flags of their own in quotes"""
+    """scripts to compile (ppo, deep_mdp, deep_spi, dream_spi); quote a script to give it flags"""
     env_id: str = "Breakout-v5"
-    """on which environment"""
+    """environment"""
     rows: int = 10
-    """how many lines are printed of each, the most kernels first, besides those on what devices exchange"""
+    """printed lines per setting, largest counts first; exchanges between devices are always printed"""
 
 
 def count_kernels(hlo: str) -> Counter:
-    """Kernels that a compiled program launches, by part: its instructions, of which those of NVIDIA's libraries may launch more
-    than one. What a loop holds counts as often as it runs (once, where the program does not say), and of a conditional all
-    branches do."""
+    """Count the kernels that a compiled program launches, by part. Each instruction counts as one kernel, although those of
+    NVIDIA's libraries may launch more. The body of a loop counts once per iteration (once if their number is unknown). All
+    branches of a conditional count."""
     computations, entry, lines = {}, "", []
     for line in hlo.splitlines():
         if found := COMPUTATION.match(line):
@@ -97,7 +97,7 @@ def count_kernels(hlo: str) -> Counter:
             kind = found["kind"].removesuffix("-start")
             if kind in ("while", "call", "conditional"):
                 if trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-                    line = re.sub(r"condition=%[\w.-]+", "", line)  # which is not evaluated then
+                    line = re.sub(r"condition=%[\w.-]+", "", line)  # not evaluated if the trip count is known
                 for one, several in CALLED.findall(line):
                     for called in [one] if one else re.findall(r"%([\w.-]+)", several):
                         for part, kernels in count(called).items():
@@ -106,17 +106,17 @@ def count_kernels(hlo: str) -> Counter:
                 total[f"{BETWEEN}{kind}"] += 1
             else:
                 source = re.search(r'op_name="([^"]*)"', line)
-                total[part_of(source[1]) if source else "(of XLA's own)"] += 1
+                total[part_of(source[1]) if source else "(internal to XLA)"] += 1
         return total
 
     return count(entry)
 
 
 def compile_update(name: str, flags: dict) -> str:
-    """A script's update, compiled for GPUs as described above: XLA's text of what each of them runs.
+    """Compile a script's update for the GPUs described above, and return XLA's text of the program that each of them runs.
 
     Raises:
-        UsageError: NVIDIA's packages are missing, or the flags do not go together.
+        UsageError: NVIDIA's packages are missing, or the flags are inconsistent.
     """
     script = SCRIPTS[name]
     args = make_args(script.Args, **flags)
@@ -124,7 +124,7 @@ def compile_update(name: str, flags: dict) -> str:
     try:
         gpus = topologies.get_topology_desc("H200", "cuda", target_config=H200, topology=f"1x1x{args.num_devices}").devices
     except NotImplementedError:
-        require(False, "no packages of NVIDIA's for JAX: uv run --extra cuda13 benchmarks/gpu_kernels.py, or --extra cuda12")
+        require(False, "NVIDIA's packages are missing: use uv run --extra cuda13 benchmarks/gpu_kernels.py, or --extra cuda12")
     with use_devices(args.num_devices, gpus):
         env = make_env(args)
         agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
@@ -141,12 +141,12 @@ def compile_update(name: str, flags: dict) -> str:
 
 
 def main(args: Args) -> None:
-    """Counts and prints."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # of the packages' versions, which wants a driver
+    """Compile each setting and print its kernel counts."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # that check of package versions needs a driver
     jax.config.update("jax_enable_compilation_cache", False)
     for text in args.settings:
         kernels = count_kernels(compile_update(*parse_setting(text, args.env_id)))
-        print(f"{text}: {kernels.total():,} kernels an update")
+        print(f"{text}: {kernels.total():,} kernels per update")
         exchanged = Counter({part: count for part, count in kernels.items() if part.startswith(BETWEEN)})
         for part, count in (*exchanged.most_common(), *(kernels - exchanged).most_common(args.rows)):
             print(f"{count:9,}  {part}")

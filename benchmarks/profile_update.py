@@ -1,11 +1,11 @@
-"""Where the time of an update goes, by layer and direction, on whatever device is there.
+"""Profile an update on the current device, by layer and by forward pass or gradient.
 
     uv run benchmarks/profile_update.py --script deep_spi --env-id Breakout-v5
 
-JAX's profiler watches some updates. For each operation of the compiled program XLA notes what it was compiled from: that gives
-the layer, and whether it is of the forward pass or of the gradient. What is fused counts for the layer of its result. The
-last line is the time at which none of them was seen at work: on a CPU XLA starts some products and convolutions and does not
-wait for them, and the profiler sees only the start of those.
+JAX's profiler records some updates. XLA stores what each operation of the compiled program was compiled from: its layer, and
+whether it belongs to the forward pass or the gradient. A fused operation counts for the layer of its result. The last line is
+the time in which the profiler saw no operation. On a CPU, XLA runs some matrix products and convolutions asynchronously, and
+the profiler sees only their start.
 """
 
 import re
@@ -26,26 +26,26 @@ from benchmarks.throughput import Setting, seconds  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 INSTRUCTION = re.compile(r"%(?P<name>[\w.-]+) = .*? (?P<kind>[\w-]+)\(.*?metadata=\{op_name=\"(?P<source>[^\"]*)\"")
-CONTAINERS = {"while", "call", "conditional"}  # whose time is that of what they hold
+CONTAINERS = {"while", "call", "conditional"}  # their time is that of the operations inside
 PASS = re.compile(r"(?P<gradient>transpose\()?jvp\((?P<network>[^()]+)\)\)?/(?P<layer>[^/]+)")
 
 
 @dataclass
 class Args:
-    """Flags of the profile."""
+    """Profile an update by layer."""
 
     script: Literal["ppo", "deep_mdp", "deep_spi", "dream_spi"] = "ppo"
-    """whose update"""
+    """script whose update is profiled"""
     env_id: str = "Breakout-v5"
-    """on which environment"""
+    """environment"""
     updates: int = 3
-    """how many are watched"""
+    """number of profiled updates"""
     rows: int = 25
-    """how many lines are printed, the longest times first"""
+    """printed lines, longest times first"""
 
 
 def part_of(source: str) -> str:
-    """A name for what an operation was compiled from."""
+    """Return a readable name for the source of an operation."""
     found = PASS.search(source)
     if found is None:
         return source.split("/")[-1]
@@ -53,7 +53,7 @@ def part_of(source: str) -> str:
 
 
 def time_by_part(setting: Setting, updates: int) -> tuple[Counter, float]:
-    """Seconds of an update by part, and all that pass in it."""
+    """Return the seconds of an update by part, and in total."""
     sources = {}
     for line in setting.learn.as_text().splitlines():
         if (found := INSTRUCTION.search(line)) and found["kind"] not in CONTAINERS:
@@ -76,15 +76,15 @@ def time_by_part(setting: Setting, updates: int) -> tuple[Counter, float]:
 
 
 def main(args: Args) -> None:
-    """Measures and prints."""
+    """Profile the updates and print the times."""
     print(describe_device())
-    warnings.filterwarnings("ignore", "builtin type event_stats", DeprecationWarning)  # of JAX's own
+    warnings.filterwarnings("ignore", "builtin type event_stats", DeprecationWarning)  # from JAX's own code
     taken, passed = time_by_part(Setting(args.script, env_id=args.env_id), args.updates)
-    print(f"an update: {passed:.3f} s")
+    print(f"update: {passed:.3f} s")
     for part, took in taken.most_common(args.rows):
         print(f"{took * 1e3:9.1f} ms {took / passed:5.0%}  {part}")
     if (rest := passed - taken.total()) > 0:
-        print(f"{rest * 1e3:9.1f} ms {rest / passed:5.0%}  not seen")
+        print(f"{rest * 1e3:9.1f} ms {rest / passed:5.0%}  not seen by the profiler")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
 # [tool.uv]
 # exclude-newer = "2026-11-16T00:00:00Z"
 # ///
-"""How fast another public JAX PPO trains on MinAtar: rejax 0.1.3 on gymnax's games, in an environment of its own.
+"""Measure how fast another public JAX PPO trains on MinAtar: rejax 0.1.3 on gymnax's games, in its own Python environment.
 
     uv run --script benchmarks/rejax_ppo.py [env_id [rounds]]
 
-`benchmarks/throughput.py --rejax` starts it, and prints its rows beside ours. Rollouts and updates are shaped like
-ours. rejax's own networks have no convolutions: two perceptrons, here of 128 units, on the 400 flattened cells.
-A second row has our network instead (a 3 x 3 convolution of 16 channels, dense 128), one for the actor and one for the critic,
-which share nothing in rejax.
+`benchmarks/throughput.py --rejax` runs this script and prints its rows next to ours. Rollouts and updates have the same shapes
+as ours. rejax's own networks have no convolutions: they are two perceptrons, here with 128 units, on the 400 flattened cells.
+The second row uses our network instead (a 3 x 3 convolution with 16 channels, dense 128), one for the actor and one for the
+critic, because rejax's actor and critic share nothing.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 class Features(nn.Module):
-    """Our network up to the heads."""
+    """Our network without the heads."""
 
     @nn.compact
     def __call__(self, obs):
@@ -40,7 +40,7 @@ class Features(nn.Module):
 
 
 class Actor(DiscretePolicy):
-    """rejax's policy on it."""
+    """rejax's policy on our network."""
 
     def setup(self):
         self.features = Features()
@@ -48,7 +48,7 @@ class Actor(DiscretePolicy):
 
 
 class Critic(nn.Module):
-    """A value on it."""
+    """A value head on our network."""
 
     @nn.compact
     def __call__(self, obs):
@@ -56,7 +56,7 @@ class Critic(nn.Module):
 
 
 def measure(convolutional: bool, env_id: str, rounds: int) -> dict:
-    """The median rate of updates, rollouts included."""
+    """Return a row with the median steps per second, rollouts and updates included."""
     agent_kwargs = {"hidden_layer_sizes": (128,), "activation": "relu"}
     algorithm = rejax.PPO.create(
         env=env_id, agent_kwargs=agent_kwargs, total_timesteps=10**6, eval_freq=10**6, skip_initial_evaluation=True, **CONFIG

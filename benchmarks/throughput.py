@@ -1,16 +1,16 @@
-"""How fast the scripts train, as shares of what the machine could do at most.
+"""Measure how fast the scripts train, also as a fraction of what the machine can do at most.
 
     uv run benchmarks/throughput.py
-    uv run benchmarks/throughput.py --settings deep_spi "deep_spi --overlap-rollout"    # these alone
-    uv run benchmarks/throughput.py --world-models    # Deep SPI with each of its world models instead
-    uv run benchmarks/throughput.py --torch           # besides, the same network and update in PyTorch
+    uv run benchmarks/throughput.py --settings deep_spi "deep_spi --overlap-rollout"    # only these
+    uv run benchmarks/throughput.py --world-models    # instead, Deep SPI with each of its world models
+    uv run benchmarks/throughput.py --torch           # also the same network and update in PyTorch
     uv run --extra minatar benchmarks/throughput.py --env-ids Breakout-MinAtar Seaquest-MinAtar --rejax
 
-In one run, on whatever device is there: the rate of a float32 matrix product, that of random actions in the environments, and
-for each script and setting the steps per second, the compile seconds, the split between rollout and update, the time from start
-to first update, of a first and of a second start, and the peak memory. All settings take turns, round after round, so that a
-busy machine slows them alike; the medians over rounds are printed and written as JSON. Compare ratios within one run, not
-seconds between runs.
+One run measures, on the current device, the speed of a float32 matrix product and of random actions in the environments. For
+each script and setting it measures steps per second, compile time, and the split between rollout and update. It also starts
+scripts twice, to measure the time to the first update and the peak memory. The settings take turns in every round, so that
+other load on the machine slows all of them equally. The medians over rounds are printed and written as JSON. Compare ratios
+within one run, not seconds between runs.
 """
 
 import importlib
@@ -46,9 +46,9 @@ from utils.runs.flags import check_flags, make_args, parse_flags, require  # noq
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 MATRIX = 4096
-UV = os.environ.get("UV", "uv")  # `uv run` says which one it is
+UV = os.environ.get("UV", "uv")  # set by `uv run`
 SCRIPTS = {"ppo": ppo, "deep_mdp": deep_mdp, "deep_spi": deep_spi, "dream_spi": dream_spi}
-ON_ATARI = (  # besides all scripts as they are
+ON_ATARI = (  # in addition to all scripts with default flags
     "ppo --minibatch-by transition",
     "deep_spi --minibatch-by transition",
     "ppo --env-step callback",
@@ -79,43 +79,43 @@ WORLD_MODELS = (
 
 @dataclass
 class Args:
-    """Flags of the benchmark."""
+    """Measure how fast the scripts train."""
 
     rounds: int = 5
-    """iterations of each setting that are timed"""
+    """timed iterations of each setting"""
     env_ids: tuple[str, ...] = ("Breakout-v5", "Seaquest-v5")
-    """games; the first has 4 actions and the second 18"""
+    """games; the default ones have 4 and 18 actions"""
     num_envs: int | None = None
-    """environments; if not given, the scripts' default for each game"""
+    """number of environments (default: the scripts' default for each game)"""
     num_steps: int | None = None
-    """steps of a rollout; likewise"""
+    """steps per rollout (default: the scripts' default for each game)"""
     settings: tuple[str, ...] = ()
-    """instead of all scripts these (ppo, deep_mdp, deep_spi, dream_spi), with flags of their own in quotes; no starts"""
+    """time only these scripts (ppo, deep_mdp, deep_spi, dream_spi), skip --startup; quote a script to give it flags"""
     world_models: bool = False
-    """time Deep SPI with each world model, instead of all scripts; only on the first game"""
+    """instead of all scripts, time Deep SPI with each world model, on the first game only; skip --startup"""
     startup: bool = True
-    """also start each script as a user does, for the time to the first update and the peak memory"""
+    """also start scripts as a user does, to measure the time to the first update and the peak memory"""
     torch: bool = False
-    """afterwards time what PPO computes on Atari in PyTorch: see benchmarks/torch_ppo.py (several GB to download)"""
+    """also time PPO's computation on Atari in PyTorch, see benchmarks/torch_ppo.py (downloads several GB)"""
     rejax: bool = False
-    """afterwards time another public JAX PPO, rejax's, on the first game, one of MinAtar's: see benchmarks/rejax_ppo.py"""
+    """also time another public JAX PPO, rejax, on the first game, one of MinAtar's; see benchmarks/rejax_ppo.py"""
     output: str = "throughput.json"
-    """where the JSON goes"""
+    """path of the JSON file"""
 
 
 def seconds(f, *args) -> tuple[float, object]:
-    """Wall-clock seconds of a call, its work on the device included, and what it returned."""
+    """Return the wall-clock seconds of a call, including its work on the device, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(f(*args))
     return time.perf_counter() - start, result
 
 
 def flops_per_step(args) -> float:
-    """Floating-point operations that training needs for one environment step, 2 per multiplication and addition.
+    """Return the floating-point operations that training needs per environment step, 2 per multiply-add.
 
-    A gradient costs twice the forward pass, save for the first convolution, whose input are pixels. Certification, pointwise
-    operations and sampling are left out: this is what no implementation can avoid. Counted for the default networks alone, and
-    not for dreams.
+    A gradient costs twice the forward pass, except for the first convolution, whose input (pixels) needs no gradient. This is a
+    lower bound for any implementation: certification, pointwise operations and sampling are excluded. It holds only for the
+    default networks, without dreams.
     """
     first = 20 * 20 * 32 * 8 * 8 * 4
     convolutions = first + 9 * 9 * 64 * 4 * 4 * 32 + 7 * 7 * 64 * 3 * 3 * 64
@@ -130,21 +130,21 @@ def flops_per_step(args) -> float:
 
 
 def parse_setting(text: str, env_id: str) -> tuple[str, dict]:
-    """The script that a text of --settings names, and those of its flags that are not the defaults.
+    """Return the script that a value of --settings names, and its flags that are not the defaults.
 
     Raises:
-        UsageError: it names none, or an environment of its own.
+        UsageError: the text names no script, or sets an environment.
     """
     name, *flags = shlex.split(text) or [""]
-    require(name in SCRIPTS, f"--settings {text!r}: begins with none of {', '.join(SCRIPTS)}")
+    require(name in SCRIPTS, f"--settings {text!r}: must begin with one of {', '.join(SCRIPTS)}")
     args = vars(parse_flags(SCRIPTS[name].Args, [f"--env-id={env_id}", *flags]))
-    require(args["env_id"] == env_id, f"--settings {text!r}: environments are those of --env-ids; leave --env-id out")
+    require(args["env_id"] == env_id, f"--settings {text!r}: --env-ids sets the environments; leave --env-id out")
     usual = vars(make_args(SCRIPTS[name].Args, env_id=env_id))
     return name, {flag: value for flag, value in args.items() if flag == "env_id" or value != usual[flag]}
 
 
 class Setting:
-    """One script with one set of flags, compiled, and its training state."""
+    """One script with one set of flags: the compiled program and its training state."""
 
     def __init__(self, name: str, **flags):
         module = SCRIPTS[name]
@@ -171,14 +171,14 @@ class Setting:
         self.rolling.clear(), self.learning.clear()
 
     def run(self) -> None:
-        """Times one rollout and the update on it."""
+        """Time one rollout and the update on it."""
         took, (state, steps) = seconds(self.rollout, self.state)
         self.rolling.append(took)
         took, (self.state, _) = seconds(self.learn, state, steps)
         self.learning.append(took)
 
     def report(self, matrix_rate: float, env_rates: dict[str, float]) -> dict:
-        """The medians."""
+        """Return a row with the medians over rounds."""
         rolling, learning = statistics.median(self.rolling), statistics.median(self.learning)
         rate = self.args.num_envs * self.args.num_steps / (rolling + learning)
         return {
@@ -193,7 +193,7 @@ class Setting:
 
 
 class Alone:
-    """A game's environments without any training."""
+    """A game's environments, stepped without training."""
 
     def __init__(self, args):
         env = make_env(args)
@@ -204,34 +204,34 @@ class Alone:
             scan = jax.jit(lambda state: jax.lax.scan(env.step, state, actions))
             self.play = lambda: jax.block_until_ready(scan(state))
         else:
-            self.play = lambda: [env.pool.step(action) for action in actions]  # single frames of Atari
+            self.play = lambda: [env.pool.step(action) for action in actions]  # Atari: single frames
         self.play()
 
     def run(self) -> None:
-        """Times one rollout's random steps."""
+        """Time as many random steps as a rollout has."""
         start = time.perf_counter()
         self.play()
         self.seconds.append(time.perf_counter() - start)
 
     def rate(self) -> float:
-        """Steps per second, the median."""
+        """Return the median steps per second."""
         return self.steps / statistics.median(self.seconds)
 
 
 def time_peer(script: str, *given) -> list[dict]:
-    """Rows of a peer's PPO, in an installation of its own."""
+    """Run the benchmark of another PPO, in its own installation, and return its rows."""
     command = [UV, "run", "--script", str(ROOT / "benchmarks" / script), *map(str, given)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        print(f"*** {shlex.join(command)} failed: its rows are left out ***")
+        print(f"*** {shlex.join(command)} failed; its rows are skipped ***")
         return []
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_memory(pid: int) -> int:
-    """Largest resident memory of a running process so far, in KiB; 0 where the system does not say (not Linux), or it is gone.
+    """Return the peak resident memory of a running process, in KiB; 0 if it has ended or the system does not report it.
 
-    What `wait4` returns would count the memory of this process, too, out of which the other was started.
+    Only Linux reports it. `wait4` is no alternative: it includes the memory of this process, from which the other was forked.
     """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -242,7 +242,7 @@ def peak_memory(pid: int) -> int:
 
 
 def startup(command: str, env_id: str, cache: str) -> dict:
-    """Starts a script as a user does and reads off the time to the first update and the peak memory; `cache` is a folder for
+    """Start a script as a user does, and return its time to the first update and its peak memory. `cache` is a folder for
     compiled programs."""
     script, *flags = command.split()
     with tempfile.TemporaryDirectory() as folder:
@@ -260,20 +260,20 @@ def startup(command: str, env_id: str, cache: str) -> dict:
             peak = max(peak, peak_memory(process.pid))
         status = process.wait()
         if status != 0 or first is None:
-            print(f"*** {shlex.join(command)} failed, and is left out: ***\n{output}")
+            print(f"*** {shlex.join(command)} failed and is skipped; its output: ***\n{output}")
             return {}
     return {"script": " ".join([script, *flags]), "first_update_seconds": first, "peak_memory_gib": peak / 2**20}
 
 
 def main(args: Args) -> None:
-    """Measures, prints and writes."""
+    """Time all settings, print the medians, and write the JSON file."""
     require(
         not args.rejax or (family(args.env_ids[0]) == "minatar" and shutil.which(UV)),
-        "--rejax: needs one of MinAtar's games as the first of --env-ids, and uv",
+        "--rejax: needs uv, and a MinAtar game as the first of --env-ids",
     )
     require(
         not args.torch or (family(args.env_ids[0]) == "atari" and shutil.which(UV)),
-        "--torch: needs one of Atari's games as the first of --env-ids, and uv",
+        "--torch: needs uv, and an Atari game as the first of --env-ids",
     )
     require(not (args.settings and args.world_models), "--settings, --world-models: choose one of the two")
     print(describe_device())
@@ -308,7 +308,7 @@ def main(args: Args) -> None:
     env_rates = {env_id: each.rate() for env_id, each in alone.items()}
     rows = [setting.report(matrix_rate, env_rates) for setting in settings]
 
-    print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; random actions alone, steps/s: ", end="")
+    print(f"\nfloat32 matrix product: {matrix_rate / 1e9:,.0f} GFLOP/s; random actions only, steps/s: ", end="")
     print(", ".join(f"{env_id} {rate:,.0f}" for env_id, rate in env_rates.items()) + "\n")
     width = max(len(setting.label) for setting in settings)
     print(f"{'':{width}s} steps/s  of first of matrix  of its env   rollout    update  compile")
@@ -336,7 +336,7 @@ def main(args: Args) -> None:
     def write():
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
 
-    write()  # other processes follow, which may fail
+    write()  # the processes started below may fail
     peers = time_peer("rejax_ppo.py", args.env_ids[0], args.rounds) if args.rejax else []
     if args.torch:
         flags = flags_of[args.env_ids[0]]
@@ -356,7 +356,7 @@ def main(args: Args) -> None:
             row["second_start_seconds"] = again["first_update_seconds"]
             result["startup"].append(row)
             wait, again, memory = row["first_update_seconds"], row["second_start_seconds"], row["peak_memory_gib"]
-            print(f"{command}: first update {wait:.0f} s after the start, then {again:.0f} s; peak memory {memory:.1f} GiB")
+            print(f"{command}: first update after {wait:.0f} s, on a second start {again:.0f} s; peak memory {memory:.1f} GiB")
     write()
     print(f"written: {args.output}")
 

@@ -4,14 +4,14 @@
 # [tool.uv]
 # exclude-newer = "2026-11-16T00:00:00Z"
 # ///
-"""How fast PyTorch computes what PPO computes on Atari, without an environment, in an installation of its own.
+"""Measure how fast PyTorch computes PPO's networks and updates on Atari, without an environment, in its own installation.
 
     uv run --script benchmarks/torch_ppo.py [num_envs [num_steps [num_actions [rounds]]]]
 
-`benchmarks/throughput.py --torch` starts it, and prints its rows beside ours. The network is that of our scripts, of CleanRL's
-and of Mnih et al. (2015); a rollout is one forward for all environments at each step, on random frames; an update is four
-epochs of four minibatches of PPO's loss and Adam. One row has PyTorch's usual layout, the next its hand-tuned one, channels
-last, and the last that in bfloat16 (autocast, heads included). On a GPU where PyTorch finds one.
+`benchmarks/throughput.py --torch` runs this script and prints its rows next to ours. The network is the one of our scripts,
+CleanRL and Mnih et al. (2015). A rollout is one forward pass per step for all environments, on random frames. An update is four
+epochs of four minibatches of PPO's loss with Adam. The rows are PyTorch's usual layout, its hand-tuned layout (channels last),
+and channels last in bfloat16 (autocast, heads included). The benchmark uses a GPU if PyTorch finds one.
 """
 
 import argparse
@@ -38,13 +38,13 @@ class ActorCritic(nn.Module):
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, A] and values [N] of frames [N, 4, 84, 84]."""
+        """Return logits [N, A] and values [N] for frames [N, 4, 84, 84]."""
         hidden = self.body(obs)
         return self.actor(hidden), self.critic(hidden)[:, 0]
 
 
 def measure(num_envs: int, num_steps: int, num_actions: int, rounds: int, channels_last: bool, bfloat16: bool) -> dict:
-    """The median rates of one layout in one type."""
+    """Return a row with the median speed of one layout and data type."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     net = ActorCritic(num_actions).to(device).to(memory_format=layout)

@@ -1,1 +1,1 @@
-"""Environments: the protocol that scripts are written against, and what satisfies it."""
+"""Environments: the protocol that the scripts use, and its implementations."""

@@ -1,18 +1,18 @@
-"""The confounding gridworld: two paths that look alike, and end in the choice that is best on one and ruinous on the other.
+"""The confounding gridworld: two paths look alike, but the best action at the end of one is ruinous at the end of the other.
 
-    #  #  #  #  #  G  #  #        I start            > path: a step right pays 1
-    #  >  >  >  >  !  W  #        @ hazard           ! choice: right pays 1 and leads to W; up pays n / gamma^n above,
-    I  @  #  #  #  F  #  #        # wall               and costs (2 - eps) n / (eps gamma^n) below
-    #  >  >  >  >  !  W  #        G, W, F: the end   (n = 5 here)
+    #  #  #  #  #  G  #  #        I start             > path: right pays 1
+    #  >  >  >  >  !  W  #        @ hazard            ! choice: right pays 1 and leads to W; up pays n / gamma^n on the
+    I  @  #  #  #  F  #  #        # wall                upper path, and costs (2 - eps) n / (eps gamma^n) on the lower one
+    #  >  >  >  >  !  W  #        G, W, F: terminal   (n = 5 here)
     #  #  #  #  #  #  #  #
 
 From the start the agent goes right into the hazard, which drops it on the upper path with probability 1 - eps and on the lower
-one with eps. Up is worth n / gamma^n at the upper choice, but to a representation that merges the two choices it is worth
-(1 - eps) n / gamma^n - (2 - eps) n / gamma^n = -n / gamma^n on average: such an agent learns to shun it.
+one with probability eps. At the upper choice, up pays n / gamma^n. To an agent whose representation merges the two choices, up
+pays (1 - eps) n / gamma^n - (2 - eps) n / gamma^n = -n / gamma^n on average. Such an agent learns to avoid up.
 
-The dynamics are known, so the value of a policy can be computed, not estimated. `build_model` gives them as arrays,
-`policy_value` and `optimal_value` evaluate them. `ConfoundingGridworld` is the environment in JAX that the scripts train on,
-`gymnasium.make("ConfoundingGridworld-v0")` (after importing this module) the same for one agent at a time.
+The dynamics are known, so policies can be evaluated exactly. `build_model` returns the dynamics as arrays; `policy_value` and
+`optimal_value` evaluate them. `ConfoundingGridworld` is the JAX environment that the scripts train on. After importing this
+module, `gymnasium.make("ConfoundingGridworld-v0")` creates the same environment for one agent.
 
 Source: the didactic example of the paper (arXiv 2510.12312).
 """
@@ -32,50 +32,50 @@ ENV_ID = "ConfoundingGridworld-v0"
 ACTIONS = ("up", "down", "left", "right")
 UP, DOWN, LEFT, RIGHT = range(4)
 TIME_LIMIT = 200  # steps
-SIZE = 84  # pixels of a frame, along each axis
+SIZE = 84  # pixels of a frame along each axis
 ROWS = 5
-MAX_N_PATH = SIZE - 3  # a column more, and a frame would leave one out
-MAX_LOG_REWARD = 14.0  # a million: float32 still resolves the other rewards, of 1, beside it
+MAX_N_PATH = SIZE - 3  # with one more column, a frame would have to omit one
+MAX_LOG_REWARD = 14.0  # e^14 is a million: next to it, float32 still resolves the other rewards, which are 1
 BRIGHTNESS = {"#": 50, ">": 100, "!": 100, "@": 180, "I": 120, "W": 200, "G": 220, "F": 220}
 AGENT = 255
-CELL_PIXELS = 16  # of an entry of the policy matrix's picture, along each axis
+CELL_PIXELS = 16  # pixels of an entry of the policy matrix image, along each axis
 
 
 class Model(NamedTuple):
-    """The dynamics, over the S cells that are no walls. Ends lead to themselves and pay nothing."""
+    """The dynamics over the S cells that are not walls. Terminal cells lead to themselves and pay 0."""
 
     probability: Float[np.ndarray, "S A S"]  # of the next cell
     reward: Float[np.ndarray, "S A"]
     terminal: Bool[np.ndarray, " S"]
     coordinates: Int[np.ndarray, "S 2"]  # row and column
-    grid: tuple[str, ...]  # the rows, a letter for each cell as in the head of this file
+    grid: tuple[str, ...]  # the rows, one letter per cell as in the module docstring
     start: int  # index of I
-    choices: tuple[int, int]  # indices of the upper and the lower !
+    choices: tuple[int, int]  # indices of the upper and the lower choice
 
 
 def build_model(n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99) -> Model:
-    """The gridworld's dynamics.
+    """Build the gridworld's dynamics.
 
     Args:
         n_path: n, the column of the choices: a path has n - 1 cells before its choice.
         epsilon: probability that the hazard leads to the lower path.
-        gamma: the discount that the rewards of the choices are made for.
+        gamma: discount factor in the rewards of the choices.
 
     Raises:
-        ValueError: n_path is not between 2 and 81, epsilon not in (0, 1], or gamma not in (0, 1); or the rewards would be too
-            large for float32.
+        ValueError: n_path is not in [2, 81], epsilon not in (0, 1], gamma not in (0, 1), or rewards are too large for float32.
     """
     if not 2 <= n_path <= MAX_N_PATH:
         raise ValueError(f"n_path {n_path}: must lie between 2 and {MAX_N_PATH}")
     if not 0 < epsilon <= 1:
         raise ValueError(f"epsilon {epsilon}: must lie in (0, 1]")
-    if not 0 < gamma < 1:  # with 1, a policy that never leaves a cell has no value
-        raise ValueError(f"gamma {gamma}: must lie between 0 and 1")
+    if not 0 < gamma < 1:  # with gamma 1, a policy that never leaves a cell has no value
+        raise ValueError(f"gamma {gamma}: must lie in (0, 1)")
     n = n_path
     largest = np.log(2 * n) - n * np.log(gamma) - np.log(epsilon)
     if largest > MAX_LOG_REWARD:
         raise ValueError(
-            f"n_path {n}: rewards of up to e^{largest:.0f} with gamma {gamma} and epsilon {epsilon}; choose a smaller one"
+            f"n_path {n}: rewards of up to e^{largest:.0f} (with gamma {gamma}, epsilon {epsilon}) are too large for float32; "
+            "choose a smaller n_path"
         )
     path = "#" + ">" * (n - 1) + "!W#"
     grid = ("#" * n + "G##", path, "I@" + "#" * (n - 2) + "F##", path, "#" * (n + 3))
@@ -84,7 +84,7 @@ def build_model(n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99) -> M
 
     cells = len(coordinates)
     probability = np.zeros((cells, 4, cells))
-    probability[range(cells), :, range(cells)] = 1.0  # whatever is not said below stays put, for nothing
+    probability[range(cells), :, range(cells)] = 1.0  # by default an action stays in its cell and pays 0
     reward = np.zeros((cells, 4))
 
     def leads(cell, action, paid, *outcomes):
@@ -108,18 +108,16 @@ def build_model(n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99) -> M
 
 
 def policy_value(model: Model, policy: Float[Array, "S A"], gamma: float) -> Float[Array, " S"]:
-    """The value of each cell under the policy (action probabilities in each cell), exactly: V = (I - gamma P)^-1 R.
-
-    The time limit is not part of it: a policy is worth what it earns without one. Jittable and differentiable in the policy.
-    """
-    going_on = jnp.asarray(~model.terminal, policy.dtype)[:, None]  # so that ends are worth 0 without rounding
+    """Compute the exact value of each cell under a policy (action probabilities in each cell): V = (I - gamma P)^-1 R. It
+    ignores the time limit. Jittable and differentiable in the policy."""
+    going_on = jnp.asarray(~model.terminal, policy.dtype)[:, None]  # makes the value of terminal cells exactly 0
     probability = jnp.einsum("sa,sat->st", policy, model.probability, precision="highest") * going_on
     reward = jnp.sum(policy * model.reward, axis=1)
     return jnp.linalg.solve(jnp.eye(len(reward)) - gamma * probability, reward)
 
 
 def optimal_value(model: Model, gamma: float) -> Float[np.ndarray, " S"]:
-    """The value of each cell under the best policy, by value iteration until nothing changes by more than 1e-12."""
+    """Compute the value of each cell under the optimal policy, by value iteration until no value changes by more than 1e-12."""
     value = np.zeros(len(model.reward))
     while True:
         previous = value
@@ -129,7 +127,7 @@ def optimal_value(model: Model, gamma: float) -> Float[np.ndarray, " S"]:
 
 
 def frames(model: Model) -> UInt8[np.ndarray, "S 1 84 84"]:
-    """What the agent sees in each cell: the grid drawn to 84 x 84 (nearest neighbours), with itself in it."""
+    """Return the observation in each cell: the grid with the agent in it, scaled to 84 x 84 (nearest neighbor)."""
     columns = len(model.grid[0])
     grid = np.array([[BRIGHTNESS[letter] for letter in row] for row in model.grid], np.uint8)
     drawn = np.repeat(grid[None], len(model.coordinates), axis=0)
@@ -139,25 +137,25 @@ def frames(model: Model) -> UInt8[np.ndarray, "S 1 84 84"]:
 
 
 def enlarged(frame: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "5*H 5*W 3"]:
-    """A gray frame in the size and the colors of a picture."""
+    """Return a gray frame as an RGB image, five times as large."""
     return np.repeat(np.kron(frame, np.ones((5, 5), np.uint8))[..., None], 3, axis=-1)
 
 
 class GridState(NamedTuple):
-    """Where each of B agents is."""
+    """State of B agents."""
 
     cell: Int[Array, " B"]
-    steps: Int[Array, " B"]  # of the running episode
+    steps: Int[Array, " B"]  # taken in the current episode
     over: Bool[Array, " B"]  # the last step ended the episode
     key: jax.Array
     episode: EpisodeStats
 
 
 class ConfoundingGridworld:
-    """The environment in JAX, behind the protocol of `envs.protocol.Env`. Rewards are never clipped.
+    """The environment in JAX, implementing `envs.protocol.Env`. Rewards are never clipped.
 
     Raises:
-        ValueError: as `build_model`.
+        ValueError: see `build_model`.
     """
 
     num_actions = len(ACTIONS)
@@ -173,11 +171,11 @@ class ConfoundingGridworld:
         self.seed = own_seed(seed)
 
     def observe(self, cell: Int[Array, " B"]) -> Num[Array, "B *obs"]:
-        """What agents in the given cells observe, 1 x 84 x 84 bytes each."""
+        """Return the observations of agents in the given cells, 1 x 84 x 84 bytes each."""
         return jnp.asarray(self.frames)[cell]
 
     def reset(self) -> tuple[GridState, Num[Array, "B *obs"]]:
-        """Every agent at the start."""
+        """Put every agent at the start."""
         cell = jnp.full(self.num_envs, self.model.start)
         state = GridState(
             cell,
@@ -189,7 +187,7 @@ class ConfoundingGridworld:
         return state, self.observe(cell)
 
     def step(self, state: GridState, action: Int[Array, " B"]) -> tuple[GridState, Timestep]:
-        """One step of every agent; see `envs.protocol.Timestep`."""
+        """Step every agent; see `envs.protocol.Timestep`."""
         key, draw = jax.random.split(state.key)
         probability = jnp.asarray(self.model.probability, jnp.float32)[state.cell, action]
         valid = ~state.over
@@ -203,28 +201,30 @@ class ConfoundingGridworld:
         return GridState(cell, steps, terminated | truncated, key, episode), timestep
 
     def render(self, state: GridState) -> UInt8[np.ndarray, "H W 3"]:
-        """The frame of the first agent in gray."""
+        """Return the first agent's frame as an RGB image."""
         return enlarged(self.frames[int(state.cell[0]), 0])
 
     def exact_metrics(
         self, policy: Callable[[Num[Array, "S *obs"]], tuple[Float[Array, "S *z"], Float[Array, "S A"]]]
     ) -> dict[str, Array]:
-        """What is known of a policy without playing it.
-
-        `charts/init_value` is the exact value of the start, `charts/representation_distance` the Euclidean distance of the
-        latents of the two choices, `charts/distinct_latents` how many different latents the S cells have, `values/r_c` the
-        exact value of the cell in row r and column c, and `charts/policy_matrix` a picture: a row for each of those cells in
-        order, a column for each action (up, down, left, right), bright for likely.
+        """Compute metrics of a policy from the dynamics, without playing.
 
         Args:
             policy: maps observations to latents and action probabilities.
+
+        Returns:
+            `charts/init_value`: exact value of the start.
+            `charts/representation_distance`: Euclidean distance between the latents of the two choices.
+            `charts/distinct_latents`: number of different latents among the S cells.
+            `values/r_c`: exact value of the cell in row r and column c, for each cell that is not terminal.
+            `charts/policy_matrix`: image, a row per such cell in order, a column per action (see `ACTIONS`); bright is likely.
         """
         z, probabilities = policy(jnp.asarray(self.frames))
         value = policy_value(self.model, probabilities, self.gamma)
         upper, lower = self.model.choices
         flat = z.reshape(len(z), -1)
         same = jnp.all(flat[:, None] == flat[None], axis=-1)
-        first = jnp.argmax(same, axis=1) == jnp.arange(len(z))  # no cell before has the same latent
+        first = jnp.argmax(same, axis=1) == jnp.arange(len(z))  # no earlier cell has the same latent
         matrix = jnp.round(255 * probabilities[~self.model.terminal]).astype(jnp.uint8)
         return {
             "charts/init_value": value[self.model.start],
@@ -240,7 +240,7 @@ class GymConfoundingGridworld(gymnasium.Env):
     """The same environment for one agent, as a Gymnasium environment.
 
     Raises:
-        ValueError: as `build_model`.
+        ValueError: see `build_model`.
     """
 
     metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 4}
@@ -254,19 +254,19 @@ class GymConfoundingGridworld(gymnasium.Env):
         self.cell = self.model.start
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        """Back to the start."""
+        """Put the agent at the start."""
         super().reset(seed=seed)
         self.cell = self.model.start
         return self.frames[self.cell].copy(), {}
 
     def step(self, action: int | np.integer):
-        """One step; the time limit is Gymnasium's wrapper's, as registered."""
+        """Take one step. Gymnasium's wrapper applies the registered time limit."""
         reward = float(self.model.reward[self.cell, action])
         self.cell = int(self.np_random.choice(len(self.model.reward), p=self.model.probability[self.cell, action]))
         return self.frames[self.cell].copy(), reward, bool(self.model.terminal[self.cell]), False, {}
 
     def render(self) -> UInt8[np.ndarray, "H W 3"] | str | None:
-        """The frame in gray, five times as large; or the letters of the grid, with A for the agent."""
+        """Return the frame as an RGB image (`rgb_array`), or the letters of the grid with A for the agent (`ansi`)."""
         if self.render_mode == "rgb_array":
             return enlarged(self.frames[self.cell, 0])
         if self.render_mode == "ansi":

@@ -1,7 +1,7 @@
-"""Stacked frames that are stored once each.
+"""Stacked frames, each stored only once.
 
-An agent sees the last frames of a game, stacked, so that each frame is seen as often as a stack is high. What holds many
-observations (a rollout, a replay buffer) stores it once, and builds stacks where they are looked at.
+An observation is a stack of a game's last frames, so each frame is part of several observations. Rollouts and replay buffers
+store each frame once and build the stacks when they are read.
 """
 
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int8, Num, UInt8
 
-STACK = 4  # frames of a stack
-SMALLEST_FRAME = 36  # pixels along each axis that an image needs for the encoder of frames; what is smaller is a grid of cells
+STACK = 4  # frames per stack
+SMALLEST_FRAME = 36  # pixels along each axis, for the encoder of frames; a smaller image is a grid of cells
 
 
 class Newest(NamedTuple):
-    """What is stored of a stack: its last frame, and how many frames of the same game stand before that one, as far as the
-    stack reaches. (Before a game's first frame stands that frame again.)"""
+    """The stored part of a stack: its newest frame, and `age`: how many other frames of the stack belong to the same game. (The
+    first frame of a game fills the rest of the stack.)"""
 
     frame: UInt8[Array, "*batch H W"]
     age: Int8[Array, "*batch"]
@@ -26,10 +26,10 @@ class Newest(NamedTuple):
 
 @flax.struct.dataclass
 class Stacks:
-    """Observations of T steps of B environments, [T, B, S, H, W], indexed as an array is, by whole numbers or arrays of those:
-    of steps, or of steps and environments.
+    """Observations of T steps of B environments, [T, B, S, H, W].
 
-    `frames` begins S - 1 steps before the first observation: F = T + S - 1.
+    Index them by step, or by step and environment, with integers or integer arrays. `frames` begins S - 1 steps before the
+    first observation, so F = T + S - 1.
     """
 
     frames: UInt8[Array, "F B H W"]
@@ -47,18 +47,18 @@ class Stacks:
         back = jnp.minimum(jnp.arange(before, -1, -1), self.age[t, env][..., None])
         return self.frames[t[..., None] + before - back, env[..., None]]
 
-    __iter__ = None  # Python would go through indices until one raises, and in JAX none does
+    __iter__ = None  # Python would iterate until an index raises, and in JAX none does
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[jnp.arange(len(self))], dtype)
 
     def newest(self) -> Newest:
-        """What to store of them."""
+        """Return what to store of these observations."""
         return Newest(self.frames[len(self.frames) - len(self.age) :], self.age)
 
 
 def observations(first: Num[Array, "B *obs"], kept: Any, last: Any) -> Stacks | Num[Array, "R B *obs"]:
-    """The observations of a rollout: `kept` is what was stored of T of them, `last` of one more, and `first` is the first."""
+    """Return a rollout's R = T + 1 observations, given the `first` one, and what was stored of T (`kept`) and of the `last`."""
     kept = jax.tree.map(lambda x, after: jnp.concatenate([x, after[None]]), kept, last)
     if not isinstance(kept, Newest):
         return kept

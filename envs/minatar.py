@@ -1,10 +1,9 @@
 """MinAtar: five Atari games on a grid of 10 x 10 cells (Young & Tian, 2019), in JAX, by pgx.
 
-The games are the library pgx-minatar's, an extra for its license (GPL-3): `uv run --extra minatar ...`. Their rules are the
-paper's: an action is replaced by the one before with probability 0.1 (sticky actions), a game gets harder as it goes on, the
-agent chooses among the actions that do something, and what it sees is a map of zeros and ones for each kind of object. Ours are
-the convention for ends (`envs.protocol.Timestep`) and a time limit that truncates. docs/minatar.md says where the library
-differs from the original.
+The games come from the library pgx-minatar, an optional extra because of its license (GPL-3): `uv run --extra minatar ...`. An
+action is replaced by the previous one with probability 0.1 (sticky actions), and some games get harder over time. The actions
+are those with an effect in the game. An observation has one binary map per type of object. This module adds the handling of
+episode ends (`envs.protocol.Timestep`) and a time limit that truncates. docs/minatar.md lists differences from the original.
 """
 
 import importlib.util
@@ -23,57 +22,57 @@ COLORS = np.array([
     (0, 0, 0), (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207),
 ], np.uint8)  # fmt: skip
-TIME_LIMIT = 10_000  # steps of an episode; the rules have none, but for Freeway's, which ends with step 2,501
+TIME_LIMIT = 10_000  # steps of an episode; only Freeway has a limit in its rules: it ends with step 2,501
 PACKAGES = ("pgx", "pgx_minatar")
-NEEDED = "needs the packages pgx and pgx-minatar: uv run --extra minatar ..., or pip install both"
+NEEDED = "needs the packages pgx and pgx-minatar; use uv run --extra minatar ..., or pip install both"
 
 
 class Game(NamedTuple):
-    """What the library calls a game, and the range of the rewards of a step."""
+    """The library's name of a game, and the range of its rewards per step."""
 
     name: str
     reward_range: tuple[float, float]
 
 
 GAMES = {
-    "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # no two objects are in one row
+    "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # no two objects share a row
     "Breakout-MinAtar": Game("minatar-breakout", (0.0, 1.0)),
     "Freeway-MinAtar": Game("minatar-freeway", (0.0, 1.0)),
-    # up to 9 for oxygen, or -1 where there is none; at most two bullets fly at a time, here and below
+    # up to 9 for oxygen, or -1 without any; at most two bullets fly at a time, here and below
     "Seaquest-MinAtar": Game("minatar-seaquest", (-1.0, 11.0)),
     "SpaceInvaders-MinAtar": Game("minatar-space_invaders", (0.0, 2.0)),
 }
 
 
 def in_colors(maps: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-    """An observation [H, W, C]: a color for each kind of object, later kinds above earlier ones."""
+    """Draw an observation [H, W, C] with one color per type of object. Later types cover earlier ones."""
     maps = maps.astype(bool)
-    kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last kind; 0 of none
+    kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last type; 0 if none
     return COLORS[kind]
 
 
 def is_installed() -> bool:
-    """Whether the packages of the extra are there."""
+    """Return True if the packages of the extra are installed."""
     return all(importlib.util.find_spec(name) for name in PACKAGES)
 
 
 class MinAtarState(NamedTuple):
-    """B games."""
+    """State of B games."""
 
     game: Any  # the library's state, each array [B, ...]
-    steps: Int[Array, " B"]  # of the running episode
+    steps: Int[Array, " B"]  # taken in the current episode
     over: Bool[Array, " B"]  # the last step ended the episode
     key: jax.Array
     episode: EpisodeStats
 
 
 class MinAtar:
-    """A game, behind the protocol of `envs.protocol.Env`. Rewards are never clipped.
+    """A game that implements `envs.protocol.Env`. Rewards are never clipped.
 
     Args:
         env_id: one of `GAMES`.
-        num_envs: how many games are played together.
-        seed: of what is random in them.
+        num_envs: number of games that step together.
+        seed: seed of the games' randomness.
 
     Raises:
         ImportError: the extra is not installed.
@@ -96,18 +95,18 @@ class MinAtar:
 
     def _start(self, key: jax.Array) -> Any:
         game = jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))
-        # Asterix has an array of no elements, which nothing reads, and which no checkpoint could hold
+        # Asterix has an unused array without elements, which checkpoints cannot store
         return jax.tree.map(lambda x: x if x.size else jnp.zeros(self.num_envs, x.dtype), game)
 
     def reset(self) -> tuple[MinAtarState, UInt8[Array, "B 10 10 C"]]:
-        """A new game in each environment."""
+        """Start a new game in each environment."""
         key, draw = jax.random.split(jax.random.key(self.seed))
         game = jax.jit(self._start)(draw)
         none = jnp.zeros(self.num_envs, jnp.int32), jnp.zeros(self.num_envs, bool)
         return MinAtarState(game, *none, key, EpisodeStats.zeros(self.num_envs)), game.observation.astype(jnp.uint8)
 
     def step(self, state: MinAtarState, action: Int[Array, " B"]) -> tuple[MinAtarState, Timestep]:
-        """One step of every game; see `envs.protocol.Timestep`."""
+        """Step every game; see `envs.protocol.Timestep`."""
         key, draw, draw_start = jax.random.split(state.key, 3)
         valid = ~state.over
         stepped = jax.vmap(self.game.step)(state.game, action, jax.random.split(draw, self.num_envs))
@@ -116,7 +115,7 @@ class MinAtar:
             return jnp.where(valid.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
 
         game = jax.tree.map(choose, stepped, self._start(draw_start))
-        reward = game.rewards[:, 0]  # of a fresh game 0
+        reward = game.rewards[:, 0]  # 0 for a new game
         steps = jnp.where(valid, state.steps + 1, 0)
         terminated = game.terminated
         truncated = (steps == TIME_LIMIT) & ~terminated
@@ -125,9 +124,9 @@ class MinAtar:
         return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
 
     def render(self, state: MinAtarState) -> UInt8[np.ndarray, "160 160 3"]:
-        """The grid of the first game, see `in_colors`."""
+        """Draw the grid of the first game; see `in_colors`."""
         return in_colors(np.asarray(state.game.observation[0])).repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
 
     def exact_metrics(self, policy: Callable) -> dict[str, Array]:
-        """Nothing: a game's dynamics are a program, not a table."""
+        """Return no metrics: a game's dynamics are a program, not a table."""
         return {}

@@ -1,4 +1,4 @@
-"""Every environment there is, by its id."""
+"""All environments, by id."""
 
 from functools import partial
 from typing import Any
@@ -11,42 +11,42 @@ from envs.minatar import MinAtar
 from envs.protocol import Env
 from envs.scan import Halves
 
-UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # of what is played, not trained
+UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # flags for playing, not training
 
 
 def env_ids() -> list[str]:
-    """The ids that `--env-id` takes."""
+    """Return the ids that `--env-id` accepts."""
     return [*atari_ids(), *MINATAR, GRIDWORLD, *CLASSIC]
 
 
 def family(env_id: str) -> str | None:
-    """Of what kind the environment is: atari, minatar, gridworld or classic; None if there is no such id."""
+    """Return the family of an environment: atari, minatar, gridworld or classic. Return None if the id is unknown."""
     for kind, ids in (("minatar", MINATAR), ("gridworld", (GRIDWORLD,)), ("classic", CLASSIC)):
         if env_id in ids:
             return kind
-    return "atari" if env_id.endswith("-v5") and env_id in atari_ids() else None  # which is asked last, for it takes seconds
+    return "atari" if env_id.endswith("-v5") and env_id in atari_ids() else None  # last, because it takes seconds
 
 
 def pays_beyond_one(env_id: str) -> bool:
-    """Whether a step may pay an agent more than 1 or less than -1, where nothing clips it; Atari aside."""
+    """Return True if a reward of the environment can leave [-1, 1]. Return False for Atari, where --reward-clip decides."""
     return env_id == GRIDWORLD or (env_id in MINATAR and MINATAR[env_id].reward_range[1] > 1.0)
 
 
 def atari_protocol(args: Any) -> AtariProtocol:
-    """Sticky actions and no-ops that a run's flags ask for, of Atari alone."""
+    """Return the sticky-action probability and no-op maximum that the flags set (Atari only)."""
     usual = STOCHASTIC if args.stochastic_env else PLAIN
     typed = {name: getattr(args, name) for name in AtariProtocol._fields}
     return usual._replace(**{name: value for name, value in typed.items() if value is not None})
 
 
 def check_gridworld(args: Any) -> None:
-    """Raises ValueError where the gridworld cannot have the size that the flags ask for."""
+    """Raise ValueError if the flags describe an invalid gridworld; see `build_model`."""
     build_model(args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
 
 
 def make_env(args: Any, iteration: int = 0) -> Env:
-    """The environments that a script's flags ask for, of a run that goes on from that iteration. Those that cannot be saved
-    start anew there, with other streams than at the beginning."""
+    """Create the environments that a script's flags describe, for a run that starts or resumes at `iteration`. Environments
+    that cannot be saved restart there, with random streams that differ from the first start."""
     if args.env_id == GRIDWORLD:
         return ConfoundingGridworld(args.num_envs, args.seed, args.gridworld_n_path, args.gridworld_epsilon, args.gamma)
     if args.env_id in MINATAR:

@@ -1,4 +1,4 @@
-"""A policy's steps in environments, inside `jax.lax.scan`."""
+"""Step environments with a policy, inside `jax.lax.scan`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ Act = Callable[[Num[Array, "B *obs"], jax.Array], tuple[Int[Array, " B"], Any]]
 
 
 class Stepped(NamedTuple):
-    """T steps of B environments: what was seen, one observation more than there are steps; what was done there, and what `act`
-    noted; and what came of it (without observations, which are in `obs`)."""
+    """T steps of B environments: the T + 1 observations, the actions, the extra output of `act`, and what each step returned
+    (without its observations, which are in `obs`)."""
 
     obs: Num[Array, "T+1 B *obs"] | Stacks
     action: Int[Array, "T B"]
@@ -27,15 +27,15 @@ class Stepped(NamedTuple):
 def scan_steps(
     act: Act, env: Env, env_state: Any, obs: Num[Array, "B *obs"], keys: jax.Array
 ) -> tuple[Any, Num[Array, "B *obs"], Stepped]:
-    """Takes a step in every environment with each of the T keys.
+    """Step every environment once for each of the T keys.
 
     Args:
-        act: actions for observations, drawn with the key; and what to note of them, arrays [B, ...]. Of `Halves` it acts in
+        act: maps observations and a key to sampled actions and to extra outputs, arrays [B, ...]. With `Halves`, it acts in
             one half at a time.
-        env, env_state, obs: environments, and where they stand.
+        env, env_state, obs: the environments, their state and their current observations.
 
     Returns:
-        Where they stand then, and all steps.
+        The new state and observations, and all steps.
     """
     scan = _scan_halves if isinstance(env, Halves) else _scan
     env_state, last, (kept, action, noted, after) = scan(act, env, env_state, obs, keys)
@@ -43,7 +43,7 @@ def scan_steps(
 
 
 def keep(env: Env, env_state: Any, obs: Num[Array, "B *obs"]) -> Newest | Num[Array, "B *obs"]:
-    """What to store of an observation: of stacked frames the newest."""
+    """Return what to store of an observation: only the newest frame if frames are stacked."""
     return Newest(obs[:, -1], env_state.age) if env.stacks_frames else obs
 
 
@@ -60,22 +60,22 @@ def _scan(act: Act, env: Env, env_state: Any, obs: Num[Array, "B *obs"], keys: j
 
 
 class HalvesState(NamedTuple):
-    """Of each half."""
+    """The states of the two halves."""
 
     first: Any
     second: Any
 
     @property
     def age(self) -> Int8[Array, " B"]:
-        """As in a `FrameState`, where these are."""
+        """`age` of both halves, if they are `FrameState`s."""
         return jnp.concatenate([self.first.age, self.second.age])
 
 
 class Halves:
-    """Two pools as one, so that a policy acts in one while the emulators of the other are at work (`scan_steps`).
+    """Two pools as one environment. In `scan_steps`, the policy acts in one half while the other half's emulators run.
 
     Args:
-        first, second: alike, the first with the first half of the environments.
+        first, second: pools of the same type; each has half of the environments, in order.
     """
 
     def __init__(self, first: Pool, second: Pool):
@@ -84,12 +84,12 @@ class Halves:
             setattr(self, name, getattr(first, name))
 
     def reset(self) -> tuple[HalvesState, Num[Array, "B *obs"]]:
-        """As a pool's."""
+        """See `Pool.reset`."""
         first, second = self.first.reset(), self.second.reset()
         return HalvesState(first[0], second[0]), jnp.concatenate([first[1], second[1]])
 
     def step(self, state: HalvesState, action: Int[Array, " B"]) -> tuple[HalvesState, Timestep]:
-        """As a pool's; both step at once."""
+        """See `Pool.step`. Both halves step at the same time."""
         mine, theirs = jnp.split(action, 2)
         first = self.first.send(in_order(state.first, state.second), mine)
         second = self.second.send(in_order(state.second, first), theirs)
@@ -103,9 +103,9 @@ def _join(first: Any, second: Any, axis: int) -> Any:
 
 
 def _scan_halves(act: Act, env: Halves, env_state: Any, obs: Num[Array, "B *obs"], keys: jax.Array) -> tuple[Any, Array, tuple]:
-    """Half a step is ahead: while the policy acts in one half, the other's emulators do what it chose for them before. One
-    handle goes through all calls, so that none can be moved: send first, receive second, send second, receive first, and again.
-    The state of the half that was called last has it."""
+    """`_scan` with the halves half a step apart: while the policy acts in one half, the emulators of the other half run. One
+    handle passes through all calls and fixes their order: send first, receive second, send second, receive first, and so on.
+    The state of the half that was called last holds the handle."""
     first, second = env.first, env.second
     keys = jax.vmap(jax.random.split)(keys)
 
@@ -117,7 +117,7 @@ def _scan_halves(act: Act, env: Halves, env_state: Any, obs: Num[Array, "B *obs"
         state, after = pool.receive(in_order(state, earlier))
         return state, after.obs, (*begun, after._replace(obs=None))
 
-    def half_step(carry, key):  # of the second, whose observations wait; then the first's are there
+    def half_step(carry, key):  # act in the second half, then wait for the first half's observations
         a, begun, b, obs = carry
         b, begun_too = send(second, b, obs, key)
         a, obs, step = receive(first, a, b, begun)

@@ -1,14 +1,14 @@
-"""The algorithms on the confounding gridworld: the exact value of the policy over the steps, for many seeds.
+"""Compare the algorithms on the confounding gridworld: the exact value of the policy during training, over many seeds.
 
     uv run experiments/confounding_gridworld.py --output docs/confounding_gridworld
 
-trains PPO, DeepMDP and Deep SPI (or what --algorithms names) from every seed, and writes a figure (.png) and its numbers
-(.json): the exact value of the start, and the distance of the latents of the two choices, mean and 95% confidence interval over
-the seeds.
+The script trains PPO, DeepMDP and Deep SPI (or the given --algorithms) with every seed. It writes a figure (.png) and its data
+(.json): the exact value of the start state, and the distance between the latents of the two choices, as mean and 95% confidence
+interval over seeds.
 
-The runs are those of `python deep_spi.py --env-id=ConfoundingGridworld-v0 ...` with the flags printed first, but for one short
-cut: there are only S different observations, so the encoder is evaluated once for each and its latents are looked up. The
-algorithm, its parameters and its random numbers are the same (a test compares the two).
+The runs equal those of `python deep_spi.py --env-id=ConfoundingGridworld-v0 ...` with the printed flags, except for a shortcut:
+there are only S different observations, so the encoder is evaluated once for each of them and the latents are looked up. The
+algorithm, parameters and random numbers are the same (a test compares the two).
 """
 
 import json
@@ -21,10 +21,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int, UInt8
+from matplotlib.figure import Figure
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -44,11 +44,9 @@ from envs.confounding_gridworld import (  # noqa: E402
     policy_value,
 )
 from envs.registry import make_env  # noqa: E402
+from experiments.study.figures import styled  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 OF_DREAMS = ("dream_learning_rate", "dream_heads_learning_rate", "dream_actor_after")
 SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi, "DreamSPI": dream_spi}
@@ -57,56 +55,56 @@ VALUE, DISTANCE, DISTINCT = "charts/init_value", "charts/representation_distance
 
 @dataclass
 class Args:
-    """Flags of the benchmark. All but the first three go to the scripts."""
+    """Compare the algorithms on the confounding gridworld. All but the first three flags are passed to the scripts."""
 
     output: str = "confounding_gridworld"
-    """where the figure (.png) and its numbers (.json) go"""
+    """path of the figure (.png) and its data (.json), without an extension"""
     seeds: tuple[int, ...] = tuple(range(101, 111))
-    """seeds of each algorithm; the setting was searched on seeds 1, 2 and 3"""
+    """seeds of each algorithm; the hyperparameters were tuned on seeds 1, 2 and 3"""
     algorithms: tuple[str, ...] = ("PPO", "DeepMDP", "Deep SPI")
-    """which of PPO, DeepMDP, Deep SPI, DreamSPI"""
+    """algorithms to train, of PPO, DeepMDP, Deep SPI, DreamSPI"""
     latent: Literal["categorical", "continuous"] = "categorical"
-    """of all algorithms"""
+    """type of latent, for all algorithms"""
     num_categories: int = 2
-    """variables of the categorical code"""
+    """number of variables of a categorical latent"""
     num_classes: int = 4
-    """classes of each"""
+    """number of classes of each variable"""
     transition_loss_coef: float = 0.01
-    """c_P"""
+    """c_P: weight of the transition loss"""
     reward_loss_coef: float = 0.1
-    """c_R"""
+    """c_R: weight of the reward loss"""
     dream_learning_rate: float = 1e-3
-    """DreamSPI's learning rate of encoder and world model"""
+    """DreamSPI: learning rate of the encoder and the world model"""
     dream_heads_learning_rate: float = 1e-4
-    """DreamSPI's learning rate of actor and critic"""
+    """DreamSPI: learning rate of the actor and the critic"""
     dream_actor_after: int = 40_000
-    """steps for which DreamSPI's actor waits for the model"""
+    """DreamSPI: environment steps before the actor starts to learn"""
     total_timesteps: int = 204_800
-    """steps of each run"""
+    """environment steps of each run"""
     gridworld_n_path: int = 5
-    """size of the gridworld"""
+    """size of the gridworld: the column of the two choices"""
     gridworld_epsilon: float = 0.2
     """probability of the lower path"""
 
 
 class OncePerCell:
-    """The encoder, for observations that are indices of cells: evaluated once for each cell there is."""
+    """An encoder for observations that are cell indices. It is evaluated once per cell."""
 
     def __init__(self, encoder: Any, frames: Array):
         self.encoder, self.frames = encoder, frames
 
     def init_with_output(self, key: Array, cell: Int[Array, " N"]) -> tuple[Float[Array, "N *z"], Any]:
-        """As the encoder's: the same parameters for the same key."""
+        """Return the latents of the cells, and the parameters that the encoder itself gets from the same key."""
         z, params = self.encoder.init_with_output(key, self.frames)
         return z[cell], params
 
     def apply(self, params: Any, cell: Int[Array, " N"]) -> Float[Array, "N *z"]:
-        """The latents of the cells."""
+        """Return the latents of the cells."""
         return self.encoder.apply(params, self.frames)[cell]
 
 
 def script_args(name: str, args: Args) -> Any:
-    """The flags of the script `name`."""
+    """Return the flags of the script `name`."""
     ours = ("output", "seeds", "algorithms", *OF_DREAMS)
     flags = {key: value for key, value in vars(args).items() if key not in ours}
     if name == "DreamSPI":
@@ -119,7 +117,7 @@ def script_args(name: str, args: Args) -> Any:
 
 
 def make_cells(args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84"]]:
-    """A script's environment, with the index of its cell for each observation, and the observations by index."""
+    """Return a script's environment with cell indices as observations, and the frame of each index."""
     env = make_env(args)
     frames = jnp.asarray(env.frames)
     env.frames = np.arange(len(frames))
@@ -127,14 +125,14 @@ def make_cells(args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84
 
 
 def train(name: str, args: Args) -> dict[str, np.ndarray]:
-    """Trains from every seed. Returns metrics of every iteration, [seeds, iterations], and the steps after each."""
+    """Train with every seed. Return the metrics of every iteration, [seeds, iterations], and the steps after each."""
     script, flags = SCRIPTS[name], script_args(name, args)
     check_flags(flags)
     env, frames = make_cells(flags)
     agent, optimizer = script.make_agent(flags, env.num_actions), script.make_optimizer(flags)
     agent = agent._replace(encoder=OncePerCell(agent.encoder, frames))
     steps_per_iteration = flags.num_envs * flags.num_steps
-    row = np.cumsum(~env.model.terminal) - 1  # of each cell in the policy matrix
+    row = np.cumsum(~env.model.terminal) - 1  # row of each cell in the policy matrix
 
     @jax.jit
     def run(state):
@@ -155,14 +153,15 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the seeds (axis 0), and half the width of its 95% confidence interval (Student's t)."""
+    """Return the mean over seeds (axis 0) and the half-width of its 95% confidence interval (Student's t)."""
     n = len(values)
     return values.mean(axis=0), stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
 
 
 def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, right: float) -> None:
-    """The figure: exact start values above, representation distances beneath; thin lines are single seeds."""
-    figure, (above, beneath) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
+    """Draw the exact values of the start state above the distances between latents; thin lines are single seeds."""
+    figure = Figure(figsize=(7, 5.5))
+    above, beneath = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, curve in curves.items():
         for axes, key in ((above, VALUE), (beneath, DISTANCE)):
             mean, half = interval(curve[key])
@@ -171,20 +170,20 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
             axes.plot(curve["steps"], curve[key].T, color=line.get_color(), alpha=0.35, linewidth=0.6)
     for value, what in ((optimum, "optimum"), (right, "always right")):
         above.axhline(value, color="gray", linestyle=":")
-        above.annotate(f"{what}, {value:.2f}", (0, value), va="bottom", color="gray")
-    above.set(ylabel="exact value of the start")
+        above.text(1.01, value, f"{what}, {value:.2f}", transform=above.get_yaxis_transform(), va="center", color="gray")
+    above.set(ylabel="exact value of the start state")
     above.legend(loc="lower right")
-    beneath.set(xlabel="environment steps", ylabel="distance of the\nchoices' latents")
-    figure.savefig(f"{args.output}.png", dpi=120, bbox_inches="tight")
+    beneath.set(xlabel="environment steps", ylabel="distance between the\nchoices' latents")
+    figure.savefig(f"{args.output}.png", dpi=120, metadata={"Software": None})
 
 
 def main(args: Args) -> None:
-    """Trains, draws, and writes."""
+    """Train the algorithms, draw the figure, and write the data."""
     unknown = set(args.algorithms) - set(SCRIPTS)
     require(not unknown, f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
     require(len(args.algorithms) > 0, "--algorithms: name at least one")
     seeds = set(args.seeds)
-    require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name two or more, all different, of 0 or more")
+    require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name at least two distinct, nonnegative seeds")
     if args.latent == "continuous":
         refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
     if "DreamSPI" not in args.algorithms:
@@ -212,8 +211,8 @@ def main(args: Args) -> None:
         print(
             f"{command}\n"
             f"  final value: median {np.median(final):.3f}, mean {mean:.3f} +- {half:.3f}, "
-            f"from {final.min():.3f} to {final.max():.3f}; medians: distance {distance:.2f}, {distinct:.0f} codes, "
-            f"up with probability {up[0]:.2f} above, {up[1]:.2f} below; {seconds:.0f} s a seed",
+            f"from {final.min():.3f} to {final.max():.3f}; medians: distance {distance:.2f}, {distinct:.0f} distinct latents, "
+            f"P(up) {up[0]:.2f} above, {up[1]:.2f} below; {seconds:.0f} s per seed",
             flush=True,
         )
         summary[name] = {
@@ -227,8 +226,9 @@ def main(args: Args) -> None:
             for key in (VALUE, DISTANCE, DISTINCT, "up, above", "up, below")
             for m, h in [interval(curves[name][key])]
         }
-    draw(curves, args, float(optimum), float(right))
-    # a line for each algorithm and each curve: indented, every number would stand on a line of its own
+    with styled():
+        draw(curves, args, float(optimum), float(right))
+    # one line per curve; json.dumps with an indent puts every number on its own line
     lines = [
         f'"{name}": {{\n' + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items()) + "\n}"
         for name, of in summary.items()

@@ -1,10 +1,10 @@
-"""Deep SPI on the confounding gridworld, with and without enforcement: exact returns, and at every update the true improvement
-against what the bound of docs/guarantees.md promises.
+"""Check Deep SPI's guarantee (docs/guarantees.md) on the confounding gridworld, with and without --enforce-neighborhood: exact
+returns, and the true improvement of every update next to the improvement that the bound promises.
 
     uv run experiments/guarantees.py --output docs/guarantees_gridworld
 
-trains with the setting of `experiments/confounding_gridworld.py`, and writes a figure (.png) and its numbers (.json).
-Environment and latent model are small tables here (2 variables with 4 classes make 16 codes), so all terms are exact.
+The script trains with the hyperparameters of `experiments/confounding_gridworld.py` and writes a figure (.png) and its data
+(.json). All terms are exact, because environment and latent model are small tables (2 variables of 4 classes give 16 codes).
 """
 
 import json
@@ -17,14 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import deep_spi  # noqa: E402
 from experiments import confounding_gridworld as gridworld  # noqa: E402
+from experiments.study.figures import styled  # noqa: E402
 from utils.guarantees.bounds import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
 from utils.guarantees.tabular import (  # noqa: E402
     Tables,
@@ -40,33 +41,30 @@ from utils.guarantees.tabular import (  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
 MODES = ("none", "early_stop", "backtrack")
 VALUE = "charts/init_value"
 
 
 @dataclass
 class Args:
-    """Flags of the benchmark."""
+    """Check Deep SPI's improvement guarantee on the confounding gridworld."""
 
     output: str = "guarantees_gridworld"
-    """where the figure (.png) and its numbers (.json) go"""
+    """path of the figure (.png) and its data (.json), without an extension"""
     seeds: tuple[int, ...] = tuple(range(101, 106))
-    """seeds of each mode; the bound is computed for all of them and drawn for the first"""
+    """seeds of each enforcement mode; the bound is computed for all of them and drawn for the first"""
     total_timesteps: int = 204_800
-    """steps of each run"""
+    """environment steps of each run"""
 
 
 def words(flags: Any) -> np.ndarray:
-    """All codes that the latent can take, [Z, V, C], one-hot."""
+    """Return all codes of the categorical latent, one-hot, [Z, V, C]."""
     indices = np.indices((flags.num_classes,) * flags.num_categories).reshape(flags.num_categories, -1).T
     return np.eye(flags.num_classes, dtype=np.float32)[indices]
 
 
 def as_tables(params: Any, agent: Any, cells: int, codes: np.ndarray, num_actions: int) -> dict[str, jax.Array]:
-    """The code of each cell [S], and for each code the policy [Z, A], the next code [Z, A, Z] and the reward [Z, A]."""
+    """Return the code of each cell [S], and for each code the policy [Z, A], next codes [Z, A, Z] and rewards [Z, A]."""
     z = agent.encoder.apply(params.encoder, jnp.arange(cells))
     code = jnp.argmax(jnp.einsum("svc,zvc->sz", z, codes), axis=1)
     everywhere = jnp.repeat(jnp.asarray(codes), num_actions, axis=0)
@@ -82,7 +80,7 @@ def as_tables(params: Any, agent: Any, cells: int, codes: np.ndarray, num_action
 
 
 def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any]:
-    """Trains from every seed. Returns metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
+    """Train with every seed. Return metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
     setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
     flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighborhood=mode)
     check_flags(flags)
@@ -110,9 +108,9 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
 
 
 def with_end(tables: dict[str, np.ndarray], real: Tables, alive: np.ndarray, often: np.ndarray, low: float, high: float):
-    """The latent model as tables, its policy, and the latent of each state; all with an end.
+    """Return the latent of each state, the latent model as tables, and its policy, all with an end state added.
 
-    Deep SPI's model does not say when an episode ends. Here it is told: of each code and action the share of visits that ended.
+    Deep SPI's model does not predict termination. Here it gets the exact fraction of visits that end, for each code and action.
     """
     codes = len(tables["policy"])
     phi = np.append(tables["phi"][alive], codes)
@@ -128,7 +126,7 @@ def with_end(tables: dict[str, np.ndarray], real: Tables, alive: np.ndarray, oft
 
 
 def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str, np.ndarray]:
-    """For each update of one run: the true improvement, the latent model's, and zeta in both forms."""
+    """Return the improvement of each update of a run in the environment and in the latent model, and the terms of the bound."""
     model = env.model
     real = of_environment(model.probability, model.reward, model.terminal, model.start)
     alive, span = np.flatnonzero(~model.terminal), value_span(env.reward_range, gamma)
@@ -167,32 +165,31 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
 
 
 def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
-    """Exact values of all runs above; beneath, of the first seed, what each update did and what was promised."""
-    figure, (above, *beneath) = plt.subplots(1 + len(MODES), 1, figsize=(7, 11), sharex=True)
+    """Draw the exact values of all runs on top, and below the true and promised improvements of the first seed's updates."""
+    figure = Figure(figsize=(7, 10))
+    above, *beneath = figure.subplots(1 + len(MODES), 1, sharex=True)
     for mode, metrics in curves.items():
         values = metrics[VALUE]
         steps = np.linspace(0, args.total_timesteps, values.shape[1] + 1)[1:]
         (line,) = above.plot(steps, values.mean(axis=0), label=mode)
         above.plot(steps, values.T, color=line.get_color(), alpha=0.3, linewidth=0.6)
-    above.set(ylabel="exact value of the start")
+    above.set(ylabel="exact value of the start state")
     above.legend(title="--enforce-neighborhood")
     for axes, mode in zip(beneath, MODES, strict=True):
         of = bounds[mode][0]
         axes.plot(steps, of["improvement"], ".", markersize=3, label="true improvement")
-        axes.plot(steps, of["latent improvement"], ".", markersize=2, label="the latent model's")
-        axes.plot(steps, of["promised"], linewidth=0.8, label="promised: the latent model's, less zeta")
+        axes.plot(steps, of["latent improvement"], ".", markersize=2, label="improvement in the latent model")
+        axes.plot(steps, of["promised"], linewidth=0.8, label="promised: latent improvement minus zeta")
         axes.set_yscale("symlog", linthresh=1e-2)
         axes.set(ylabel=mode)
     beneath[0].legend(fontsize="small")
     beneath[-1].set(xlabel="environment steps")
-    figure.savefig(f"{args.output}.png", dpi=110, bbox_inches="tight")
+    figure.savefig(f"{args.output}.png", dpi=110, metadata={"Software": None})
 
 
 def main(args: Args) -> None:
-    """Trains, computes, draws and writes."""
-    require(
-        len(set(args.seeds)) == len(args.seeds) > 0 and min(args.seeds) >= 0, "--seeds: name some, all different, of 0 or more"
-    )
+    """Train with every mode, compute the bounds, and write the figure and the data."""
+    require(len(set(args.seeds)) == len(args.seeds) > 0 and min(args.seeds) >= 0, "--seeds: name distinct, nonnegative seeds")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     print(describe_device())
     curves, bounds, summary = {}, {}, {}
@@ -218,8 +215,9 @@ def main(args: Args) -> None:
             "medians": {name: float(np.median(of[name])) for name in of if name != "violated"},
         }
         line = {k: v for k, v in summary[mode].items() if k != "medians"}
-        print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s a seed", flush=True)
-    draw(curves, bounds, args)
+        print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s per seed", flush=True)
+    with styled():
+        draw(curves, bounds, args)
     device = describe_device().splitlines()[0].removeprefix("device: ")
     curve = {mode: [[round(float(v), 3) for v in run] for run in m[VALUE]] for mode, m in curves.items()}
     lines = [f'"{mode}": {json.dumps(summary[mode])},\n"{mode}, values": {json.dumps(curve[mode])}' for mode in MODES]

@@ -1,14 +1,14 @@
-"""Compares runs: learning curves of each game, aggregates over games, and what is missing.
+"""Compare runs: learning curves for each game, aggregates over games, and a list of missing runs.
 
     uv run experiments/report.py runs/study --output docs/study
     uv run experiments/report.py runs/*__ppo__* runs/*__deep_spi__* scores.csv wandb:my-team/deep-spi --output breakout
 
-reads folders of runs, of studies, tables that it or experiments/seeds.py has written, projects of Weights & Biases, and writes
-`OUTPUT.html`, one page with all, `OUTPUT.md` with its pictures beside it, `OUTPUT.csv`, the returns of all runs, which it can
-read again, and `OUTPUT_scores.csv`, the final score of each. The same command on the same runs writes the same bytes.
+The inputs are folders of runs or of studies, tables written by this script or experiments/seeds.py, and Weights & Biases
+projects. The outputs are `OUTPUT.html`, one self-contained page; `OUTPUT.md` and its figures; `OUTPUT.csv`, the returns of all
+runs, which can be an input again; and `OUTPUT_scores.csv`, the final scores. The same command writes the same bytes.
 
-A final score is the mean over the episodes that ended in the last part of training. Intervals are 95%: over games by the
-stratified bootstrap (Agarwal et al., 2021), of a curve by Student's t over seeds.
+The final score of a run is the mean over the episodes that ended in the last part of training. All intervals are 95%
+intervals: by stratified bootstrap over games (Agarwal et al., 2021), and by Student's t over seeds for learning curves.
 """
 
 import sys
@@ -46,37 +46,37 @@ from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.statistics import RESAMPLINGS  # noqa: E402
 
-SIZE = (3.6, 2.7)  # of a drawing, in inches
+SIZE = (3.6, 2.7)  # of a subplot, in inches
 
 
 @dataclass
 class Args:
-    """Flags of the report."""
+    """Compare runs and write a report."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """folders of runs or of studies, tables (.csv), projects of W&B (wandb:entity/project)"""
+    """folders of runs or of studies, tables (.csv), W&B projects (wandb:entity/project)"""
     output: Path = Path("report")
-    """where it goes: the path without an ending"""
+    """path of the output files, without an extension"""
     title: str = "Comparison of runs"
-    """the heading"""
+    """heading of the report"""
     metric: str = "charts/episodic_return"
-    """what is compared; of the gridworld charts/init_value is the exact value of the policy"""
+    """metric to compare; on the gridworld, charts/init_value is the exact value of the policy"""
     points: int = 40
-    """stretches of a run that have a point each on a curve, and a row each in the table"""
+    """number of equal bins of steps in a run; each bin is a point of its curve and a row of the table"""
     last: float = 0.05
-    """the share of a run, at its end, whose episodes make its final score, in whole stretches"""
+    """final fraction of a run whose episodes count for its final score, rounded to whole bins"""
     scale: Scale | None = None
-    """common scale of the games; if not given human where that is known, or min-max (against: shares of --against's mean)"""
+    """common score scale (default: human if known for all games, else min-max); against divides by the mean of --against"""
     against: str | None = None
-    """the algorithm that others are said to improve on; if not given the first, ppo"""
+    """reference for the probability of improvement and --scale against (default: the first algorithm, usually ppo)"""
     seed: int = 0
-    """of the bootstrap"""
+    """seed of the bootstrap"""
     allow_incomplete: bool = False
-    """aggregate although runs are missing or not finished; the figures say so"""
+    """compute aggregates even if runs are missing or unfinished, with a warning on their figures"""
 
 
 def score_table(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray]) -> Table:
-    """Mean and standard deviation over seeds of the final scores, game by game."""
+    """Return a table of the final scores: mean and standard deviation over seeds, one row per game."""
 
     def cell(scores):
         if not len(scores):
@@ -89,20 +89,18 @@ def score_table(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray]) 
 
 
 def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str, beside: str) -> tuple[Section, bytes]:
-    """Aggregates over games, as texts and as a picture."""
+    """Return the section on aggregates over games, and its figure as PNG."""
     returns = args.metric == Args.metric
     scale = args.scale or (usual_scale(comparison) if returns else "min-max")
-    require(
-        returns or scale in ("min-max", "against"), f"--scale {scale}: is one of returns, and --metric asks for another number"
-    )
+    require(returns or scale in ("min-max", "against"), f"--scale {scale}: applies to returns only; choose min-max or against")
     against = args.against or comparison.algorithms[0]
-    require(against in comparison.algorithms, f"--against {against}: is none of {', '.join(comparison.algorithms)}")
+    require(against in comparison.algorithms, f"--against {against}: choose from {', '.join(comparison.algorithms)}")
     found = aggregate(normalized(comparison, raw, scale, against), scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:
-        draws.append(figures.intervals(comparison, found.improvement, f"probability of improvement on {against}", 0.5))
-    single = len(comparison.seeds) == 1  # which says nothing of other seeds
+        draws.append(figures.intervals(comparison, found.improvement, f"probability of improvement over {against}", 0.5))
+    single = len(comparison.seeds) == 1  # one seed gives no interval over seeds
     shown = lambda value, low, high: f"{value:.3f}" + f" [{low:.3f}, {high:.3f}]" * (not single)  # noqa: E731
     rows = [[name, *(shown(*values[name]) for values in found.statistics.values())] for name in comparison.algorithms]
     head = ["", *found.statistics]
@@ -110,22 +108,22 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
         head.append(f"P(better than {against})")
         rows = [[*row, shown(*found.improvement[row[0]]) if row[0] in found.improvement else "-"] for row in rows]
     svgs = [figures.svg(draw, SIZE, "aggregate", note) for draw in draws]
-    words = f"Scale {scale}: {SCALES[scale]}. {RESAMPLINGS:,} resamplings, seed {args.seed}. Optimality gap: lower is better."
+    words = f"Scale {scale}: {SCALES[scale]}. {RESAMPLINGS:,} resamples, seed {args.seed}. Optimality gap: lower is better."
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_aggregates.png", "aggregates")
-    section = Section("Over all games", [words, drawn, Table([head, *rows])])
+    section = Section("Aggregates", [words, drawn, Table([head, *rows])])
     return section, figures.png(comparison, draws, SIZE, 3, note)
 
 
 def main(args: Args) -> None:
-    """Reads, compares and writes."""
-    require(len(args.runs) > 0, "no runs: name folders of runs, of studies, or tables of them")
+    """Read the runs, compare them, and write the report."""
+    require(len(args.runs) > 0, "no runs: name folders of runs or of studies, tables, or W&B projects")
     require(args.points > 0, f"--points {args.points}: must be at least 1")
     require(0 < args.last <= 1, f"--last {args.last}: must be above 0, and at most 1")
-    require(args.output.name not in ("", ".."), f"--output {args.output}: names no file; give a name, without an ending")
-    require(args.output.parent.is_dir(), f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    require(args.output.name not in ("", ".."), f"--output {args.output}: is not a file name; give a name without an extension")
+    require(args.output.parent.is_dir(), f"--output {args.output}: folder {args.output.parent} does not exist; create it first")
     for table in (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv")):
         read = [source for source in args.runs if Path(source).expanduser().resolve() == table.resolve()]
-        require(not read, f"--output {args.output}: would replace {table}, which is read; choose another name")
+        require(not read, f"--output {args.output}: would overwrite {table}, which is an input; choose another name")
     runs, problems, planned = read_runs(args.runs, args.metric)
     for problem in problems:
         print(f"*** {problem} ***")
@@ -133,7 +131,7 @@ def main(args: Args) -> None:
     last = max(1, round(args.last * args.points))
     raw = raw_scores(comparison, args.points, last)
     missing = comparison.missing + [line for line in problems if line.endswith(LEFT_OUT)]
-    incomplete = f"{len(missing)} runs are missing, not finished or left out"
+    incomplete = f"{len(missing)} runs are missing, unfinished or skipped"
     note = incomplete if missing else ""
     beside = args.output.name
     written: dict[str, bytes] = {}
@@ -143,21 +141,21 @@ def main(args: Args) -> None:
     svgs = [figures.svg(draw, SIZE, env_id) for draw, env_id in zip(draws, comparison.env_ids, strict=True)]
     written["_curves.png"] = figures.png(comparison, draws, SIZE, 3)
     share = f"{last / args.points:.3g}"
-    sections = [Section("", [Warned(f"{incomplete}: see below.")] if missing else [])]
+    sections = [Section("", [Warned(f"{incomplete}; see the list below.")] if missing else [])]
     if not missing or args.allow_incomplete:
         section, written["_aggregates.png"] = aggregate_sections(args, comparison, raw, note, beside)
         sections.append(section)
     else:
-        sections.append(Section("Over all games", [Warned("No aggregates: the grid is incomplete (--allow-incomplete).")]))
-        args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # of an earlier report
-    words = f"Mean and 95% interval over seeds; {args.metric}, {args.points} stretches."
+        sections.append(Section("Aggregates", [Warned("No aggregates: the grid is incomplete (see --allow-incomplete).")]))
+        args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # from an earlier report
+    words = f"Mean and 95% interval over seeds of {args.metric}, in {args.points} bins of steps."
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_curves.png", "learning curves")
     sections += [
         Section("Learning curves", [words, drawn]),
         Section(
             "Final scores",
             [
-                f"Mean over the last part of training ({share}), then mean ± standard deviation over finished runs (number).",
+                f"Score: mean over the final {share} of a run. Cells: mean ± standard deviation over finished runs (count).",
                 score_table(comparison, raw),
             ],
         ),
@@ -166,11 +164,11 @@ def main(args: Args) -> None:
     if lines:
         sections.append(
             Section(
-                "Missing",
-                [Table([["run", "what is missing"], *(list(line.partition(": ")[::2]) for line in lines)])],
+                "Missing and damaged runs",
+                [Table([["run", "problem"], *(list(line.partition(": ")[::2]) for line in lines)])],
             )
         )
-    sections.append(Section("Made by", [Code(f"uv run {shlex.join(sys.argv)}")]))
+    sections.append(Section("Command", [Code(f"uv run {shlex.join(sys.argv)}")]))
 
     scores = []
     for (name, env_id), values in raw.items():
@@ -189,7 +187,7 @@ def main(args: Args) -> None:
     if missing and not args.allow_incomplete:
         for line in missing:
             print(f"missing: {line}")
-        fail(f"{incomplete}: no aggregates; finish them, or add --allow-incomplete", 1)
+        fail(f"{incomplete}, so nothing was aggregated; finish the runs, or add --allow-incomplete", 1)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""What the latents of trained runs are like, and what their world models know: where a world model helps, and where it hurts.
+"""Measure the latents and world models of trained runs: where a world model helps, and where it hurts.
 
     uv run experiments/representations.py runs/minatar --output representations.csv
 
-reads the final networks of runs (folders of runs, or of studies), lets them play, and measures on the last steps
+The script reads finished runs (folders of runs or of studies), lets their final networks act, and measures on the last steps:
 
-- `effective_rank` of the latents: how many directions they use (Roy & Vetterli, 2007);
-- `dormant`: the share of their units that are silent nearly everywhere (Sokar et al., 2023);
-- `probe`: the share of the variance of what is observed (of frames the newest, 12 x 12) that can be read off latents linearly,
-  in environments in which nothing was fitted;
-- `moves`: the mean square by which a latent moves in a step, over the latents' variance;
-- `transition_skill`: 1 - (squared error of the predicted mean) / (squared movement): 1 right, 0 no better than no movement;
-- `noise`: the share of a sample's squared error that its noise makes;
-- `reward_r2`: the share of the rewards' variance that the reward network explains;
-- `model_loss`, `model_loss_std`: mean and deviation of c_R l_R + c_P l_P over transitions, which Deep SPI takes off advantages
-  of deviation 1;
-- `gradient_share`: the length of what these losses add to the encoder's gradient, over that of all else in it.
+- `effective_rank` of the latents: the number of directions that they use (Roy & Vetterli, 2007);
+- `dormant`: the fraction of latent units with almost no activity (Sokar et al., 2023);
+- `probe`: the fraction of the variance of observations (of frames, the newest at 12 x 12) that a linear map of the latents
+  explains, in environments that were not used to fit the map;
+- `moves`: the mean squared change of a latent in one step, divided by the latents' variance;
+- `transition_skill`: 1 - (squared error of the predicted mean) / (squared change): 1 is perfect, 0 equals predicting no change;
+- `noise`: the fraction of a predicted sample's squared error that is due to sampling noise;
+- `reward_r2`: the fraction of the rewards' variance that the reward network explains;
+- `model_loss`, `model_loss_std`: mean and standard deviation of c_R l_R + c_P l_P over transitions; Deep SPI subtracts this
+  loss from advantages of standard deviation 1;
+- `gradient_share`: the norm of these losses' gradient in the encoder, divided by the norm of the other losses' gradient.
 
-Steps that are no transitions count nowhere. Means over seeds are printed; the table has a row for each run, and an empty cell
-where the steps do not tell (rewards that were all the same) or a run has no world model.
+Reset steps are excluded. Means over seeds are printed. The table has one row per run; a cell is empty if the run has no world
+model or the steps do not determine the measure (for example, all rewards are equal).
 """
 
 import sys
@@ -55,29 +55,29 @@ from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
 
 MEASURES = ("effective_rank", "dormant", "probe", "moves", "transition_skill", "noise", "reward_r2")
 MEASURES += ("model_loss", "model_loss_std", "gradient_share")
-NEEDED = ("TrainState", "rollout", "compute_gae", "gather")  # of a script
+NEEDED = ("TrainState", "rollout", "compute_gae", "gather")  # functions and classes of a script
 
 
 @dataclass
 class Args:
-    """Flags of the measurement."""
+    """Measure the latents and world models of trained runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of runs or of studies"""
     output: Path = Path("representations.csv")
-    """the table"""
+    """path of the table (.csv), one row per run"""
     num_envs: int = 64
-    """environments that play at once"""
+    """number of parallel environments"""
     num_steps: int = 128
-    """steps of each that are measured"""
+    """measured steps per environment"""
     skip: int = 2000
-    """steps of each before them, so that games are at different places"""
+    """steps per environment to discard first, so that games are at different stages"""
     seed: int = 1
-    """of environments and draws; those of training are others whatever it is"""
+    """seed of environments and sampling; the random numbers differ from those of training for every seed"""
 
 
 def play(script: ModuleType, run: LoadedRun, skip: int, key: jax.Array) -> Any:
-    """A rollout of the run's policy, after so many steps, or a few more, that are thrown away."""
+    """Return a rollout of the run's policy, after discarding `skip` steps (rounded up to whole rollouts)."""
     env_state, obs = run.env.reset()
     state = script.TrainState(**dict.fromkeys(script.TrainState._fields))
     state = state._replace(params=run.params, env_state=env_state, obs=obs, key=key)
@@ -90,9 +90,9 @@ def play(script: ModuleType, run: LoadedRun, skip: int, key: jax.Array) -> Any:
 def measure_model(
     script: ModuleType, run: LoadedRun, steps: Any, z: Float[Array, "T+1 B *z"], key: jax.Array
 ) -> dict[str, float | None]:
-    """Of the world model, on the steps of a rollout."""
+    """Return the measures of the world model on the steps of a rollout."""
     args, agent = run.args, run.agent
-    loss_fn = getattr(script, "loss_fn", deep_spi.loss_fn)  # which DreamSPI takes for real data
+    loss_fn = getattr(script, "loss_fn", deep_spi.loss_fn)  # DreamSPI uses Deep SPI's on real data
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     now, after, action, reward, valid = map(flat, (z[:-1], z[1:], steps.action, steps.reward, steps.valid))
 
@@ -135,10 +135,10 @@ def measure_model(
 
 
 def measure(run: LoadedRun, skip: int, key: jax.Array) -> dict[str, float | None]:
-    """All `MEASURES` of a run.
+    """Return all `MEASURES` of a run; None for those that do not apply.
 
     Raises:
-        UsageError: its script has not the functions that are needed.
+        UsageError: its script lacks a name in `NEEDED`.
     """
     script = importlib.import_module(run.progress["script"])
     lacking = [name for name in NEEDED if not hasattr(script, name)]
@@ -152,26 +152,26 @@ def measure(run: LoadedRun, skip: int, key: jax.Array) -> dict[str, float | None
 
 
 def finished_runs(sources: tuple[Path, ...]) -> list[RunRecord]:
-    """The records of the finished runs among these folders; what is left out is named.
+    """Return the records of the finished runs in these folders, and print the runs that are skipped.
 
     Raises:
-        UsageError: a source is no folder of runs, or there is no finished run.
+        UsageError: a source is not a folder of runs, or there is no finished run.
     """
-    found = read_runs(map(str, sources), "losses/policy_loss")  # which a run has from its first update on
-    unfinished = [f"{run.source}: is not finished{LEFT_OUT}" for run in found.runs if not run.is_finished]
+    found = read_runs(map(str, sources), "losses/policy_loss")  # logged from the first update on
+    unfinished = [f"{run.source}: not finished{LEFT_OUT}" for run in found.runs if not run.is_finished]
     for problem in found.problems + unfinished:
         print(f"*** {problem} ***")
-    require(len(found.runs) > len(unfinished), "no finished runs")
+    require(len(found.runs) > len(unfinished), "no finished runs: finish one, or name other folders")
     return [run for run in found.runs if run.is_finished]
 
 
 def main(args: Args) -> None:
-    """Measures, prints and writes."""
-    require(args.num_envs >= 3, f"--num-envs {args.num_envs}: a probe needs three, to be fitted, chosen and tried in")
+    """Measure all finished runs, print means over seeds, and write the table."""
+    require(args.num_envs >= 3, f"--num-envs {args.num_envs}: must be at least 3, to fit, select and test a probe")
     require(args.num_steps > 0, f"--num-steps {args.num_steps}: must be at least 1")
     require(args.skip >= 0, f"--skip {args.skip}: must be 0 or more")
     require(args.seed >= 0, f"--seed {args.seed}: must be 0 or more")
-    require(args.output.parent.is_dir(), f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    require(args.output.parent.is_dir(), f"--output {args.output}: folder {args.output.parent} does not exist; create it first")
     records = finished_runs(args.runs)
     env_seed, draw = (int(seed) for seed in np.random.SeedSequence([args.seed, len(MEASURES)]).generate_state(2))
     rows, measured = [], {}
@@ -180,7 +180,7 @@ def main(args: Args) -> None:
         shape = {"num_envs": args.num_envs, "num_steps": args.num_steps, "num_minibatches": 1}
         try:
             run = read_run(record.source, **shape, seed=env_seed)
-            require(run.progress["step"] == record.planned, f"its last model is that of step {run.progress['step']}")
+            require(run.progress["step"] == record.planned, f"its last model is from step {run.progress['step']}")
             found = measure(run, args.skip, jax.random.key(draw))
         except UsageError as error:
             print(f"*** {record.source}: {str(error).removeprefix(f'{record.source}: ')}{LEFT_OUT} ***")

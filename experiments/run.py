@@ -1,11 +1,11 @@
-"""A study in one command: scripts x environments x seeds, on this machine or as an array of SLURM jobs.
+"""Run a study in one command: scripts x environments x seeds, on this machine or as a SLURM job array.
 
     uv run experiments/run.py --scripts ppo deep_mdp_ppo deep_spi --env-ids Breakout-v5 Pong-v5 --num-seeds 5
     uv run experiments/run.py --scripts ppo "deep_spi --transition-loss-coef 1e-3" --env-ids minatar -- --clip-coef 0.2
 
-What follows `--` are flags of every run. The folders of the runs say how far the study is: whatever stopped it, the same
-command goes on with what was interrupted, leaves out what is finished, and tries again what has failed. It ends with 0 when all
-runs are finished; `--status --logdir ...` shows at any time and from anywhere how far they are.
+Flags after `--` apply to every run. The progress of a study is stored in its run folders. After an interruption, repeat the
+command: it resumes interrupted runs, skips finished runs and retries failed runs. The exit code is 0 once all runs are
+finished. `--status --logdir ...` prints the progress at any time, from any terminal.
 """
 
 import sys
@@ -31,37 +31,37 @@ from utils.runs.launch import fail, run_main  # noqa: E402
 
 @dataclass
 class Args:
-    """Flags of the study."""
+    """Run a study: scripts x environments x seeds."""
 
     scripts: tuple[str, ...] = ("ppo", "deep_mdp_ppo", "deep_spi")
-    """what trains: ppo, deep_mdp_ppo, deep_spi, dream_spi, or a script of your own; with flags of its own in quotes,
-    "deep_spi --transition-loss-coef 1e-3"; the same script may be there several times with others"""
+    """training scripts: ppo, deep_mdp_ppo, deep_spi, dream_spi, or the path of your own. Quote a script to give it flags,
+    "deep_spi --transition-loss-coef 1e-3"; a script may appear several times with different flags"""
     env_ids: tuple[str, ...] = ("Breakout-v5",)
-    """environments: ids, or ale57, ale61 (the paper's games), atari5 (a subset), minatar, gridworld"""
+    """environments: ids, or the sets ale57, ale61 (the paper's games), atari5 (a subset), minatar, gridworld"""
     num_seeds: int = 3
-    """runs of each script in each environment"""
+    """runs of each script in each environment, one per seed"""
     start_seed: int = 1
-    """the first seed; the others follow it"""
+    """first seed; the others are consecutive"""
     logdir: Path = Path("runs/study")
-    """the folder of the study, with those of its runs; what they print is in its logs/"""
+    """folder of the study: one subfolder for each run, and logs/ for their output"""
     gpus: tuple[str, ...] | None = None
-    """numbers of the GPUs to use; if not given all that are visible, if empty none"""
+    """indices of the GPUs to use (default: all visible GPUs; without a value: none)"""
     runs_per_gpu: int = 1
-    """runs that share a GPU and its memory"""
+    """number of concurrent runs on each GPU, which share its memory"""
     workers: int | None = None
-    """runs at a time, where there is no GPU; if not given one for each core. The cores are divided among the runs"""
+    """number of concurrent runs if no GPU is used (default: one per core); the cores are divided among them"""
     dry_run: bool = False
-    """show the commands, about how long they take and how much disk, and start nothing"""
+    """print the commands and estimates of their time and disk space, and start nothing"""
     status: bool = False
-    """show how far the study in --logdir is"""
+    """print the progress of the study in --logdir, and start nothing"""
     slurm: bool = False
-    """submit the runs as an array of SLURM jobs instead of running them here"""
+    """submit the runs as a SLURM job array instead of running them here"""
     slurm_script: Path = Path(__file__).parent / "slurm.sh"
-    """the batch script of each such job"""
+    """batch script of each SLURM job"""
 
 
 def show_status(logdir: Path) -> None:
-    """Prints how far all runs in the folder are."""
+    """Print the progress of all runs in the folder."""
     runs = read_plan(logdir)
     states = status.Progresses(logdir, runs).states
     print("\n".join([*status.table(runs, states), "", status.summary(runs, states)]))
@@ -69,21 +69,21 @@ def show_status(logdir: Path) -> None:
         print(line)
     try:
         waiting = slurm.queued(logdir)
-        print(f"in SLURM's queue: {len(waiting)}" if waiting else "", end="")
+        print(f"pending or running in SLURM: {len(waiting)}" if waiting else "", end="")
     except UsageError as error:
-        print(f"*** what is in SLURM's queue is not known: {error} ***", end="")
+        print(f"*** cannot read SLURM's queue: {error} ***", end="")
     print()
 
 
 def show_plan(logdir: Path, runs: list[PlannedRun], together: int) -> None:
-    """Prints what would be run, and what that takes."""
+    """Print the commands of the runs, and estimates of their time and disk space."""
     for run in runs:
         print(shlex.join(run.command))
     print("\n".join(estimates.describe(logdir, runs, together)))
 
 
 def main(args: Args, flags: list[str]) -> None:
-    """Launches the runs, or shows what there is of them."""
+    """Launch the runs, or print their progress or plan."""
     logdir = args.logdir.expanduser().absolute()
     if args.status:
         return show_status(logdir)
@@ -97,17 +97,17 @@ def main(args: Args, flags: list[str]) -> None:
     write_plan(logdir, runs)
     if args.slurm:
         ours = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
-        require(ours, "--slurm: gives each run what the batch script asks for; leave out --gpus, --runs-per-gpu and --workers")
+        require(ours, "--slurm: the batch script sets the runs' resources; leave out --gpus, --runs-per-gpu and --workers")
         jobs, submitted, waiting = slurm.submit(logdir, runs, args.slurm_script.absolute())
         finished = sum(state_of(logdir, run).kind == "finished" for run in runs)
-        print(f"{finished} of {len(runs)} runs finished, {waiting} in SLURM's queue before, {submitted} submitted now", end="")
+        print(f"{finished} of {len(runs)} runs finished, {waiting} already in SLURM's queue, {submitted} submitted", end="")
         print(f" (job {', '.join(jobs)})" if jobs else "")
     else:
         left = local.launch(logdir, runs, slots)
         states = {run.name: state_of(logdir, run) for run in runs}
         print("\n".join([*status.table(runs, states), "", status.summary(runs, states), *status.failures(runs, states)]))
         if left:
-            said = f"what they said is in {logdir / LOGS}; the same command goes on with them"
+            said = f"see their output in {logdir / LOGS}, and repeat the command to resume them"
             fail(f"{len(left)} of {len(runs)} runs are not finished; {said}", 1)
     lock.release()
 

@@ -1,11 +1,11 @@
-"""Trains a script on several seeds in one program: all runs of an environment advance together, by `jax.vmap`.
+"""Train a script on several seeds in one program: `jax.vmap` advances all runs of an environment together.
 
     uv run --extra minatar experiments/seeds.py --env-ids Breakout-MinAtar Asterix-MinAtar --seeds 1 2 3 4 5 --output scores.csv
     uv run --extra minatar experiments/seeds.py --vary learning-rate 5e-4 1e-3 --seeds 901 902 --flags="--clip-coef 0.2"
 
-It is for environments in JAX, and for GPUs: there one run leaves most of the device idle. Each run is what the script computes
-from the same flags, up to rounding. The table has a row for each run and each of `--points` stretches of it: the mean return of
-the episodes that ended there. It is written after each environment; typed again, the command trains the runs that it lacks.
+Use it for environments written in JAX, on a GPU, where a single run leaves most of the device idle. Each run equals that of the
+script with the same flags, up to rounding. The table has one row for each of the `--points` bins of a run: the mean return of
+the episodes that ended in it. It is written after each environment; repeating the command trains only runs not in the table.
 """
 
 import csv
@@ -34,37 +34,37 @@ from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, req
 from utils.runs.launch import describe_device  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
-# what an update reads as a number wherever it reads it, so that it may differ between the runs of one program
+# flags that an update reads only as numbers, so they may differ between the runs of one program
 VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef")
 
 
 @dataclass
 class Args:
-    """Flags of the runs."""
+    """Train a script on several seeds in one program."""
 
     script: Literal["ppo", "deep_mdp_ppo", "deep_spi"] = "ppo"
-    """what trains"""
+    """training script"""
     env_ids: tuple[str, ...] = ("Breakout-MinAtar",)
-    """the environments, one program each"""
+    """environments, with one program for each"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of the runs"""
     flags: str = ""
-    """further flags of the script, in one string"""
+    """more flags of the script, in one string"""
     vary: tuple[str, ...] = ()
-    """a flag that takes a number, and its values: all seeds run with each"""
+    """numeric flag and its values; every seed is run with each value"""
     points: int = 20
-    """stretches of a run that have a row each"""
+    """number of bins of steps in a run; each bin is a row of the table"""
     output: Path = Path("seeds.csv")
-    """the table, which is added to"""
+    """path of the table (.csv), to which new runs are added"""
 
 
 def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean return and the number of the episodes that ended in each update, [updates, runs].
+    """Train all runs. Return the mean return and the number of the episodes that ended in each update, [updates, runs] each.
 
     Args:
         module: the script.
         args: its flags.
-        runs: in what each run's flags differ: the seed, and the same flags of `VARIABLE` in all.
+        runs: the flags that differ between runs: the seed, and a subset of `VARIABLE` that is the same for all.
     """
     env = make_env(args)
     agent, optimizer = module.make_agent(args, env.num_actions), module.make_optimizer(args)
@@ -93,13 +93,13 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         if update % max(1, updates // 10) == 0:
             elapsed = time.perf_counter() - start
             rate = update * steps * len(runs) / elapsed
-            print(f"  {update * steps:,} steps of each, {rate:,.0f} steps/s of all, {elapsed:.0f} s", flush=True)
+            print(f"  {update * steps:,} steps per run, {rate:,.0f} steps/s in total, {elapsed:.0f} s", flush=True)
     returns, episodes = zip(*logged, strict=True)
     return np.stack(returns), np.stack(episodes)
 
 
 def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) -> list[tuple[int, float | None, int]]:
-    """Step, mean return and number of the episodes of each stretch of one run; None where none ended."""
+    """Return for each bin of a run its last step, and the mean return (None if there are none) and number of its episodes."""
     rows = []
     for stretch in np.array_split(np.arange(len(returns)), min(points, len(returns))):
         count = int(episodes[stretch].sum())
@@ -109,40 +109,40 @@ def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) 
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows that there are.
+    """Return the rows of the table; none if the file does not exist.
 
     Raises:
-        UsageError: the file is no such table.
+        UsageError: the folder does not exist, or the file is another type of table.
     """
     if not path.exists():
-        require(path.parent.is_dir(), f"--output {path}: there is no folder {path.parent}; make it first")
+        require(path.parent.is_dir(), f"--output {path}: folder {path.parent} does not exist; create it first")
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    require(tuple(reader.fieldnames or ()) == COLUMNS, f"--output {path}: is a table of another kind; choose another name")
+    require(tuple(reader.fieldnames or ()) == COLUMNS, f"--output {path}: is another type of table; choose another name")
     return rows
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    """All rows, or after a fault those that were there."""
+    """Replace the table by these rows; on an error, the old file stays as it is."""
     write_csv(path, COLUMNS, ([row[name] for name in COLUMNS] for row in rows))
 
 
 def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
-    """For each environment the script's flags, and in what those of each run differ.
+    """Return for each environment the script's flags, and the flags that differ between its runs.
 
     Raises:
-        UsageError: the first mistake found in any of the flags.
+        UsageError: a flag is wrong.
     """
     module = SCRIPTS[args.script]
     require(args.points > 0, f"--points {args.points}: must be at least 1")
     require(len(args.seeds) > 0, "--seeds: name at least one")
-    require(len(set(args.seeds)) == len(args.seeds), f"--seeds {' '.join(map(str, args.seeds))}: names one twice")
+    require(len(set(args.seeds)) == len(args.seeds), f"--seeds {' '.join(map(str, args.seeds))}: has duplicates; remove them")
     typed = shlex.split(args.flags)
     for flag in ("env-id", "seed"):
         given = any(word.replace("_", "-").partition("=")[0] == f"--{flag}" for word in typed)
-        require(not given, f"--flags: --{flag} is not one of them; there is --{flag}s")
+        require(not given, f"--flags: --{flag} is not allowed; use --{flag}s instead")
     values = [{}]
     if args.vary:
         name, *words = args.vary
@@ -153,7 +153,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
             values = [{name: float(word)} for word in words]
         except ValueError:
             raise UsageError(f"--vary {' '.join(args.vary)}: the values must be numbers") from None
-        require(len(values) > 0, f"--vary {args.vary[0]}: needs values after the flag")
+        require(len(values) > 0, f"--vary {args.vary[0]}: has no values; add them after the flag")
     planned = {}
     for env_id in args.env_ids:
         flags = parse_flags(module.Args, [f"--env-id={env_id}", *typed])
@@ -161,24 +161,24 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
             for seed in args.seeds:
                 check_flags(replace(flags, seed=seed, **value))
         in_jax = family(env_id) in ("minatar", "gridworld")
-        require(in_jax, f"--env-ids {env_id}: its emulators serve one run each; start the script for every seed")
+        require(in_jax, f"--env-ids {env_id}: is not written in JAX; start the script once for each seed instead")
         planned[env_id] = flags, [{"seed": seed} | value for value in values for seed in args.seeds]
     return planned
 
 
 def identity(args: Args, env_id: str, run: dict) -> tuple[str, ...]:
-    """What the first columns say in a run's rows."""
+    """Return the first columns of a run's rows, which identify it."""
     varied = [as_typed(name, value) for name, value in run.items() if name != "seed"]
     return args.script, env_id, " ".join(filter(None, (args.flags, *varied))), str(run["seed"])
 
 
 def columns_of(row: dict[str, str]) -> tuple[str, ...]:
-    """The same of a row."""
+    """Return the columns of a row that identify its run."""
     return tuple(row[name] for name in COLUMNS[:4])
 
 
 def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
-    """Mean and deviation, over these runs, of the return of the last stretch of each in which an episode ended."""
+    """Return mean and standard deviation over runs of the final return: that of the last bin in which an episode ended."""
     ended = [row for row in rows if columns_of(row) in runs and row["episodic_return"]]
     last = list({columns_of(row): float(row["episodic_return"]) for row in ended}.values())
     if not last:
@@ -188,7 +188,7 @@ def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
 
 
 def main(args: Args) -> None:
-    """Trains what the table lacks, and adds it."""
+    """Train the runs that are not in the table, and add them."""
     module, planned, rows = SCRIPTS[args.script], plan(args), read_table(args.output)
     print(describe_device())
     for env_id, (flags, runs) in planned.items():
@@ -204,7 +204,7 @@ def main(args: Args) -> None:
                     mean = "" if mean is None else f"{mean:.4f}"
                     rows.append(first | {"step": step, "episodic_return": mean, "episodes": count})
             write_table(args.output, rows)
-        print(f"{env_id}: {len(runs) - len(missing)} runs were there, {len(missing)} added; mean return of the last episodes:")
+        print(f"{env_id}: {len(runs) - len(missing)} runs already in the table, {len(missing)} added; final mean return:")
         asked = [identity(args, env_id, run) for run in runs]
         for said in dict.fromkeys(said for _, _, said, _ in asked):
             print(f"  {said or 'defaults'}: {summary(rows, {run for run in asked if run[2] == said})}", flush=True)

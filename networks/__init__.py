@@ -1,1 +1,1 @@
-"""Network modules that every script shares: encoder, heads, certified Lipschitz layers, world model."""
+"""Network modules shared by all scripts: encoder, heads, certified Lipschitz layers, world models."""

@@ -1,8 +1,7 @@
-"""Encoder, actor and critic: what PPO and every world-model method share.
+"""Encoder, actor and critic, shared by PPO and the world-model methods.
 
-A continuous latent is a feature map [N, h, w, c]: 7 x 7 x 64 for Atari's pixels, 1 x 1 x 128 for grids of cells, 1 x 1 x 64 for
-vector observations.
-A categorical one is a code of V variables with C classes each, [N, V, C]: one-hot in the last axis.
+A continuous latent is a feature map [N, h, w, c]: 7 x 7 x 64 for Atari frames, 1 x 1 x 128 for grids of cells, 1 x 1 x 64 for
+vector observations. A categorical latent has V variables with C classes each, [N, V, C], one-hot in the last axis.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,18 +24,18 @@ ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu,
     "tanh": nn.tanh,
 }
-RANGES = {  # of each, the lowest rounded down
+RANGES = {  # output range of each activation, lower bounds rounded down
     "relu": (0.0, np.inf), "elu": (-1.0, np.inf), "gelu": (-0.1701, np.inf), "silu": (-0.2785, np.inf), "tanh": (-1.0, 1.0)
 }  # fmt: skip
 FLOAT32 = jnp.dtype("float32")
-STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # slope of each, rounded up
+STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # Lipschitz constants, rounded up
 
 
-# What has a `dtype` multiplies in that, and adds its bias in float32: the gradient of a bias is a sum over a whole batch and
-# its maps, which in bfloat16 stops growing after a few hundred terms.
+# Layers with a `dtype` multiply in it but add the bias in float32. The bias gradient sums over a batch and its maps, and in
+# bfloat16 such a sum stops growing after a few hundred terms.
 class Conv(nn.Module):
-    """A VALID convolution with square kernels, orthogonal initialization: of maps, channels last, or of frames, channels
-    first, if `of_frames`."""
+    """A VALID convolution with square kernels and orthogonal initialization. Inputs are maps with channels last, or,
+    with `of_frames`, frames with channels first."""
 
     features: int
     size: int
@@ -54,7 +53,7 @@ class Conv(nn.Module):
 
 
 class GridLayer(nn.Module):
-    """A VALID convolution of a small map and its activation, initialized as `Conv`."""
+    """A VALID convolution of a small map with its activation, initialized like `Conv`."""
 
     features: int
     size: int
@@ -70,7 +69,7 @@ class GridLayer(nn.Module):
 
 
 class Dense(nn.Module):
-    """A dense layer with orthogonal initialization of the given gain."""
+    """A dense layer with orthogonal initialization and the given gain."""
 
     features: int
     gain: float = 2**0.5
@@ -84,17 +83,17 @@ class Dense(nn.Module):
 
 
 class Encoder(nn.Module):
-    """phi: observation -> latent. What it is made of, the shape of an observation says: the convolutions of the Nature DQN for
-    frames, channels first, of at least 36 pixels an axis; for smaller ones, grids of cells with channels last, one convolution
-    and a dense layer (the network that is usual on MinAtar; Young & Tian, 2019); one dense layer for vectors.
+    """phi: observation -> latent. The shape of an observation selects the layers:
+    - frames, channels first, at least 36 pixels along each axis: the convolutions of the Nature DQN;
+    - smaller grids of cells, channels last: one convolution and a dense layer, as is usual on MinAtar (Young & Tian, 2019);
+    - vectors: one dense layer.
 
-    A categorical latent is read off them by a dense layer of logits: of each variable the likeliest class, with the gradient
-    of the softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling).
-
-    All layers but that one multiply in `dtype`.
+    For a categorical latent, a dense layer of logits follows. Each variable takes its likeliest class, with the gradient of the
+    softmax (straight-through; Bengio et al., 2013, in the form of Hafner et al., 2021, without their sampling). This layer
+    computes in float32, all others multiply in `dtype`.
 
     Raises:
-        ValueError: observations have three axes, and are neither frames nor a grid.
+        ValueError: observations have three axes and are neither frames nor a grid.
     """
 
     activation: str = "relu"
@@ -113,8 +112,8 @@ class Encoder(nn.Module):
         elif obs.ndim == 4:  # a grid of cells
             if min(obs.shape[1:3]) < 3 or max(obs.shape[1:3]) >= SMALLEST_FRAME:
                 raise ValueError(
-                    f"observations of shape {obs.shape[1:]} are neither frames, [channels, height, width], of {SMALLEST_FRAME} "
-                    f"pixels or more along each axis, nor a grid, [height, width, channels], of 3 to {SMALLEST_FRAME - 1} cells"
+                    f"observations of shape {obs.shape[1:]}: must be frames, [channels, height, width], of {SMALLEST_FRAME} or "
+                    f"more pixels along each axis, or a grid, [height, width, channels], of 3 to {SMALLEST_FRAME - 1} cells"
                 )
             x = GridLayer(16, 3, activation, self.dtype)(obs)
             x = activation(Dense(128, dtype=self.dtype)(x.reshape(x.shape[0], -1)))[:, None, None, :]
@@ -129,7 +128,7 @@ class Encoder(nn.Module):
 
 
 class Hidden(nn.Module):
-    """The dense layers between a latent and a head."""
+    """The dense layers between latent and heads."""
 
     layers: Sequence[int]
     activation: str
@@ -149,9 +148,9 @@ class Hidden(nn.Module):
 class ActorCritic(nn.Module):
     """The latent policy pi(a|z), as logits, and the value V(z).
 
-    The two share their dense layers. With `own_layers` each has its own, so that only the latent is shared; with `own_encoder`
-    the critic has an encoder too, of that kind, and looks at the observation itself. The dense layers multiply in `dtype`, the
-    heads in float32.
+    Actor and critic share their dense layers. With `own_layers` each has its own, and they share only the latent. With
+    `own_encoder` the critic also has its own encoder, which reads the observation. The dense layers multiply in `dtype`, the
+    output layers in float32.
     """
 
     num_actions: int
@@ -166,7 +165,7 @@ class ActorCritic(nn.Module):
     def __call__(
         self, z: Float[Array, "N *z"], obs: Num[Array, "N *obs"] | None = None
     ) -> tuple[Float[Array, "N A"], Float[Array, " N"]]:
-        """Logits and values; the observations are for the critic's own encoder alone."""
+        """Return logits and values. Only the critic's own encoder reads the observations."""
         flat = lambda x: x.reshape(x.shape[0], -1)  # noqa: E731
         kind = self.layers, self.activation, self.layer_norm, self.dtype
         hidden = critic_hidden = Hidden(*kind, name="hidden")(flat(z))
@@ -178,12 +177,13 @@ class ActorCritic(nn.Module):
         return logits, jnp.squeeze(value, -1)
 
     def policy_lipschitz(self, params: Any) -> Float[Array, ""]:
-        """A Lipschitz constant of z -> pi(.|z), from the Euclidean norm to total variation (half the sum of absolute
+        """Return a Lipschitz constant of z -> pi(.|z), from the Euclidean norm to total variation (half the sum of absolute
         differences).
 
-        The product of the layers' spectral norms and steepest slopes, for logits; the softmax moves by at most a quarter of how
-        far the difference of two logits does, since for probabilities p and changes v the sum of p_i |v_i - p.v| is at most
-        half of v's range. Layer normalization has no finite constant: inf. Rounding is left out, of whatever type.
+        For the difference of two logits, it is the product of the dense layers' spectral norms, the activations' Lipschitz
+        constants, and the largest norm of a difference of two actor columns. The softmax contributes 1/4: for probabilities p
+        and logit changes v, total variation is half the sum of p_i |v_i - p.v|, and that sum is at most half of v's range.
+        Layer normalization has no finite constant: the result is inf. Rounding errors are ignored, for every dtype.
         """
         if self.layer_norm and self.layers:
             return jnp.asarray(jnp.inf)
@@ -200,18 +200,18 @@ class ActorCritic(nn.Module):
 
 
 def make_encoder(args: Any) -> Encoder:
-    """The encoder that the flags ask for."""
+    """Create the encoder that the flags describe."""
     return Encoder(args.activation, args.latent, args.num_categories, args.num_classes, jnp.dtype(args.compute_dtype))
 
 
 def to_range(z: Float[Array, "N *z"], args: Any) -> Float[Array, "N *z"]:
-    """The nearest latent to z within the range of the encoder's activation: 1-Lipschitz, and no further from any latent than z
-    was. Codes stay as they are."""
+    """Clip z to the range of the encoder's activation. This map is 1-Lipschitz and never increases the distance to a latent.
+    Categorical latents stay as they are."""
     return jnp.clip(z, *RANGES[args.activation]) if args.latent == "continuous" else z
 
 
 def make_actor_critic(args: Any, num_actions: int) -> ActorCritic:
-    """The heads that the flags ask for, and the critic's own encoder if they do."""
+    """Create the heads that the flags describe, with the critic's own encoder if requested."""
     own_encoder = make_encoder(args) if args.decoupled_repr else None
     layers = args.fc_layers, args.activation, args.use_layer_norm
     return ActorCritic(num_actions, *layers, args.decoupled_layers, own_encoder, jnp.dtype(args.compute_dtype))

@@ -1,15 +1,13 @@
-"""The one place that decides how a convolution is computed on which platform.
+"""Convolutions, and how each platform computes them.
 
-Everywhere a stride becomes 1, by moving blocks of pixels into the channels: many channels and few taps are what fast
-convolutions are written for, on GPUs too, and frames have few channels. The bytes of frames are moved as words, and on a CPU so
-are pairs of bfloat16.
+On every platform, a stride becomes 1 by moving blocks of pixels into the channels. Fast convolutions, on GPUs too, expect many
+channels and few taps, but frames have few channels. Bytes of frames move as 32-bit words; on a CPU, so do pairs of bfloat16.
 
-With a stride of 1 `lax.conv` is the right choice on a GPU or TPU, forward and for gradients. On a CPU, XLA computes the
-*gradient* of a convolution inside `lax.scan` tens of times slower than outside, because the loop loses the fast convolution for
-any but the plain forward layout. So there the gradient is written with what the loop keeps fast: a plain forward convolution
-for the gradient of the input, and products of matrices for the gradient of the kernel; of small maps the other way round. In
-bfloat16 the convolution and both gradients are products: some processors have units for these (AMX), which XLA's convolutions
-leave idle.
+On a GPU or TPU, `lax.conv` with stride 1 is the best choice, forward and for gradients. On a CPU, XLA computes the gradient of
+a convolution inside `lax.scan` tens of times slower than outside: in a loop, only the plain forward layout is fast. The CPU
+gradients therefore use operations that stay fast in the loop. The input gradient is a plain forward convolution, and the kernel
+gradient is a sum of matrix products; for small maps, it is the other way round. In bfloat16, the convolution and both gradients
+are matrix products, because some CPUs have units for them (AMX) that XLA's convolutions do not use.
 """
 
 from collections.abc import Callable
@@ -23,38 +21,38 @@ from jaxtyping import Array, Float, Num, UInt8
 from networks.products import transposed
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-SAMPLES = 16  # at a time, in the gradient of a kernel on a CPU
-BORDER = 1.5  # times as many pixels before a convolution as after it make a map small, for its gradients on a CPU
+SAMPLES = 16  # samples per matrix product at most, in the kernel gradient on a CPU
+BORDER = 1.5  # a map is small if it has more than this many times the pixels of its output; decides its gradients on a CPU
 
 
 def conv2d(
     x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"], stride: int = 1, padding: str = "VALID"
 ) -> Float[Array, "N h w O"]:
-    """Two-dimensional convolution (cross-correlation, as in every deep-learning library), channels last.
+    """Compute a two-dimensional convolution (cross-correlation, as usual in deep learning), channels last.
 
     Args:
         x: input maps.
         kernel: the filters.
         stride: the same for both axes.
-        padding: "VALID", or "SAME" (zeros, the surplus one on the bottom and right).
+        padding: "VALID", or "SAME" (zeros; an odd one goes to the bottom and right).
 
     Raises:
-        ValueError: an unknown padding.
+        ValueError: the padding is unknown.
     """
     if padding == "SAME":
         pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     elif padding != "VALID":
-        raise ValueError(f"padding must be VALID or SAME, not {padding!r}")
+        raise ValueError(f"padding {padding!r}: must be VALID or SAME")
     return unit_stride_conv(*space_to_depth(x, kernel, stride))
 
 
 def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int) -> Float[Array, "N h w O"]:
-    """VALID convolution of frames as emulators return them, channels first, each pixel divided by 255.
+    """Compute the VALID convolution of frames as emulators return them: channels first, each pixel divided by 255.
 
     Args:
-        frames: in bytes, or in any other type (which is slower).
-        kernel: the filters, in the type that is to multiply.
+        frames: bytes, or any other type (which is slower).
+        kernel: the filters; their type is used for multiplications.
         stride: the same for both axes.
     """
     if frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0:
@@ -68,10 +66,10 @@ def grid_layer(
     bias: Float[Array, " O"],
     activation: Callable[[Array], Array],
 ) -> Float[Array, "N h w O"]:
-    """activation(convolution + bias), VALID and of stride 1, for maps of few pixels and channels.
+    """Compute activation(convolution + bias), VALID with stride 1, for maps with few pixels and channels.
 
-    One product of kernel and patches for the whole batch, samples in the last axis: on a CPU twice as fast as `conv2d`, whose
-    loops over channels are too short there; and of many networks at once (`vmap` over their parameters) a batched product.
+    The whole batch is one product of kernel and patches, with samples on the last axis. On a CPU this is twice as fast as
+    `conv2d`, whose loops over channels are too short here. Under `vmap` over parameters it becomes a batched product.
     """
     kh, kw, c, o = kernel.shape
     n, rows, cols = x.shape[0], x.shape[1] - kh + 1, x.shape[2] - kw + 1
@@ -79,26 +77,26 @@ def grid_layer(
     patches = jnp.concatenate([x[:, i : i + rows, j : j + cols] for i in range(kh) for j in range(kw)])
     patches = lax.optimization_barrier(patches.reshape(kh * kw * c, -1))
     y = (kernel.reshape(-1, o).T @ patches).reshape(o, rows, cols, n).transpose(1, 2, 0, 3)
-    # the barrier keeps that layout: a dense layer that follows reads it as it is
+    # the barrier keeps this layout, which a following dense layer reads without a copy
     y = lax.optimization_barrier(activation(y + bias[:, None]))
     return y.reshape(-1, n).T.reshape(n, rows, cols, o)
 
 
 def unit_stride_conv(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
-    """The VALID convolution of the platform."""
+    """Compute the VALID convolution with the platform's implementation."""
     return lax.platform_dependent(x, kernel, cpu=cpu_conv, default=valid_conv)
 
 
 def valid_conv(x: Array, kernel: Array) -> Array:
-    """`lax.conv` in the one layout used here."""
+    """Compute the VALID convolution with `lax.conv`, in the one layout used here."""
     return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=LAYOUT)
 
 
 def space_to_depth(
     x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"], stride: int
 ) -> tuple[Float[Array, "N h w D"], Float[Array, "_ _ D O"]]:
-    """Map and kernel whose convolution with a stride of 1 is that of these with a stride s: each s x s block of pixels, and of
-    taps, is moved into the channels."""
+    """Move each stride x stride block of pixels, and of taps, into the channels. The convolution of the returned map and kernel
+    with stride 1 equals the convolution of `x` and `kernel` with the given stride."""
     if stride == 1:
         return x, kernel
     kh, kw, c, o = kernel.shape
@@ -115,11 +113,11 @@ def space_to_depth(
         x = lax.platform_dependent(x, cpu=partial(_blocks_of_words, side=stride), default=partial(_blocks, side=stride))
     else:
         x = _blocks(x, stride)
-    return lax.optimization_barrier(x), kernel  # or XLA would rearrange x once more for the gradient
+    return lax.optimization_barrier(x), kernel  # or XLA would rearrange x again for the gradient
 
 
 def _blocks(x: Num[Array, "N H W C"], side: int) -> Num[Array, "N h w D"]:
-    """Each block of side x side pixels in the channels."""
+    """Move each block of side x side pixels into the channels."""
     n, height, width, c = x.shape
     x = x.reshape(n, height // side, side, width // side, side, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, height // side, width // side, side * side * c)
@@ -127,24 +125,24 @@ def _blocks(x: Num[Array, "N H W C"], side: int) -> Num[Array, "N h w D"]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _blocks_of_words(x: Float[Array, "N H W C"], side: int) -> Float[Array, "N h w D"]:
-    """`_blocks` of bfloat16 with an even number of channels, for a CPU: two that move as one word take half the time."""
+    """`_blocks` for bfloat16 and an even number of channels, on a CPU. Moving two values as one word halves the time."""
     n, height, width, c = x.shape
-    pairs = lax.optimization_barrier(x).reshape(n, height, width, c // 2, 2)  # or XLA would also compute x two by two, slowly
+    pairs = lax.optimization_barrier(x).reshape(n, height, width, c // 2, 2)  # or XLA would also compute x in pairs, slowly
     blocks = _blocks(lax.bitcast_convert_type(pairs, jnp.uint32), side)
     return lax.bitcast_convert_type(blocks, x.dtype).reshape(*blocks.shape[:3], side * side * c)
 
 
-# JAX takes what was a word to be constant, and its gradient to be 0
+# JAX treats a bitcast from integers as constant, with a gradient of 0
 _blocks_of_words.defjvp(lambda side, x, dx: (_blocks_of_words(*x, side), _blocks(*dx, side)))
 
 
 def bytes_to_depth(
     frames: UInt8[Array, "N C H W"], kernel: Float[Array, "kh kw C O"]
 ) -> tuple[Float[Array, "N h w D"], Float[Array, "_ _ D O"]]:
-    """`space_to_depth` of frames / 255 and a stride of 4, for kernels whose sides are multiples of 4.
+    """Compute `space_to_depth` of frames / 255 with a stride of 4, for kernels whose sides are multiples of 4.
 
-    Four neighbours in a row make one word, and moving blocks of pixels into the channels moves words, before any are floats.
-    On a CPU, XLA also turns bytes that were words into floats several times as fast as those that were not.
+    Four neighbors in a row form one word. Words are moved into the channels before they become floats. On a CPU, XLA also
+    converts bytes to floats several times faster if they come from words.
     """
     kh, kw, c, o = kernel.shape
     n, _, height, width = frames.shape
@@ -158,21 +156,21 @@ def bytes_to_depth(
 
 @jax.custom_vjp
 def cpu_conv(x: Array, kernel: Array) -> Array:
-    """`valid_conv` as it is fast on a CPU inside `lax.scan`, and its gradient too."""
+    """Compute `valid_conv`, with a forward pass and a gradient that are fast on a CPU inside `lax.scan`."""
     return _conv_by_products(x, kernel) if x.dtype == jnp.bfloat16 else valid_conv(x, kernel)
 
 
 def _forward(x, kernel):
-    # not `valid_conv`: the gradient of a gradient differentiates this, too
+    # not `valid_conv`: second-order gradients differentiate this too
     return cpu_conv(x, kernel), (x, kernel)
 
 
 def _backward(residuals, g):
     x, kernel = residuals
     in_bfloat16 = x.dtype == jnp.bfloat16
-    # a full convolution, and shifts along whole rows, also multiply the zeros around g: of small maps too many
+    # a full convolution and shifts along whole rows also multiply the zeros around g, too many for small maps
     small = not in_bfloat16 and x.shape[1] * x.shape[2] > BORDER * g.shape[1] * g.shape[2]
-    # XLA drops what is for the gradient of x where nobody asks for it, as for the pixels
+    # XLA drops the gradient of x if it is unused, as for pixels
     if in_bfloat16 or small:
         x_gradient = _input_gradient_by_products(g, kernel)
     else:
@@ -181,19 +179,19 @@ def _backward(residuals, g):
 
 
 def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:
-    """`valid_conv`: one product of all pixels with all taps; what comes of each tap is shifted to where it belongs, and summed
-    up in float32. (The product is rounded to `x`'s type: twice the bytes would take longer.)"""
+    """Compute `valid_conv` as one product of all pixels with all taps. Each tap's results are shifted into place and summed in
+    float32. (The product itself is rounded to `x`'s type, because writing twice the bytes would take longer.)"""
     kh, kw, c, o = kernel.shape
     n, height, width, _ = x.shape
     rows, cols = height - kh + 1, width - kw + 1
     taps = (x.reshape(-1, c) @ kernel.transpose(2, 0, 1, 3).reshape(c, -1)).reshape(n, height, width, kh, kw, o)
     shifts = [taps[:, i : i + rows, j : j + cols, i, j].astype(jnp.float32) for i in range(kh) for j in range(kw)]
-    return lax.optimization_barrier(sum(shifts).astype(x.dtype))  # or XLA would fuse it with what follows, slowly
+    return lax.optimization_barrier(sum(shifts).astype(x.dtype))  # or XLA would fuse it with the next operation, slowly
 
 
 def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N H W C"]:
-    """Likewise one product with all taps, or in float32 one with each row of them; what comes of a tap is shifted to the pixels
-    that it saw."""
+    """Compute the input gradient as one product with all taps, or in float32 one product per row of taps. Each tap's
+    results are shifted to the pixels that it read."""
     kh, kw, c, o = kernel.shape
     if kh > 1 and g.dtype == jnp.float32:
         rows = [lax.optimization_barrier(_input_gradient_by_products(g, row[None])) for row in kernel]
@@ -204,28 +202,28 @@ def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array,
 
 
 def _kernel_gradient_by_conv(x: Float[Array, "N H W C"], g: Float[Array, "N h w O"]) -> Float[Array, "kh kw C O"]:
-    """The convolution of x with g, in which samples are channels and channels are samples."""
-    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # as the loop keeps it fast
+    """Compute the kernel gradient as the convolution of x with g, with samples as channels and channels as samples."""
+    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # a layout that stays fast in the loop
     return cpu_conv(x, g).transpose(1, 2, 0, 3)
 
 
 def _kernel_gradient(
     x: Float[Array, "N H W C"], g: Float[Array, "N h w O"], shape: tuple[int, int, int, int]
 ) -> Float[Array, "kh kw C O"]:
-    """Products of what each tap saw with the gradient g of what came of it: for each row of taps one with the rows that it saw,
-    whole, for which g is shifted along the columns.
+    """Compute the kernel gradient: the pixels that each tap read, times the output gradient g. Each row of taps is one matrix
+    product: the full rows of x that it read, times g shifted along the columns.
 
-    XLA's product is fastest where both matrices lie in memory row by row, and its sums are not long. So `g` is laid out channel
-    by channel, and there is a product for each few samples, of as many as divide the batch.
+    XLA's product is fastest if both matrices are row-major in memory and its sums are short. So `g` is laid out channel by
+    channel, and each product covers only a few samples, a divisor of the batch size.
     """
     kh, kw, c, o = shape
     n, rows, cols, _ = g.shape
     piece = max(size for size in range(1, SAMPLES + 1) if n % size == 0)
-    if piece < 4 and n > SAMPLES:  # of single samples products are slow: leave some over
+    if piece < 4 and n > SAMPLES:  # products of so few samples are slow: split off a remainder
         even = n - n % SAMPLES
         return _kernel_gradient(x[:even], g[:even], shape) + _kernel_gradient(x[even:], g[even:], shape)
     g = g.reshape(-1, piece, rows, cols, o).transpose(0, 4, 1, 2, 3)
-    g = lax.optimization_barrier(jnp.pad(g, (*[(0, 0)] * 4, (kw - 1, kw - 1))))  # or XLA would lay it out for each shift anew
+    g = lax.optimization_barrier(jnp.pad(g, (*[(0, 0)] * 4, (kw - 1, kw - 1))))  # or XLA would lay it out again for each shift
     shifted = jnp.stack([g[..., j : j + x.shape[2]] for j in reversed(range(kw))], axis=1)
     shifted = lax.optimization_barrier(shifted.reshape(len(g), kw * o, -1))
     products = [jnp.sum(shifted @ x[:, i : i + rows].reshape(len(g), -1, c), axis=0) for i in range(kh)]
@@ -241,7 +239,7 @@ def _full_conv(x, kernel):
     return lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=LAYOUT)
 
 
-def _full_backward(residuals, g):  # of second order: what a penalty on gradients needs
+def _full_backward(residuals, g):  # second order, for gradient penalties
     kh, kw = residuals[1].shape[:2]
     pads = ((0, 0), (kh - 1, kh - 1), (kw - 1, kw - 1), (0, 0))
     return jax.vjp(lambda x, kernel: cpu_conv(jnp.pad(x, pads), kernel), *residuals)[1](g)

@@ -1,4 +1,4 @@
-"""Critics f(z, a, z') that tell real next latents from predicted ones: their largest mean difference is a distance."""
+"""Critics f(z, a, z') that discriminate real from predicted next latents. Their largest mean difference is a distance."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from networks.lipschitz import LipschitzDense, LipschitzScalars, group_sort
 
 
 class WassersteinCritic(nn.Module):
-    """For continuous latents: 1-Lipschitz in z' for each (z, a) and every value of the parameters.
+    """For continuous latents: 1-Lipschitz in z' for each (z, a) and every parameter value.
 
-    Over all functions that are, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the 1-Wasserstein
-    distance of z' and z'' (Kantorovich and Rubinstein); over these networks it is a lower bound of that. What z adds to the
-    first layer shifts f for all z' alike, and is unconstrained.
+    Over all 1-Lipschitz functions, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the 1-Wasserstein
+    distance between z' and z'' (Kantorovich and Rubinstein). Over these networks it is a lower bound. What z adds to the first
+    layer is the same for all z', so it is unconstrained.
     """
 
     num_actions: int
@@ -32,10 +32,10 @@ class WassersteinCritic(nn.Module):
 
 
 class TotalVariationCritic(nn.Module):
-    """For categorical latents: values in [0, 1], whatever the parameters.
+    """For categorical latents: values in [0, 1] for every parameter value.
 
-    Over all functions that are, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the total variation
-    distance of z' and z''; over these networks it is a lower bound of that.
+    Over all functions with such values, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the total
+    variation distance between z' and z''. Over these networks it is a lower bound.
     """
 
     num_actions: int
@@ -52,7 +52,7 @@ class TotalVariationCritic(nn.Module):
 
 
 def make_discriminator(args: Any, num_actions: int) -> nn.Module | None:
-    """The discriminator that the flags ask for, if any."""
+    """Create the discriminator that the flags describe, or return None without `--wasserstein-discriminator`."""
     if not args.wasserstein_discriminator:
         return None
     return WassersteinCritic(num_actions) if args.latent == "continuous" else TotalVariationCritic(num_actions, args.activation)

@@ -1,6 +1,6 @@
-"""Flags of the networks: encoder, actor and critic (`NetworkArgs`), and the world model (`WorldModelArgs`).
+"""Flags of the encoder, actor and critic (`NetworkArgs`), and of the world model (`WorldModelArgs`).
 
-A flag's choices come from the registry that the code reads: `ACTIVATIONS`, `DENSITIES`, `CATEGORICAL`, `CATEGORICAL_COSTS`.
+The choices of a flag come from the registries of the code: `ACTIVATIONS`, `DENSITIES`, `CATEGORICAL`, `CATEGORICAL_COSTS`.
 """
 
 from dataclasses import dataclass
@@ -19,33 +19,33 @@ SAMPLED = tuple(name for name, cost in CATEGORICAL_COSTS.items() if cost.samples
 CONTINUOUS = Needs("continuous latents", latent="continuous")
 CODES = Needs(latent="categorical")
 PENALIZED = Needs(lipschitz_nets=False)
-SAMPLES = Needs(f"a cost that samples: --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
+SAMPLES = Needs(f"a sampled cost, --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
 SCALES = Needs("a density with scales", transition_density=WITH_SCALE)
 Density = Annotated[Literal[*DENSITIES], CONTINUOUS]
 
 
 @dataclass
 class NetworkArgs:
-    """Flags of encoder, actor and critic."""
+    """Flags of the encoder, actor and critic."""
 
     latent: Literal["continuous", "categorical"] = "continuous"
-    """what the encoder returns: its feature map, or a code of one-hot categorical variables (straight-through argmax)"""
+    """output of the encoder: its feature map, or one-hot categorical variables (straight-through argmax)"""
     num_categories: Annotated[Count, CODES] = 32
     """categorical latents: number of variables"""
     num_classes: Annotated[int, at_least(2), CODES] = 32
-    """categorical latents: classes of each variable"""
+    """categorical latents: number of classes per variable"""
     activation: Literal[*ACTIVATIONS] = "relu"
-    """activation of encoder, actor and critic"""
+    """activation of the encoder, actor and critic"""
     fc_layers: Annotated[Sizes, Default(minatar=())] = (512,)
-    """sizes of the dense layers between latent and heads"""
+    """sizes of the dense layers between the latent and the heads (actor and critic)"""
     use_layer_norm: Annotated[bool, LAYERS] = False
-    """layer normalization in those dense layers, before the activation"""
+    """layer normalization in the dense layers of --fc-layers, before the activation"""
     decoupled_layers: Annotated[bool, LAYERS, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
-    """actor and critic have separate dense layers and share the encoder"""
+    """separate dense layers for actor and critic, with a shared encoder"""
     decoupled_repr: bool = False
-    """actor and critic share nothing: the critic has its own encoder and dense layers"""
+    """separate encoder and dense layers for the critic: actor and critic share nothing"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """data type in which encoder, actor and critic compute; parameters, world model and losses are always float32"""
+    """data type of the computations in encoder, actor and critic; parameters, world model and losses are always float32"""
 
 
 @dataclass
@@ -58,48 +58,48 @@ class WorldModelArgs:
     mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
     """number of components of mixture_normal"""
     initial_scale: Annotated[Positive, CONTINUOUS, SCALES] = INITIAL_SCALE
-    """initial scale of each component (Lipschitz networks use a tenth of it)"""
+    """initial scale of each component (times K / 10 in Lipschitz networks)"""
     lipschitz_nets: Annotated[bool, CONTINUOUS] = True
-    """continuous latents: transition and reward networks are K-Lipschitz for every parameter value; otherwise they are
+    """continuous latents: transition and reward networks that are K-Lipschitz for every parameter value; without it, they are
     unconstrained, with a gradient penalty if --lambda-gp is positive"""
     lipschitz_constant: Annotated[Positive, CONTINUOUS, Needs(lipschitz_nets=True)] = 1.0
     """K of the Lipschitz networks"""
     lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.01
     """weight of the gradient penalty on unconstrained networks; 0 disables it"""
     use_wgan_gp: Annotated[bool, CONTINUOUS, PENALIZED] = False
-    """penalize (gradient norm - 1)^2 instead of the squared norm: pulls slopes toward 1 instead of 0"""
+    """penalty of (gradient norm - 1)^2 instead of the squared norm; pulls slopes toward 1 instead of 0"""
     transition_layers: Annotated[Sizes, CONTINUOUS] = ()
-    """layer widths of a deeper, residual transition network (even, for Lipschitz networks); without a number, the paper's two
-    layers"""
+    """layer widths of a deeper, residual transition network (even numbers for Lipschitz networks); without a number, the
+    paper's two-layer network"""
     # categorical latents
     world_model: Annotated[Literal[*CATEGORICAL], CODES] = "fc"
     """categorical latents: transition network"""
     categorical_cost: Annotated[Literal[*CATEGORICAL_COSTS], CODES] = "l2"
-    """categorical latents: distance of the next code from a sample (l2, hamming) or from the predicted probabilities"""
+    """categorical latents: distance of the next latent to a sample (l2, hamming) or to the predicted probabilities (others)"""
     use_gumbel_softmax: Annotated[bool, CODES, SAMPLES] = False
-    """categorical latents: samples stay one-hot and take the gradient of the Gumbel-softmax instead of the probabilities'"""
+    """categorical latents: gradient of the Gumbel-softmax for the one-hot samples, instead of the probabilities' gradient"""
     gumbel_temperature: Annotated[Positive, CODES, SAMPLES, Needs(use_gumbel_softmax=True)] = 1.0
     """temperature of the Gumbel-softmax"""
     # both
     w_balancing: Share | None = None
-    """share of the transition loss's gradient that reaches the prediction; the rest reaches the next latent (DreamerV2's KL
-    balancing, here with the transition loss). By default each gets its full gradient"""
+    """fraction of the transition loss's gradient that reaches the prediction; the rest reaches the next latent (like
+    DreamerV2's KL balancing). By default both get the full gradient"""
     clip_reward_net_output: bool = False
     """squash the reward network's output to [-1, 1]"""
 
     def check(self) -> None:
-        """Raises UsageError where these flags contradict each other or those of the script."""
+        """Raise UsageError if these flags contradict each other or the script's flags."""
         require(
             self.lambda_gp > 0 or not self.use_wgan_gp,
-            f"--lambda-gp {self.lambda_gp}: --use-wgan-gp is a penalty, and needs a weight above 0",
+            f"--lambda-gp {self.lambda_gp}: --use-wgan-gp needs a positive penalty weight; increase it or drop --use-wgan-gp",
         )
         even = not self.lipschitz_nets or not any(size % 2 for size in self.transition_layers)
         require(even, f"{as_typed('transition_layers', self.transition_layers)}: Lipschitz networks need even widths")
         require(
             not self.clip_reward_net_output or self.reward_clip,
-            "--clip-reward-net-output: cannot predict the rewards that --no-reward-clip lets through; drop one of the two",
+            "--clip-reward-net-output: cannot predict unclipped rewards; drop it or --no-reward-clip",
         )
         require(
             not (self.clip_reward_net_output and pays_beyond_one(self.env_id)),
-            f"--clip-reward-net-output: cannot predict the rewards of {self.env_id}; leave it out",
+            f"--clip-reward-net-output: cannot predict the rewards of {self.env_id} beyond [-1, 1]; drop it",
         )

@@ -1,25 +1,24 @@
-"""Layers whose Lipschitz constant is at most 1 for *every* value of their parameters, and close to an isometry.
+"""Layers with a Lipschitz constant of at most 1 for every value of their parameters, and close to an isometry.
 
-Matrices. W is first rescaled: with D = diag(row sums of |W^T W|), the matrix W D^{-1/2} has norm at most 1, because
-D - W^T W is diagonally dominant, hence positive semi-definite (almost-orthogonal layers, Prach & Lampert, 2022, theorem 1).
-That alone is a certificate, but training may leave all its singular values far below 1. So W p(W^T W) follows, p the
-polynomial of degree 4 for which s p(s^2) is nearest to 1 on [0.3, 1], divided by its largest value there. It replaces each
-singular value s by s p(s^2), which takes [0, 1] into itself, so that the certificate is kept, and [0.3, 1] into [0.95, 1].
-(A single step of best coefficients does what several of Bjorck & Bowie, 1971, or Newton and Schulz would, for a third of the
-products.) Nothing here is iterated or relies on convergence.
+Matrices. W is first rescaled to W D^{-1/2}, with D = diag(row sums of |W^T W|) (almost-orthogonal layers, Prach & Lampert,
+2022, theorem 1). Its norm is at most 1, because D - W^T W is diagonally dominant and therefore positive semi-definite. This is
+already a certificate, but training may leave all singular values far below 1. So the rescaled W is multiplied by p(W^T W). Here
+p is the polynomial of degree 4 for which s p(s^2) is closest to 1 on [0.3, 1], divided by the largest value of s p(s^2) there.
+Each singular value s becomes s p(s^2). This maps [0, 1] into itself, which keeps the certificate, and [0.3, 1] into [0.95, 1].
+(One step with the best coefficients does as much as several steps of Bjorck & Bowie, 1971, or Newton-Schulz, with a third of
+the products.) Nothing here is iterated or relies on convergence.
 
-Convolutions. A 2 x 2 kernel is a product of three factors, each of norm at most 1 (block convolutions, Li et al., 2019): a
-matrix H as above and, along each of the two axes, (I - P) + P * (shift by one pixel) with P = R R^T and R as above. P is
-symmetric with eigenvalues p in [0, 1], so in its eigenbasis, at frequency w, the factor is (1 - p) + p e^{iw}, of modulus
-at most 1. The bound is that of the convolution on the infinite grid; zero padding, then reading a window, multiplies it
-with projections, so it holds for the padded map too.
+Convolutions. A 2 x 2 kernel is a product of three factors, each of norm at most 1 (block convolutions, Li et al., 2019). One is
+a matrix H as above. The others, one per axis, are (I - P) + P * (shift by one pixel) with P = R R^T and R as above. P is
+symmetric with eigenvalues p in [0, 1]. In its eigenbasis, at frequency w, the factor is (1 - p) + p e^{iw}, of modulus at most
+1. This bounds the convolution on the infinite grid. Zero padding followed by reading a window multiplies that convolution by
+projections, so the bound also holds for the padded map.
 
-The certificates are those of the exact map. What they rest on, the orthogonalization, is computed in full float32 everywhere;
-their matrix products and convolutions are then computed in the platform's default precision, which on recent GPUs rounds each
-product to about 1e-3.
+The certificates hold for the exact map. The orthogonalization is computed in full float32 everywhere. The layers' own products
+and convolutions use the platform's default precision, which on recent GPUs rounds each product to about 1e-3.
 
-Layout. The axes of a matrix come first and the batch of matrices last, `[m, n, *batch]`, as `[N, m] @ [m, n]` wants it: rows
-are inputs, columns outputs.
+Layout. Matrix axes come first and batch axes last, `[m, n, *batch]`, to suit `[N, m] @ [m, n]`: rows are inputs, columns are
+outputs.
 """
 
 from collections.abc import Callable
@@ -31,22 +30,22 @@ from jaxtyping import Array, Float
 
 from networks.convolution import conv2d
 
-# of p, lowest degree first: min max |1 - s p(s^2)| over [0.3, 1], a linear program, then scaled
+# of p, lowest degree first: minimizes max |1 - s p(s^2)| over [0.3, 1] (a linear program), then scaled
 COEFFICIENTS = (4.45026, -17.37977, 38.29629, -38.94814, 14.58135)
 
 
 def matmul(a: Float[Array, "m k *batch"], b: Float[Array, "k n *batch"]) -> Float[Array, "m n *batch"]:
-    """The product of two matrices, or of each pair in two batches, in full float32 on every platform."""
+    """Multiply two matrices, or each pair in two batches, in full float32 on every platform."""
     if a.ndim == 2:
-        # a GPU would round float32 products to 10 bits of mantissa: more than the certificate's tolerance
+        # by default, a GPU rounds float32 products to 10 bits of mantissa, beyond the certificate's tolerance
         return jnp.matmul(a, b, precision="highest")
     return _batched_matmul(a, b)
 
 
 @jax.custom_vjp
 def _batched_matmul(a, b):
-    # many small matrices: a sum over k that vectorises over the batch is several times faster than a batched product. The
-    # barrier, and the gradient as two such products, keep XLA from fusing chains of them into one slow loop
+    # for many small matrices, a sum over k vectorizes over the batch and is several times faster than a batched product;
+    # the barrier, and a gradient of two such products, keep XLA from fusing chains of them into one slow loop
     return jax.lax.optimization_barrier(sum(a[:, k, None] * b[k][None] for k in range(a.shape[1])))
 
 
@@ -60,7 +59,7 @@ _batched_matmul.defvjp(lambda a, b: (_batched_matmul(a, b), (a, b)), _batched_ma
 
 @jax.custom_vjp
 def gram(kernel: Float[Array, "m n *batch"]) -> Float[Array, "n n *batch"]:
-    """W^T W. Its gradient W (G + G^T) is one product, not the two that differentiation would take."""
+    """Compute W^T W. Its gradient W (G + G^T) takes one product, where automatic differentiation takes two."""
     return matmul(transpose(kernel), kernel)
 
 
@@ -68,18 +67,18 @@ gram.defvjp(lambda kernel: (gram(kernel), kernel), lambda kernel, g: (matmul(ker
 
 
 def transpose(a: Float[Array, "m n *batch"]) -> Float[Array, "n m *batch"]:
-    """Each matrix of the batch transposed."""
+    """Transpose each matrix of the batch."""
     return jnp.swapaxes(a, 0, 1)
 
 
 def orthogonalizer(gram_matrix: Float[Array, "n n *batch"]) -> Float[Array, "n n *batch"]:
-    """The matrix M such that W M has norm at most 1, and singular values near 1, given the Gram matrix W^T W.
+    """Return a matrix M for which W M has norm at most 1 and singular values near 1, given the Gram matrix W^T W.
 
-    Working with the Gram matrix keeps the work on the smaller side of W, and lets a layer apply W and M one after the
-    other instead of forming W M. A zero column of W stays zero.
+    The Gram matrix keeps the work on the smaller side of W. A layer can apply W and M in turn instead of forming W M. A zero
+    column of W stays zero.
     """
     row_sums = jnp.sum(jnp.abs(gram_matrix), axis=1)
-    # the gradient of rsqrt at 0 is infinite, so the argument is replaced, not only the result
+    # the gradient of rsqrt at 0 is infinite, so the argument must be replaced, not only the result
     scale = jnp.where(row_sums > 0, jax.lax.rsqrt(jnp.where(row_sums > 0, row_sums, 1.0)), 0.0)
     gram_matrix = scale[:, None] * gram_matrix * scale[None]
     eye = jnp.eye(gram_matrix.shape[0], dtype=gram_matrix.dtype).reshape(*gram_matrix.shape[:2], *(1,) * (gram_matrix.ndim - 2))
@@ -90,7 +89,7 @@ def orthogonalizer(gram_matrix: Float[Array, "n n *batch"]) -> Float[Array, "n n
 
 
 def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
-    """`kernel` made (semi-)orthogonal: operator norm at most 1 for any value of it, singular values near 1."""
+    """Make `kernel` (semi-)orthogonal: operator norm at most 1 for every `kernel`, singular values near 1."""
     if kernel.shape[0] < kernel.shape[1]:
         return transpose(orthogonal(transpose(kernel)))
     kernel = rescaled(kernel)
@@ -98,39 +97,39 @@ def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]
 
 
 def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_ _ *batch"]]:
-    """`orthogonal` of each. Those of one shape, wide ones transposed, are one batch: a GPU takes as long for a product of two
-    small matrices as for a few of them."""
+    """Apply `orthogonal` to each kernel. Kernels of one shape form a batch (wide ones are transposed): on a GPU, a few small
+    products take as long as one."""
     tall = [k if k.shape[0] >= k.shape[1] else transpose(k) for k in kernels]
     made = {}
     for shape in dict.fromkeys(k.shape for k in tall):
         alike = [i for i, k in enumerate(tall) if k.shape == shape]
-        # not `orthogonal` of a batch: that is written for small matrices, and these may be large
+        # vmap, because `orthogonal` of a batch is written for small matrices, and these may be large
         made |= zip(alike, jax.vmap(orthogonal)(jnp.stack([tall[i] for i in alike])), strict=True)
     return [made[i] if made[i].shape == k.shape else transpose(made[i]) for i, k in enumerate(kernels)]
 
 
 def rescaled(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]:
-    """Each matrix over its largest entry, so that its Gram matrix neither over- nor underflows; zero stays zero.
+    """Divide each matrix by its largest absolute entry, so that its Gram matrix cannot overflow or underflow. Zero stays zero.
 
-    What follows does not depend on the scale, so that no gradient is lost by stopping that of the divisor.
+    Later steps do not depend on the scale, so the divisor needs no gradient.
     """
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(kernel), axis=(0, 1), keepdims=True))
     return kernel / jnp.where(largest > 0, largest, 1.0)
 
 
 def projection(basis: Float[Array, "m r *batch"]) -> Float[Array, "m m *batch"]:
-    """R R^T for an R that `orthogonal` returned: symmetric, eigenvalues in [0, 1], near the projection on its span."""
+    """Return R R^T for an R that `orthogonal` returned: symmetric, eigenvalues in [0, 1], near the projection onto R's span."""
     return gram(transpose(basis))
 
 
 def orthogonal_conv_kernel(
     dense: Float[Array, "m n *batch"], vertical: Float[Array, "w r *batch"], horizontal: Float[Array, "w r *batch"]
 ) -> Float[Array, "2 2 m n *batch"]:
-    """A 2 x 2 kernel from m to n channels whose convolution has norm at most 1 (see the head of this file).
+    """Return a 2 x 2 kernel from m to n channels whose convolution has norm at most 1 (see the module docstring).
 
     Args:
         dense: the factor that changes the number of channels.
-        vertical, horizontal: their spans are what is shifted by a pixel along each axis; w is the larger of m and n.
+        vertical, horizontal: their spans are shifted by one pixel along each axis; w is the larger of m and n.
     """
     h, *bases = orthogonal_all(dense, vertical, horizontal)
     return shifting_kernel(h, *(projection(basis) for basis in bases))
@@ -139,9 +138,9 @@ def orthogonal_conv_kernel(
 def shifting_kernel(
     h: Float[Array, "m n *batch"], p: Float[Array, "w w *batch"], q: Float[Array, "w w *batch"]
 ) -> Float[Array, "2 2 m n *batch"]:
-    """The 2 x 2 kernel of the product of h, (I - p) + p * (vertical shift) and (I - q) + q * (horizontal shift).
+    """Return the 2 x 2 kernel of the product of h, (I - p) + p * (vertical shift) and (I - q) + q * (horizontal shift).
 
-    p and q act on the wider side of h, the input or the output.
+    p and q act on the wider side of h: the input or the output.
     """
     if h.shape[0] > h.shape[1]:
         hp, hq = matmul(p, h), matmul(q, h)
@@ -153,9 +152,9 @@ def shifting_kernel(
 
 
 def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-    """Sorts the channels in pairs (GroupSort(2), Anil et al., 2019): a permutation, so norm and gradient norm survive.
+    """Sort the channels in pairs (GroupSort(2), Anil et al., 2019): a permutation, which keeps norm and gradient norm.
 
-    Channel c is paired with c + C / 2: halves are the fastest. A grouped layer that follows needs both of a pair in one group.
+    Channel c is paired with c + C / 2, because halves are fastest. A grouped layer that follows needs both in one group.
     """
     a, b = jnp.split(x, 2, axis=-1)
     swap = a > b
@@ -163,8 +162,8 @@ def group_sort(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
 
 
 def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n *batch"]:
-    """Initializer: a random (semi-)orthogonal matrix; for a batch of small ones, normal entries of the same size, which the
-    layer makes nearly orthogonal itself (compiling a batched QR takes seconds)."""
+    """Return a random (semi-)orthogonal matrix. A batch of small ones gets normal entries of the same size, which the layer
+    itself makes nearly orthogonal (compiling a batched QR takes seconds)."""
     m, n, *batch = shape
     if batch:
         return jax.random.normal(key, shape) / max(m, n) ** 0.5
@@ -173,13 +172,13 @@ def orthogonal_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m n
 
 
 def mirror_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "m 2*m"]:
-    """Initializer: [I, -I]. `group_sort` turns its outputs (x, -x) into (-|x|, |x|)."""
+    """Return the initial kernel [I, -I]. `group_sort` turns its outputs (x, -x) into (-|x|, |x|)."""
     eye = jnp.eye(shape[0])
     return jnp.concatenate([eye, -eye], axis=1)
 
 
 def still_init(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "w m *batch"]:
-    """Initializer of what a convolution shifts: [I; I]. Its span is orthogonal to every (x, -x), which thus stays in place."""
+    """Return the initial basis of shifts, [I; I]. Its span is orthogonal to every (x, -x), so (x, -x) is not shifted."""
     eye = jnp.eye(shape[1]).reshape(shape[1], shape[1], *(1,) * (len(shape) - 2))
     return jnp.broadcast_to(jnp.concatenate([eye, eye]), shape)
 
@@ -194,29 +193,29 @@ class LipschitzDense(nn.Module):
         m, n = x.shape[-1], self.features
         kernel = rescaled(self.param("kernel", orthogonal_init, (m, n)))
         bias = self.param("bias", nn.initializers.zeros, (n,))
-        # applying the kernel and its orthogonalizer in turn costs less than forming their product
+        # applying the kernel and its orthogonalizer in turn is cheaper than forming their product
         if m >= n:
             return (x @ kernel) @ orthogonalizer(gram(kernel)) + bias
         return (x @ orthogonalizer(gram(kernel.T)).T) @ kernel + bias
 
 
 class LipschitzScalars(nn.Module):
-    """`features` scalar outputs, **each** of which is a 1-Lipschitz function of the input (not the vector of them)."""
+    """`features` scalar outputs. Each one is a 1-Lipschitz function of the input; the vector of all outputs may not be."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch m"]) -> Float[Array, "*batch n"]:
         kernel = self.param("kernel", orthogonal_init, (x.shape[-1], self.features))
-        kernel = rescaled(kernel[:, None])[:, 0]  # each column is a matrix of its own
+        kernel = rescaled(kernel[:, None])[:, 0]  # each column is rescaled as a separate matrix
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         squares = jnp.sum(kernel**2, axis=0)
         return x @ (kernel * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))) + bias
 
 
 class LipschitzConv(nn.Module):
-    """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between whole feature maps; of a map of one pixel
-    a matrix, for its other factors could do nothing but shrink it."""
+    """A 2 x 2 convolution with SAME zero padding that is 1-Lipschitz as a map between feature maps. On a 1x1 map it is only a
+    matrix, because the other factors could only shrink its values."""
 
     features: int
     dense_init: Callable = orthogonal_init
@@ -228,7 +227,7 @@ class LipschitzConv(nn.Module):
         wide = max(m, n)
         dense = self.param("dense", self.dense_init, (m, n))
         bias = self.param("bias", nn.initializers.zeros, (n,))
-        if x.shape[1:3] == (1, 1):  # a vector: nothing is shifted
+        if x.shape[1:3] == (1, 1):  # a 1x1 map, where no shift applies
             return x @ orthogonal(dense) + bias
         vertical = self.param("vertical", self.shift_init, (wide, wide // 2))
         horizontal = self.param("horizontal", self.shift_init, (wide, wide // 2))

@@ -1,8 +1,8 @@
-"""Products of matrices in bfloat16, whose gradient is fast on a CPU too.
+"""Matrix products in bfloat16 with a gradient that is fast on a CPU too.
 
-Some processors have units for such products (AMX: five times the rate of float32), and XLA uses them, but not for a matrix that
-is read across the order in which it lies in memory, as both matrices of a product are in its gradient: that one is computed in
-float32. So there the gradient copies them first.
+Some CPUs have units for these products (AMX: five times the rate of float32). XLA uses them only if it reads both matrices in
+memory order. In the gradient of a product, x and the kernel are read transposed, so XLA would compute it in float32. On a CPU,
+the gradient here copies the transposed matrices first.
 """
 
 import jax
@@ -12,16 +12,16 @@ from jaxtyping import Array, Float
 
 
 def product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[Array, "*b k"]:
-    """x @ kernel, in their type, as the platform does it best."""
+    """Compute x @ kernel in their type, in the fastest way of the platform."""
     if kernel.dtype != jnp.bfloat16:
         return x @ kernel
     return lax.platform_dependent(x, kernel, cpu=cpu_product, default=jnp.matmul)
 
 
 def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """a.T, as a copy: by a detour over three axes, or XLA would have the product that follows read `a` across.
+    """Return a.T as a copy. A detour over three axes keeps XLA from reading `a` transposed in the product that follows.
 
-    With an odd number of columns it is a.T, and maybe no copy.
+    With an odd number of columns, return a.T, which may not be a copy.
     """
     m, n = a.shape
     return a.T if n % 2 else a.reshape(m, n // 2, 2).transpose(1, 2, 0).reshape(n, m)
@@ -29,7 +29,7 @@ def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
 
 @jax.custom_vjp
 def cpu_product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[Array, "*b k"]:
-    """x @ kernel with a gradient that is fast on a CPU in bfloat16."""
+    """Compute x @ kernel with a gradient that is fast on a CPU in bfloat16."""
     return x @ kernel
 
 

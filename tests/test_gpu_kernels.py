@@ -38,7 +38,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 def test_what_a_loop_holds_counts_as_often_as_it_runs():
     counted = count_kernels(PROGRAM)
     # a loop that runs three times, whose condition is not evaluated, and one of which that is not known
-    assert counted == {"Encoder, Conv_0, forward": 4, "between devices: all-reduce": 4, "(of XLA's own)": 2}
+    assert counted == {"Encoder, Conv_0, forward": 4, "between devices: all-reduce": 4, "(internal to XLA)": 2}
 
 
 def test_says_which_packages_it_needs(monkeypatch):

@@ -106,20 +106,20 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"vary": ("ent-coef",)}, "--vary ent-coef: needs values"),
+        ({"vary": ("ent-coef",)}, "--vary ent-coef: has no values"),
         ({"vary": ("max-grad-norm", "1")}, "--vary max-grad-norm: must be one of learning_rate, "),
         ({"vary": ("ent-coef", "x")}, "must be numbers"),
         ({"vary": ("learning-rate", "-1")}, "--learning-rate -1.0: must be positive"),
         ({"seeds": ()}, "--seeds: name at least one"),
-        ({"seeds": (1, 2, 1)}, "names one twice"),
+        ({"seeds": (1, 2, 1)}, "has duplicates"),
         ({"seeds": (-1,)}, "--seed -1"),
         ({"points": 0}, "--points 0"),
-        ({"flags": "--seed 3"}, "there is --seeds"),
-        ({"flags": "--env_id=Pong-v5"}, "there is --env-ids"),
-        ({"env_ids": ("Breakout-MinAtar", "Pong-v5")}, "--env-ids Pong-v5: its emulators"),
+        ({"flags": "--seed 3"}, "use --seeds"),
+        ({"flags": "--env_id=Pong-v5"}, "use --env-ids"),
+        ({"env_ids": ("Breakout-MinAtar", "Pong-v5")}, "--env-ids Pong-v5: is not written in JAX"),
         ({"env_ids": ("Brakout-MinAtar",)}, "did you mean Breakout-MinAtar"),
-        ({"output": Path("/no/such/folder/x.csv")}, "there is no folder"),
-        ({"output": Path(__file__)}, "a table of another kind"),
+        ({"output": Path("/no/such/folder/x.csv")}, "does not exist"),
+        ({"output": Path(__file__)}, "another type of table"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(flags, words, monkeypatch):

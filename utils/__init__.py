@@ -1,4 +1,4 @@
-"""What is the same in every script and the point of none: losses, distributions, and in folders runs, guarantees, dreams.
+"""Code that all scripts share: losses, distributions, metrics, and packages for runs, guarantees, dreams and evaluation.
 
-Imports go one way: networks may import utils, utils never networks.
+Modules in networks/ may import utils; modules in utils/ must not import networks.
 """

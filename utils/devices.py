@@ -1,7 +1,7 @@
 """Several devices in one process (`--num-devices`).
 
-Arrays are split over them along their first axis, of environments or of a minibatch. The programs are those for one device, and
-XLA divides the work: what is a mean, a sum, or a decision there is one over all of it, and what is drawn is the same.
+Arrays are split over the devices along their first axis: environments or minibatch elements. The programs are the same as for
+one device, and XLA partitions them. Means, sums and decisions cover all devices, and random draws do not change.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from envs.protocol import DEVICES
 
 
 def use_devices(num_devices: int, among: Sequence[jax.Device] | None = None) -> AbstractContextManager:
-    """Has this thread compute on so many from now on, the first of all (or of `among`); one is used in any case. In a `with`
-    statement, until its end."""
+    """Compute on the first `num_devices` of all devices (or of `among`) in this thread from now on; in a `with` statement, only
+    until its end. Do nothing if `num_devices` is 1."""
     if num_devices == 1:
         return nullcontext()
     devices = (among or jax.devices())[:num_devices]
@@ -25,36 +25,36 @@ def use_devices(num_devices: int, among: Sequence[jax.Device] | None = None) -> 
 
 
 def on_one_device() -> AbstractContextManager:
-    """In which the first device is used alone: what is played for a film is neither split nor done on each."""
+    """Return a context that uses only the first device, for work that should be neither split nor repeated on each device."""
     return jax.set_mesh(None)
 
 
 def by_device(batch: Any) -> Any:
-    """Arrays, each split along its first axis into equal parts, one on each device. (A minibatch's steps come from all devices:
-    unless it is split, or the indices of its steps are, each device computes everything.)"""
+    """Split arrays along their first axis into equal parts, one per device. Minibatches, or their indices, need this: they
+    gather steps from all devices, so otherwise each device would compute the whole minibatch."""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(DEVICES)), batch)
 
 
 def on_each_device(batch: Any) -> Any:
-    """Arrays, all of each on every device: what minibatches are made of is sent around once, and not for each of them."""
+    """Copy arrays in full to every device, so that a rollout is sent once and not again for each minibatch."""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
-    # without the barrier XLA may keep an array split after all, and gather it for each minibatch
+    # without the barrier, XLA may keep an array split and gather it for each minibatch
     return jax.lax.optimization_barrier(jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), batch))
 
 
 def distribute(state: Any) -> Any:
-    """A script's state, put where it belongs."""
+    """Put a script's state on the devices; see `placement`."""
     if jax.sharding.get_mesh().empty:
-        # what a checkpoint has is loaded to a device, and a program is compiled anew for what is on none yet
+        # arrays from a checkpoint are committed to a device; programs would be compiled again for uncommitted ones
         return jax.device_put(state, jax.devices()[0])
     return jax.tree.map(jax.device_put, state, placement(state))
 
 
 def placement(state: Any) -> Any:
-    """Where each array of a script's state belongs: what is of environments is split over the devices, all else is on each."""
+    """Return the sharding of each array of a script's state: split over the devices if per environment, else replicated."""
     of_envs = {name: getattr(state, name) for name in ("env_state", "obs", "replay") if hasattr(state, name)}
     everywhere = state._replace(**dict.fromkeys(of_envs))
     mesh = jax.sharding.get_mesh()
@@ -63,12 +63,12 @@ def placement(state: Any) -> Any:
 
 
 def of_environments(x: Any) -> P:
-    """How an array of environments is split; one without axes is on each device."""
+    """Return the partition of a per-environment array: split along its first axis; a scalar is replicated."""
     return P(DEVICES) if x.ndim else P()
 
 
 def make_split(make: Callable[[], Any]) -> Any:
-    """What a function returns, made where `distribute` would put it: what all devices together have room for, one may not."""
+    """Return `make()`, with its arrays created where `distribute` would put them: one device may lack room for them all."""
     if jax.sharding.get_abstract_mesh().empty:
         return make()
     constrain = lambda x: jax.lax.with_sharding_constraint(x, of_environments(x))  # noqa: E731

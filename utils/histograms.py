@@ -9,15 +9,14 @@ from jaxtyping import Array, Int, Num
 
 from utils.occasionally import occasionally
 
-SMALLEST, LARGEST = -30, 10  # powers of 2 between which numbers are told apart
+SMALLEST, LARGEST = -30, 10  # exponents of the smallest and the largest bin edge
 _POWERS = 2.0 ** np.arange(SMALLEST, LARGEST + 1)
 EDGES = np.concatenate([-_POWERS[::-1], _POWERS])
-"""The edges of the bins: powers of 2 and their negatives. What is smaller falls into the middle bin, what is larger into the
-outermost."""
+"""Bin edges: powers of 2 and their negatives. Smaller values fall into the middle bin, larger ones into the outermost bins."""
 
 
 def histogram(x: Num[Array, "..."]) -> Int[Array, " bins"]:
-    """How many of the numbers lie in each of the bins between `EDGES`; NaN lies in none."""
+    """Count the values in each of the bins between `EDGES`. NaN is in no bin."""
     x = x.reshape(-1)
     _, exponent = jnp.frexp(x)  # |x| lies in [2^(exponent - 1), 2^exponent)
     exponent = jnp.where(jnp.isinf(x), LARGEST, exponent)
@@ -27,7 +26,7 @@ def histogram(x: Num[Array, "..."]) -> Int[Array, " bins"]:
 
 
 def statistics(tree: Any, prefix: str) -> dict[str, Array]:
-    """Norm, and histogram, of each array of a tree, under the array's name."""
+    """Return the norm and the histogram of each array of a tree, named by `prefix` and the array's path."""
     found = {}
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = prefix + jax.tree_util.keystr(path, simple=True, separator="/").replace("/params/", "/")
@@ -36,7 +35,7 @@ def statistics(tree: Any, prefix: str) -> dict[str, Array]:
 
 
 def track_gradients(grads: Any, iteration: Array, args: Any, prefix: str = "grads/") -> dict[str, Array]:
-    """What to log of the gradients of a minibatch: nothing, at no cost, without `--track-grads`."""
+    """Return the gradient statistics of a minibatch every `--track-every` updates; empty without `--track-grads`."""
     if not args.track_grads:
         return {}
     return occasionally(iteration, args.track_every, lambda: statistics(grads, prefix), prefix)

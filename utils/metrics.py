@@ -1,4 +1,4 @@
-"""What to log of an update and of its rollout."""
+"""Metrics of an update and of its rollout."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +14,8 @@ from utils.occasionally import MEASURED
 
 
 def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan`, for a step whose outputs are many small arrays of floats or flags. They are kept as one array: to keep
-    each of them takes a kernel on a GPU, a tenth of all that PPO's update has. (Integers beside floats are floats on the way,
-    exact up to 2^24.)"""
+    """Run `jax.lax.scan`, storing the step's many small outputs (floats or flags) as one array. Stored separately, each takes a
+    GPU kernel, together a tenth of all kernels of PPO's update. Integers next to floats become float32, exact up to 2^24."""
     unravel = None
 
     def step_kept(carry, x):
@@ -30,10 +29,10 @@ def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, x
 
 
 def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:
-    """Reduces the metrics of the K minibatches of an update, those that were skipped left out: losses to their mean, ratios to
-    what they were in the last `num_minibatches`, each measured before its own gradient step."""
+    """Reduce the metrics of an update's K minibatches, without skipped ones, to their mean. `spi/ratio_*` and
+    `spi/outside_fraction` cover only the last `num_minibatches`, each measured before its own gradient step."""
     last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - num_minibatches)
-    mean = jax.vmap(partial(masked_mean, valid=ran), in_axes=-1)  # of each bin of a histogram
+    mean = jax.vmap(partial(masked_mean, valid=ran), in_axes=-1)  # over minibatches, for each bin of a histogram
     reduced = {name: mean(value.reshape(len(ran), -1)).reshape(value.shape[1:]) for name, value in metrics.items()}
     return reduced | {
         "spi/ratio_max": jnp.max(jnp.where(last, metrics["spi/ratio_max"], -jnp.inf)),
@@ -43,7 +42,7 @@ def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"],
 
 
 def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], env: Any, agent: Any) -> dict[str, Array]:
-    """What to log of a script's rollout, and of the policy that has learned from it where it is known exactly."""
+    """Return the metrics of a rollout, and exact ones of the policy with `params` if the environment's dynamics are known."""
 
     def policy(obs):
         z = agent.encoder.apply(params.encoder, obs)
@@ -60,10 +59,10 @@ def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], en
 def explained_variance(
     error: Float[Array, "*shape"], target: Float[Array, "*shape"], valid: Bool[Array, "*shape"]
 ) -> dict[str, Scalar]:
-    """The share of the targets' variance that the critic explains, 1 - var(error) / var(target); marked as not measured where
-    the targets are all the same, up to rounding."""
+    """Return the fraction of the targets' variance that the critic explains, 1 - var(error) / var(target). It is marked as not
+    measured if all targets are equal up to rounding."""
     variance = lambda x: masked_mean((x - masked_mean(x, valid)) ** 2, valid)  # noqa: E731
-    varies = ~(variance(target) <= 1e-12 * masked_mean(target**2, valid))  # NaN is no rounding: it shall be seen
+    varies = ~(variance(target) <= 1e-12 * masked_mean(target**2, valid))  # True for NaN, so that NaN is logged
     explained = 1.0 - variance(error) / jnp.where(varies, variance(target), 1.0)
     name = "losses/explained_variance"
     return {name: explained, name + MEASURED: varies.astype(jnp.float32)}

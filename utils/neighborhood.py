@@ -1,5 +1,5 @@
-"""The neighborhood N^C of a policy, C = 1 + eps: all policies whose ratios to it lie in [2 - C, C] = [1 - eps, 1 + eps], for
-*every* action. PPO's loss stops rewarding a ratio beyond it, and that of the action taken alone; it keeps no ratio inside."""
+"""The neighborhood N^C of a policy, C = 1 + eps: all policies with ratios to it in [2 - C, C] = [1 - eps, 1 + eps] for *every*
+action. PPO's loss only stops rewarding the taken action's ratio outside of it; it does not keep any ratio inside."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,23 +13,23 @@ from utils.metrics import scan_with_metrics
 
 Number = Float[Array, ""] | float
 
-SHRINK = 0.7  # of the line search
-TRIES = 12  # on the way to each target: down to 0.7^11 = 0.02
+SHRINK = 0.7  # factor of each backtracking step
+TRIES = 12  # step sizes per target, down to 0.7^11 = 0.02
 
 
 def outside(log_ratios: Float[Array, "*batch A"], eps: Number) -> Bool[Array, "*batch"]:
-    """Whether the ratio of any action leaves [1 - eps, 1 + eps], or is not a number."""
+    """Return True where the ratio of any action is outside [1 - eps, 1 + eps] or NaN."""
     ratios = jnp.exp(log_ratios)
     return ~jnp.all((ratios >= 1 - eps) & (ratios <= 1 + eps), axis=-1)
 
 
 def ratio_metrics(log_ratios: Float[Array, "*batch A"], valid: Bool[Array, "*batch"], eps: Number) -> dict[str, Array]:
-    """The extreme ratios, and the share of states at which the policy has left the neighborhood.
+    """Return the extreme ratios, and the fraction of states at which the policy is outside the neighborhood.
 
     Args:
-        log_ratios: of all actions at the states visited; 0 where a step is not valid.
+        log_ratios: log-ratios of all actions at the visited states; 0 where a step is not valid.
         valid: which steps count.
-        eps: the neighborhood.
+        eps: size of the neighborhood.
     """
     return {
         "spi/ratio_max": jnp.exp(jnp.max(log_ratios)),
@@ -45,28 +45,28 @@ def backtrack(
     valid: Bool[Array, "*batch"],
     eps: Number,
 ) -> tuple[Any, dict[str, Array]]:
-    """Parameters on the way from the old ones to a target, as near to it as can be, that keep all ratios inside.
+    """Find parameters between the old ones and a target, as close to the target as possible, that keep all ratios inside.
 
-    Tries old + f (target - old) for f = 1, 0.7, 0.49, ..., on the way to each target in turn; where none will do, it is old
-    itself. (TRPO's line search, Schulman et al., 2015, with N^C in the place of its constraint.) Jittable; each try costs one
-    evaluation of the policy on all states.
+    Try old + f (target - old) for f = 1, 0.7, 0.49, ..., for each target in turn. If no candidate keeps all ratios inside,
+    return old. This is TRPO's line search (Schulman et al., 2015) with N^C as the constraint. It is jittable, and each try
+    costs one evaluation of the policy on all states.
 
     Args:
-        old: parameters of the policy that the ratios are to, up to rounding.
-        targets: where to go, first choice first.
-        log_ratios: of all actions at the states visited, against the policy that visited them; 0 where a step is not valid.
+        old: parameters of the policy that visited the states, whose ratios are 1 up to rounding.
+        targets: parameters to move toward, in order of preference.
+        log_ratios: maps parameters to log-ratios of all actions at the visited states; 0 where a step is not valid.
         valid: which steps count.
-        eps: the neighborhood.
+        eps: size of the neighborhood.
 
     Returns:
-        The parameters, and what to log: `ratio_metrics` of them, f as `spi/step_fraction` (0 for old), and
-        `spi/step_target`, the index of the target (one more than the last for old).
+        The parameters, and their metrics: `ratio_metrics`, f as `spi/step_fraction` (0 for old), and the index of the target
+        as `spi/step_target` (`len(targets)` for old).
     """
 
     def candidate(tries):
         way, fraction = tries // TRIES, SHRINK ** (tries % TRIES)
         target = jax.tree.map(lambda *xs: jnp.stack(xs)[way], *targets)
-        # where f is 1 or 0 exactly the one or the other, were the target not even finite
+        # exactly the target for f = 1, and exactly old if no target is left, even if a target is not finite
         move = lambda a, b: jnp.where(fraction == 1, b, a + fraction * (b - a))  # noqa: E731
         return jax.tree.map(lambda a, b: jnp.where(way == len(targets), a, move(a, b)), old, target)
 
@@ -91,18 +91,18 @@ def backtrack(
 def gradient_steps(
     step: Callable[[Any, Any], tuple[Any, dict[str, Array]]], carry: Any, minibatches: Any, args: Any
 ) -> tuple[Any, dict[str, Float[Array, " K"]], Bool[Array, " K"]]:
-    """Scans a gradient step over an update's K minibatches, and skips the rest of them where the flags ask for that.
+    """Scan a gradient step over an update's K minibatches, and skip the rest if a flag stops the update early.
 
-    `--target-kl` skips what comes after the minibatch whose approximate KL divergence exceeds it. `early_stop` skips what comes
-    after the minibatch that finds a ratio outside the neighborhood, and that one's own step: those before have gone too far.
+    `--target-kl` skips the minibatches after the first whose approximate KL divergence exceeds it. `early_stop` skips those
+    after the first that finds a ratio outside the neighborhood (measured before its step), and discards that step too.
 
     Args:
-        step: takes the carry (what learns) and a minibatch, and returns the carry and metrics, measured before the step.
+        step: maps the carry (parameters and optimizer state) and a minibatch to the carry and metrics from before the step.
         carry, minibatches: as for `jax.lax.scan`.
         args: a script's flags.
 
     Returns:
-        The last carry, the metrics of each minibatch, and which minibatches were not skipped.
+        The final carry, the metrics of each minibatch, and which minibatches were not skipped.
     """
     early_stop = args.enforce_neighborhood == "early_stop"
     if args.target_kl is None and not early_stop:

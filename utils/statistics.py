@@ -1,8 +1,8 @@
-"""What many runs say together: aggregates of scores over games and seeds, with intervals by the stratified bootstrap.
+"""Aggregate scores over games and seeds, with stratified bootstrap confidence intervals.
 
-After Agarwal et al. (2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice", arXiv 2108.13264). Scores
-are a list with an array for each game, which holds a number for each run (seed); games may have different numbers of runs. A
-statistic takes such a list, whose arrays may have further axes before the last: resamplings, as `resample` makes them.
+The method is that of Agarwal et al. (2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice", arXiv
+2108.13264). Scores are a list of one array per game, with one element per run (seed); games may have different numbers of runs.
+A statistic takes such a list. Its arrays may have leading axes for resamplings, as `resample` returns them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,33 +19,33 @@ CONFIDENCE = 0.95
 
 
 def mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
-    """Mean over games of their means over runs."""
+    """Return the mean over games of the mean over runs."""
     return np.asarray(np.mean([x.mean(axis=-1) for x in scores], axis=0))
 
 
 def median(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
-    """Median over games of their means over runs."""
+    """Return the median over games of the mean over runs."""
     return np.asarray(np.median([x.mean(axis=-1) for x in scores], axis=0))
 
 
 def interquartile_mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
-    """IQM: mean of the middle half of all runs of all games; of n runs floor(n / 4) are left out on either side."""
+    """Return the IQM: the mean of the n runs of all games without the floor(n / 4) lowest and the floor(n / 4) highest."""
     return np.asarray(stats.trim_mean(np.concatenate(scores, axis=-1), 0.25, axis=-1))
 
 
 def optimality_gap(scores: Scores, target: float = 1.0) -> Float[np.ndarray, "*resamplings"]:
-    """By how much runs fall short of the target, what exceeds it not counting; mean over games. Lower is better."""
+    """Return how far runs fall short of the target, as a mean over games; excess does not count. Lower is better."""
     return np.asarray(target - mean([np.minimum(x, target) for x in scores]))
 
 
 def performance_profile(scores: Scores, thresholds: Float[np.ndarray, " K"]) -> Float[np.ndarray, "*resamplings K"]:
-    """The share of runs whose score is above each threshold; mean over games."""
+    """Return the fraction of runs whose score is above each threshold, as a mean over games."""
     return np.mean([np.mean(x[..., None, :] > thresholds[:, None], axis=-1) for x in scores], axis=0)
 
 
 def probability_of_improvement(scores: Scores, others: Scores) -> Float[np.ndarray, "*resamplings"]:
-    """How likely a run of the first beats one of the second in a game taken at random; a tie counts one half (Mann-Whitney's
-    U over the number of pairs, mean over games)."""
+    """Return the probability that a run of `scores` beats one of `others` in a random game; a tie counts one half. It is the
+    mean over games of the Mann-Whitney U divided by the number of pairs."""
     wins = []
     for x, y in zip(scores, others, strict=True):
         difference = x[..., :, None] - y[..., None, :]
@@ -62,16 +62,16 @@ AGGREGATES: dict[str, Statistic] = {
 
 
 def resample(scores: Scores, rng: np.random.Generator, number: int = RESAMPLINGS) -> list[Float[np.ndarray, "R _"]]:
-    """Draws, for each game by itself, as many of its runs as there are, with replacement; `number` times."""
+    """Resample the runs of each game with replacement, keeping their number; repeat this `number` times."""
     return [np.asarray(x)[rng.integers(len(x), size=(number, len(x)))] for x in scores]
 
 
 def interval(values: Float[np.ndarray, "R *shape"], confidence: float = CONFIDENCE) -> Float[np.ndarray, "2 *shape"]:
-    """Between which values the middle of the resampled ones lies (the percentile bootstrap)."""
+    """Return the ends of the interval that contains the middle `confidence` of resampled values (percentile bootstrap)."""
     tail = 100 * (1 - confidence) / 2
     return np.percentile(values, [tail, 100 - tail], axis=0)
 
 
 def with_interval(scores: Scores, statistic: Statistic, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A statistic of the scores, and the ends of its interval."""
+    """Return a statistic of the scores, and the ends of its confidence interval."""
     return statistic(scores), interval(statistic(resample(scores, rng)))

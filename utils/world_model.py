@@ -15,10 +15,10 @@ from utils.losses import smooth_l1_loss
 def transition_loss(
     predicted: Deterministic | Normal | Categorical, next_z: Float[Array, "N *z"], key: jax.Array, args: Any
 ) -> Float[Array, " N"]:
-    """l_P of each transition: how far the predicted distribution of z' is from phi(o'), summed over the latent.
+    """Return the transition loss l_P of each transition: the cost of the predicted z' against phi(o'), summed over the latent.
 
-    Continuous latents: Huber's loss of a sample; for unconstrained normals the expected absolute error, in closed form.
-    Categorical ones: see `CATEGORICAL_COSTS`.
+    Continuous latents: Huber's loss of a sample. For normals with unclipped noise: the expected absolute error, in closed form.
+    Categorical latents: see `CATEGORICAL_COSTS`.
     """
     if args.w_balancing is not None:
         predicted = jax.tree.map(partial(scale_gradient, factor=args.w_balancing), predicted)
@@ -33,36 +33,36 @@ def transition_loss(
 
 
 def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
-    """x itself, but what flows back through it is multiplied by `factor`."""
+    """Return x, with its gradient multiplied by `factor`."""
     stopped = jax.lax.stop_gradient(x)
     return stopped + factor * (x - stopped)
 
 
 def l2(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
-    """Squared distance of a sample."""
+    """Return the squared Euclidean distance of a sample from z'."""
     return jnp.sum((predicted.sample(key) - next_z) ** 2, axis=-1)
 
 
 def hamming(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
-    """1 where a sample differs."""
+    """Return 1 for each variable in which a sample differs from z', else 0."""
     return 1.0 - jnp.sum(predicted.sample(key) * next_z, axis=-1)
 
 
 def cross_entropy(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
-    """Of the predicted probabilities; not random."""
+    """Return the cross-entropy of the predicted probabilities. The key is not used."""
     return -predicted.log_prob(next_z)
 
 
 def jensen_shannon(predicted: Categorical, next_z: Float[Array, "N V C"], key: jax.Array) -> Float[Array, "N V"]:
-    """Jensen-Shannon distance between the predicted probabilities and the code; not random."""
+    """Return the Jensen-Shannon distance between the predicted probabilities and z'. The key is not used."""
     return jensen_shannon_distance(predicted.mean(), next_z)
 
 
 class Cost(NamedTuple):
-    """A distance of the next code from the prediction."""
+    """A distance between the prediction and the next categorical latent."""
 
     distance: Callable[[Categorical, Float[Array, "N V C"], jax.Array], Float[Array, "N V"]]
-    samples: bool  # whether it draws a sample of the prediction
+    samples: bool  # whether it samples from the prediction
 
 
 CATEGORICAL_COSTS = {
@@ -76,42 +76,42 @@ CATEGORICAL_COSTS = {
 def jensen_shannon_distance(
     p: Float[Array, "*batch C"], q: Float[Array, "*batch C"], eps: float = 1e-8
 ) -> Float[Array, "*batch"]:
-    """Square root of the Jensen-Shannon divergence in nats: a metric, at most sqrt(log 2) (Endres & Schindelin, 2003).
+    """Return the root of the Jensen-Shannon divergence in nats: a metric, at most sqrt(log 2) (Endres & Schindelin, 2003).
 
-    `eps` within the logarithms keeps gradients finite at probabilities of 0, where the slope of x log x is not; it changes the
+    `eps` inside the logarithms keeps gradients finite at probability 0, where the slope of x log x is infinite. It changes the
     divergence by at most about C eps / 2.
     """
     middle = 0.5 * (p + q)
     divergence = 0.0
     for x in (p, q):
         divergence = divergence + 0.5 * jnp.sum(x * jnp.log((x + eps) / (middle + eps)), axis=-1)
-    positive = divergence > 1e-12  # the root's gradient at 0 is infinite: both the argument and the result are replaced
+    positive = divergence > 1e-12  # at 0 the root's gradient is infinite: replace argument and result
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, divergence, 1.0)), 0.0)
 
 
 def penalizes_gradients(args: Any) -> bool:
-    """Whether the flags ask for a penalty on the world model's gradients."""
+    """Return True if the flags select a gradient penalty on the world model."""
     return args.latent == "continuous" and not args.lipschitz_nets and args.lambda_gp > 0
 
 
 def gradient_penalty(
     f: Callable[[Float[Array, "N *z"]], Any], z: Float[Array, "N *z"], key: jax.Array, wgan: bool
 ) -> Float[Array, " N"]:
-    """How steep f is at each z, as a penalty: the squared norm of a gradient, or with `wgan` (norm - 1)^2.
+    """Return a penalty on the slope of f at each z: the squared norm of a gradient, or (norm - 1)^2 with `wgan`.
 
-    The gradient is that of f's output along a random unit vector v of its space, J^T v: one vector-Jacobian product, where
-    the Jacobian would take one for each of 3136 numbers. Where f has more outputs than inputs, the square is multiplied by
-    their ratio, so that its mean over v is the mean square of J's singular values, and an isometry scores 1. For a scalar f it
-    is the gradient itself. f's output may be a distribution: for independent normals the Euclidean distance of (loc, scale)
-    is the 2-Wasserstein distance. A penalty of this kind makes f flat on average; it bounds no Lipschitz constant.
+    The gradient is J^T v for f's Jacobian J and a random unit vector v of its output space. That is one vector-Jacobian
+    product; all of J would take one per output, such as the 3136 elements of a feature map. If f has more outputs than inputs,
+    the squared norm is multiplied by their ratio. Its mean over v is then the mean square of J's singular values, which is 1
+    for an isometry. For a scalar f, J^T v is the gradient itself. f may return a distribution: for independent normals, the
+    Euclidean distance of (loc, scale) is the 2-Wasserstein distance. The penalty bounds no Lipschitz constant.
 
     Source: Gulrajani et al., 2017 (equation 3), for `wgan`; Gelada et al., 2019 (DeepMDP), for its use in a world model.
 
     Args:
-        f: maps each sample on its own; its output has the samples first.
-        z: where; no gradient flows back to it, the penalty is about f.
+        f: maps each sample independently; samples are the first axis of its output.
+        z: points at which to evaluate the slope. No gradient flows to z.
         key: draws v.
-        wgan: see above.
+        wgan: penalize (norm - 1)^2.
     """
     output, pull_back = jax.vjp(f, jax.lax.stop_gradient(z))
     leaves, tree = jax.tree.flatten(output)
@@ -120,8 +120,8 @@ def gradient_penalty(
     direction = jax.tree.unflatten(tree, [x / length.reshape(-1, *(1,) * (x.ndim - 1)) for x in noise])
     outputs = sum(x[0].size for x in leaves)
     squared = max(1.0, outputs / z[0].size) * _sums(pull_back(direction)[0] ** 2)
-    return (jnp.sqrt(squared + 1e-12) - 1.0) ** 2 if wgan else squared  # the gradient of a root at 0 is infinite
+    return (jnp.sqrt(squared + 1e-12) - 1.0) ** 2 if wgan else squared  # a root has an infinite gradient at 0
 
 
-def _sums(x):  # of each sample
+def _sums(x):  # per sample
     return jnp.sum(x, axis=range(1, x.ndim))

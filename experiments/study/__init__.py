@@ -1,1 +1,1 @@
-"""A study: many runs, launched and compared."""
+"""A study: launch and compare many runs."""

@@ -1,4 +1,4 @@
-"""Algorithms x games x seeds, side by side: what is missing, scores on a common scale, and aggregates of them."""
+"""Compare algorithms x games x seeds: find missing runs, normalize scores, and aggregate them over games."""
 
 import re
 from types import SimpleNamespace
@@ -14,13 +14,13 @@ from utils import statistics
 from utils.runs.flags import require
 from utils.runs.scores import reference
 
-FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # algorithms in the order of figures and tables
+FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # order of algorithms in figures and tables
 Scale = Literal["human", "baseline", "min-max", "against"]
 SCALES = {
-    "human": "0 is random play, 1 a human's score",
-    "baseline": "relative improvement on the published PPO: (score - baseline) / |baseline|",
-    "min-max": "of each game 0 is the lowest score of the runs compared, 1 the highest",
-    "against": "1 is the mean score of the algorithm that others are compared with, on the same game",
+    "human": "0 is random play, 1 is the human score",
+    "baseline": "relative improvement over the published PPO score, (score - baseline) / |baseline|",
+    "min-max": "for each game, 0 is the lowest and 1 the highest score of the compared runs",
+    "against": "1 is the mean score of the reference algorithm (--against) on the same game",
 }
 
 
@@ -30,9 +30,9 @@ class Comparison(NamedTuple):
     Attributes:
         algorithms: names, in the order of figures.
         env_ids: the games.
-        seeds: all that any algorithm has.
-        runs: by algorithm and game, by seed.
-        missing: a line for each run that is not there, or not finished.
+        seeds: all seeds of any algorithm.
+        runs: by algorithm and game, sorted by seed.
+        missing: one line for each run that is missing or unfinished.
     """
 
     algorithms: list[str]
@@ -43,12 +43,12 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison:
-    """Sorts runs, and finds what is missing in the grid of all their algorithms, games and seeds, and of what was planned.
+    """Arrange runs in a grid of algorithms, games and seeds, and list the runs missing from the grid or from `planned`.
 
     Raises:
-        UsageError: there are no runs, or two are the same.
+        UsageError: there are no runs, or two runs have the same place in the grid.
     """
-    require(len(runs) > 0, "no run can be read; name folders of runs, of studies, or tables of them")
+    require(len(runs) > 0, "no readable runs: name folders of runs or of studies, or tables")
     names = labels(runs)
     rank = lambda name: (FIRST.index(name.split()[0]) if name.split()[0] in FIRST else len(FIRST), name)  # noqa: E731
     algorithms = sorted(set(names), key=rank)
@@ -60,20 +60,20 @@ def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison
             found[name, env_id] = [own[seed] for seed in sorted(own)]
             for seed in seeds:
                 if seed not in own:
-                    missing.append(f"{name}, {env_id}, seed {seed}: there is no run")
+                    missing.append(f"{name}, {env_id}, seed {seed}: not found")
                 elif not own[seed].is_finished:
-                    at = f"is at {own[seed].reached:,} of {own[seed].planned:,} steps"
+                    at = f"unfinished, at {own[seed].reached:,} of {own[seed].planned:,} steps"
                     missing.append(f"{name}, {env_id}, seed {seed}: {at}")
     known = {(name.split()[0], env_id, seed) for name in algorithms for env_id in env_ids for seed in seeds}
     for run in planned:
         script = run.script.split("__")[0]
         if (script, run.env_id, run.seed) not in known:
-            missing.append(f"{script}, {run.env_id}, seed {run.seed}: is planned, and not there")
+            missing.append(f"{script}, {run.env_id}, seed {run.seed}: planned, but not found")
     return Comparison(algorithms, env_ids, seeds, found, missing)
 
 
 def run_protocol(run: RunRecord) -> AtariProtocol:
-    """Sticky actions and no-ops of the run's games, of Atari alone."""
+    """Return the sticky-action probability and the maximum number of no-ops; they apply only to Atari."""
     typed = dict(word.removeprefix("--").partition(" ")[::2] for word in re.split(r" (?=--)", run.flags) if word)
     number = lambda flag, kind: kind(typed[flag]) if flag in typed else None  # noqa: E731
     flags = number("repeat-action-probability", float), number("noop-max", int)
@@ -81,12 +81,12 @@ def run_protocol(run: RunRecord) -> AtariProtocol:
 
 
 def usual_scale(comparison: Comparison) -> Scale:
-    """The scale if none is asked for: human play where it is known of all games."""
+    """Return the default scale: human if a human score is known for all games, else min-max."""
     return "human" if all(reference(env_id) for env_id in comparison.env_ids) else "min-max"
 
 
 def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str, str], np.ndarray]:
-    """The final score of each finished run (`final_score`), by algorithm and game."""
+    """Return the `final_score` of each finished run, by algorithm and game."""
     scores = lambda runs: np.array([final_score(run, points, last) for run in runs if run.is_finished])  # noqa: E731
     return {key: scores(runs) for key, runs in comparison.runs.items()}
 
@@ -94,14 +94,14 @@ def raw_scores(comparison: Comparison, points: int, last: int) -> dict[tuple[str
 def normalized(
     comparison: Comparison, raw: dict[tuple[str, str], np.ndarray], scale: Scale, against: str
 ) -> dict[str, list[np.ndarray]]:
-    """The scores of each algorithm, game by game, on a common scale (`SCALES`). Of an incomplete grid, the games of which all
-    algorithms have finished a run.
+    """Return the scores of each algorithm, game by game, on a common scale (`SCALES`). Games in which some algorithm has no
+    finished run are skipped.
 
     Raises:
-        UsageError: the scale is not known of a game, or there is no such game.
+        UsageError: the scale is undefined for a game, or no game is left.
     """
     env_ids = [env_id for env_id in comparison.env_ids if all(len(raw[name, env_id]) for name in comparison.algorithms)]
-    require(len(env_ids) > 0, "there is no game of which all algorithms have finished a run: nothing can be aggregated")
+    require(len(env_ids) > 0, "nothing to aggregate: no game has a finished run of every algorithm; finish more runs")
     scores = {name: [] for name in comparison.algorithms}
     for env_id in env_ids:
         of_game = [run for name in comparison.algorithms for run in comparison.runs[name, env_id]]
@@ -110,17 +110,17 @@ def normalized(
         every = np.concatenate([raw[name, env_id] for name in comparison.algorithms])
         low, width = every.min(), np.ptp(every) or 1.0
         if scale == "human":
-            require(known is not None, f"--scale human: there is no human score of {env_id}; say --scale min-max")
+            require(known is not None, f"--scale human: no human score is known for {env_id}; use --scale min-max")
             convert = known.human_normalized
         elif scale == "baseline":
-            require(len(protocols) == 1, f"--scale baseline: runs of {env_id} differ in their protocol; say --scale min-max")
+            require(len(protocols) == 1, f"--scale baseline: runs of {env_id} differ in their protocol; use --scale min-max")
             require(
-                known is not None and bool(known.baseline), f"--scale baseline: there is none of {env_id}; say --scale min-max"
+                known is not None and bool(known.baseline), f"--scale baseline: {env_id} has no baseline; use --scale min-max"
             )
             convert = known.relative_improvement
         elif scale == "against":
             mean = float(np.mean(raw[against, env_id]))
-            require(mean > 0, f"--scale against: {against} has a mean score of {mean:g} on {env_id}; say --scale min-max")
+            require(mean > 0, f"--scale against: {against} has a mean score of {mean:g} on {env_id}; use --scale min-max")
             convert = lambda score, mean=mean: score / mean  # noqa: E731
         else:
             convert = lambda score, low=low, width=width: (score - low) / width  # noqa: E731
@@ -130,8 +130,8 @@ def normalized(
 
 
 class Aggregates(NamedTuple):
-    """Statistics of scores over games: for each of `statistics` and each algorithm the value and the ends of its interval; the
-    share of runs above each threshold, likewise; and how probably each algorithm improves on the first one."""
+    """Statistics over games, each a value and the ends of its interval: `statistics` by name and algorithm; `profiles`, the
+    fraction of runs above each threshold; `improvement`, the probability of improvement over the reference algorithm."""
 
     statistics: dict[str, dict[str, tuple[float, float, float]]]
     thresholds: np.ndarray
@@ -140,7 +140,7 @@ class Aggregates(NamedTuple):
 
 
 def aggregate(scores: dict[str, list[np.ndarray]], scale: Scale, against: str, seed: int) -> Aggregates:
-    """All statistics, each with an interval from `statistics.RESAMPLINGS` resamplings by a generator with that seed."""
+    """Compute all statistics, with intervals from `statistics.RESAMPLINGS` bootstrap resamples of a generator with `seed`."""
     target = 0.0 if scale == "baseline" else 1.0
     functions = dict(statistics.AGGREGATES)
     functions["optimality gap"] = lambda x: statistics.optimality_gap(x, target)

@@ -1,4 +1,4 @@
-"""About how long a study takes, and how much disk."""
+"""Estimate the time and the disk space that a study needs."""
 
 import dataclasses
 import importlib
@@ -16,20 +16,18 @@ from utils.runs.flags import parse_flags
 from utils.runs.folder import ROOT
 
 MEASURED = ("docs/throughput.json", "docs/throughput_minatar.json")
-LOG_BYTES = (
-    1_700  # of an update, in metrics.jsonl and TensorBoard's file: 206 KiB of 122 updates of Deep SPI on MinAtar's Breakout
-)
+LOG_BYTES = 1_700  # per update, metrics.jsonl and TensorBoard file: 206 KiB for 122 updates of Deep SPI on Breakout-MinAtar
 
 
 def _published(runs: list[PlannedRun]) -> tuple[dict[tuple[str, str], float], str]:
-    """Steps per second as the project's own benchmarks made them, of the environment or another of its family; and where."""
+    """Return the steps per second in the project's benchmarks, for the same environment or its family, and their source."""
     rate, machines = {}, []
     for name in MEASURED:
         measured = json.loads((ROOT / name).read_text())
-        machines.append(f"{measured['cpus']} CPU cores, {name}")
+        machines.append(f"{name} on {measured['cpus']} CPU cores")
         for setting in measured["settings"]:
             script, env_id, *more = setting["setting"].split()
-            if len(more) == 2:  # the number of actions, and no flag
+            if len(more) == 2:  # "(4 actions)" only: default flags
                 rate.setdefault((script, env_id), setting["steps_per_second"])
     found = {}
     for run in runs:
@@ -38,18 +36,18 @@ def _published(runs: list[PlannedRun]) -> tuple[dict[tuple[str, str], float], st
         near = [v for (s, e), v in rate.items() if s == own and (e == run.env_id or family(e) == family(run.env_id))]
         if near:
             found[run.script, run.env_id] = rate.get((own, run.env_id), near[0])
-    return found, "; ".join(machines)
+    return found, " and ".join(machines)
 
 
 def disk_bytes(run: PlannedRun) -> int | None:
-    """Of the folder of a finished run: checkpoints (without environments and a replay buffer), the model, and the logs. None of
-    a script that has not the functions of the others."""
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and no GPU's memory taken
+    """Estimate the size of a finished run's folder: checkpoints (without environments and replay buffer), model and logs.
+    Return None if the script lacks the functions of the other scripts."""
+    jax.config.update("jax_platforms", "cpu")  # only shapes are needed; do not reserve GPU memory
     script = importlib.import_module(Path(run.command[1]).stem)
     if not all(hasattr(script, name) for name in ("make_agent", "make_optimizer", "init_state")):
         return None
     args = parse_flags(script.Args, run.command[2:])
-    env = make_env(dataclasses.replace(args, num_envs=1))  # 128 emulators take a while, and are not saved
+    env = make_env(dataclasses.replace(args, num_envs=1))  # creating 128 emulators is slow, and they are not saved
     agent = script.make_agent(args, env.num_actions)
     state = jax.eval_shape(partial(script.init_state, args, env, agent, script.make_optimizer(args)))
     state = state._replace(env_state=None, obs=None)
@@ -61,10 +59,10 @@ def disk_bytes(run: PlannedRun) -> int | None:
 
 
 def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
-    """Lines that say so, with where the numbers are from."""
+    """Return lines that print the estimates and their source."""
     states: dict[str, Progress] = {run.name: state_of(logdir, run) for run in runs}
     finished = sum(state.kind == "finished" for state in states.values())
-    sizes = {}  # one environment of a family stands for the others
+    sizes = {}  # one environment represents its family
     for run in runs:
         key = run.script, family(run.env_id)
         if key not in sizes:
@@ -74,12 +72,12 @@ def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
     published, where = _published(runs)
     own = rates(runs, states)
     seconds = seconds_left(runs, states, published | own)
-    source = "the runs there are" if own else f"the speeds in {where}"
-    time = "unknown" if seconds is None else f"about {seconds / 3600:,.1f} hours one after the other (by {source})"
+    source = "the runs so far" if own else f"the speeds in {where}"
+    time = "unknown" if seconds is None else f"about {seconds / 3600:,.1f} hours one at a time (from {source})"
     if seconds is not None and together > 1:
-        time += f", {seconds / 3600 / min(together, len(runs)):,.1f} with {together} at a time if none slows another"
+        time += f", {seconds / 3600 / min(together, len(runs)):,.1f} with {together} at a time if they do not slow each other"
     return [
-        f"{len(runs)} runs, {finished} of them finished; {sum(run.steps for run in runs):,} steps in all",
+        f"{len(runs)} runs, {finished} finished; {sum(run.steps for run in runs):,} steps in total",
         f"time left: {time}",
         f"disk: about {tqdm.format_sizeof(total, 'B', 1024)}" if known else "disk: unknown",
     ]

@@ -1,11 +1,13 @@
-"""Figures of a comparison: drawn onto axes, and written as PNG or as SVG for a page."""
+"""Draw the figures of a comparison, and write them as PNG, or as SVG for an HTML page."""
 
 import io
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from html import escape
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,12 +18,12 @@ from experiments.study.comparison import Aggregates, Comparison
 from experiments.study.records import stretches
 from utils.statistics import CONFIDENCE
 
-COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # on white and on black
+COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # for white and black pages
 WARNING = "#dc2626"
-INK = "#010203"  # in an SVG it becomes the color of the text around it
+INK = "#010203"  # `svg` replaces it by the color of the page's text
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "deep-spi",  # the same figure is the same bytes
+    "svg.hashsalt": "deep-spi",  # the same figure gives the same bytes
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -37,18 +39,24 @@ STYLE = {
 Draw = Callable[[Axes], None]
 
 
+def styled() -> AbstractContextManager:
+    """The style of all figures, whatever the user's matplotlib configuration is."""
+    default = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+    return matplotlib.rc_context(default | STYLE | {"axes.prop_cycle": cycler(color=COLORS)})
+
+
 def color(comparison: Comparison, name: str) -> str:
-    """Of an algorithm, the same in all figures."""
+    """Return the color of an algorithm, the same in all figures."""
     return COLORS[comparison.algorithms.index(name) % len(COLORS)]
 
 
 def dashes(comparison: Comparison, name: str) -> str:
-    """Where there are more algorithms than colors, what else tells their lines apart."""
+    """Return the line style of an algorithm, which differs between algorithms that share a color."""
     return ("-", "--", ":")[comparison.algorithms.index(name) // len(COLORS) % 3]
 
 
 def mean_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over runs of [runs, K], and half the width of its interval (Student's t; NaN for a single one), [K] each."""
+    """Return the mean over runs of [runs, K] and the half-width of its interval (Student's t; NaN for one run), [K] each."""
     n = len(values)
     if n < 2:
         return values[0], np.full(values.shape[1], np.nan)
@@ -57,14 +65,14 @@ def mean_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filled(values: np.ndarray) -> np.ndarray:
-    """NaNs replaced by the last number before them, where there is one."""
+    """Replace each NaN by the last number before it, if there is one."""
     last = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
     return values[last]
 
 
 def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str) -> Draw:
-    """Learning curves of all algorithms in one game: the mean as far as all runs have come, with its interval, and a thin line
-    for each run. Where no episode has ended in a stretch, the value is that of the one before."""
+    """Return a function that draws the learning curves in one game: a thin line per run, and the mean with its interval up to
+    the end of the shortest run. A bin without a finished episode repeats the previous value."""
 
     def draw(axes):
         seen = []
@@ -83,7 +91,7 @@ def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str)
             seen.append(np.concatenate(all_values))
         low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
         margin = 0.06 * (high - low) or 1.0
-        axes.set_ylim(low - margin, high + margin)  # of the runs: the interval of two is as wide as a house
+        axes.set_ylim(low - margin, high + margin)  # of the runs only: the interval of two seeds is huge
         axes.set(title=env_id, xlabel="environment steps", ylabel=name_of_value)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
@@ -94,10 +102,10 @@ def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str)
 def intervals(
     comparison: Comparison, values: dict[str, tuple[float, float, float]], title: str, line: float | None = None
 ) -> Draw:
-    """A bar from end to end of each algorithm's interval, and its value."""
+    """Return a function that draws each algorithm's interval as a bar, and its value as a line."""
 
     def draw(axes):
-        axes.use_sticky_edges = False  # what lies at the edge is seen
+        axes.use_sticky_edges = False  # add a margin, so that marks at the edge are visible
         for row, (name, (value, low, high)) in enumerate(values.items()):
             axes.barh(row, max(high - low, 0.0), left=low, height=0.6, color=color(comparison, name), alpha=0.35)
             axes.plot([value, value], [row - 0.3, row + 0.3], color=color(comparison, name), linewidth=2.5)
@@ -112,14 +120,14 @@ def intervals(
 
 
 def profiles(comparison: Comparison, found: Aggregates, xlabel: str) -> Draw:
-    """The share of runs above each score."""
+    """Return a function that draws the performance profile, the fraction of runs above each score."""
 
     def draw(axes):
         for name, (value, low, high) in found.profiles.items():
             shade = color(comparison, name)
             axes.plot(found.thresholds, value, dashes(comparison, name), color=shade, linewidth=1.5)
             axes.fill_between(found.thresholds, low, high, color=shade, alpha=0.2, linewidth=0)
-        axes.set(title="performance profile", xlabel=xlabel, ylabel="share of runs above")
+        axes.set(title="performance profile", xlabel=xlabel, ylabel="fraction of runs above")
         axes.grid(alpha=0.25)
 
     return draw
@@ -139,11 +147,11 @@ def _figure(draws: list[Draw], size: tuple[float, float], columns: int, note: st
 
 
 def png(comparison: Comparison, draws: list[Draw], size: tuple[float, float], columns: int, note: str = "") -> bytes:
-    """The drawings beside and below each other, each of that size in inches, above a legend."""
+    """Draw a grid of subplots, each `size` inches large, above a legend, and return it as PNG."""
     columns = min(columns, len(draws))
     longest = max(len(name) for name in comparison.algorithms)
     beside = max(1, min(len(comparison.algorithms), int(size[0] * columns * 11 / (longest + 8))))
-    with matplotlib.rc_context(STYLE):
+    with styled():
         lines = -(-len(comparison.algorithms) // beside)
         figure = _figure(draws, size, columns, note, 0.22 * lines + 0.1)
         handles = [
@@ -157,8 +165,8 @@ def png(comparison: Comparison, draws: list[Draw], size: tuple[float, float], co
 
 
 def svg(draw: Draw, size: tuple[float, float], label: str, note: str = "") -> str:
-    """One drawing, to stand in a page: as wide as there is room, in the color of the text."""
-    with matplotlib.rc_context(STYLE):
+    """Draw one figure and return it as SVG for an HTML page, in the color of the page's text."""
+    with styled():
         out = io.StringIO()
         figure = _figure([draw], size, 1, note)
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -168,7 +176,7 @@ def svg(draw: Draw, size: tuple[float, float], label: str, note: str = "") -> st
 
 
 def legend(comparison: Comparison) -> str:
-    """The legend of all drawings of a page."""
+    """Return the HTML legend that all figures of a page share."""
     styles = {"-": "solid", "--": "dashed", ":": "dotted"}
     lines = {name: f"{styles[dashes(comparison, name)]} {color(comparison, name)}" for name in comparison.algorithms}
     return "".join(f'<span><i style="border-top: 4px {line}"></i>{escape(name)}</span>' for name, line in lines.items())

@@ -1,6 +1,6 @@
-"""The runs of a study, scripts x environments x seeds, and how far each of them is.
+"""The runs of a study (scripts x environments x seeds), and the progress of each.
 
-Nothing but the folders of the runs, and what each has printed, says where a study stands: `state_of` reads them.
+Only the run folders and the logs store the progress of a study; `state_of` reads them.
 """
 
 import ast
@@ -27,81 +27,81 @@ from utils.runs.logs import METRICS
 from utils.runs.scores import ale57, ale61
 from utils.runs.stored_flags import check_continued
 
-SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # what a script is called in names and tables, where not as its file
+SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # short names of scripts, for run names and tables
 ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Aitchison et al. (2023), arXiv 2210.02019
 SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
 SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
-RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that whoever starts the runs gives
+RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that the launcher sets
 RECORD = "study.json"
 LOGS = "logs"
-BEGAN, ENDED = "=== begins", "=== ended with exit code"  # lines of a log around what a run has printed
+BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
 TAIL_BYTES = 20_000
-LONGEST = 120  # characters of flags in a name, of which file systems allow 255
+LONGEST = 120  # characters of flags in a run name; file systems allow 255 in all
 
 
 class PlannedRun(NamedTuple):
     """A run of a study."""
 
-    name: str  # of its folder
-    script: str  # as it is called in tables: file and flags of its own
+    name: str  # also of its folder
+    script: str  # as shown in tables: file name and its own flags
     env_id: str
     seed: int
-    steps: int  # what it makes when it is finished
+    steps: int  # of the complete run
     command: list[str]
 
 
 class Progress(NamedTuple):
-    """How far a run is.
+    """The progress of a run.
 
-    left: not started. running: a process is at work. stopped: it can go on. failed: its last process ended with an error.
+    left: not started. running: a process is running it. stopped: it can be resumed. failed: its last process had an error.
     """
 
     kind: Literal["left", "running", "stopped", "failed", "finished"]
     step: int = 0
-    elapsed: float = 0.0  # seconds of training, all sittings together
+    elapsed: float = 0.0  # seconds of training, over all sessions
     episodic_return: float | None = None  # of the last update in which an episode ended
-    error: str = ""  # the last line of what failed
+    error: str = ""  # last error line of a failed run
 
 
 def trains(path: Path) -> bool:
-    """Whether the file is a training script: it calls `run_script`."""
+    """Return True if the file is a training script, that is, if it calls `run_script`."""
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return any(isinstance(func, ast.Name) and func.id == "run_script" for func in calls)
 
 
 def script_path(word: str) -> Path:
-    """The file of a script, from its name with or without .py, its short name, or a path to a file of another folder.
+    """Return the file of a script, given its name with or without .py, its short name, or a path in another folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such script, or its name is taken by a script of this project.
     """
     stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if trains(p)}
     own = Path(word).expanduser().absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
         taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
-        require(not taken, f"--scripts {word}: is called as one of this project's; give it a name of its own")
+        require(not taken, f"--scripts {word}: has the name of one of this project's scripts; rename it")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
-    require(stem in known, f"--scripts {word}: no such script; there are {names}, and any like them")
+    require(stem in known, f"--scripts {word}: no such script; choose from {names}, or the path of a .py file")
     return known[stem]
 
 
 def args_of(path: Path) -> type:
-    """The flags of a script, the class `Args` in its file.
+    """Return the class `Args` of a script, which declares its flags.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the script has no such class.
     """
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     args_type = getattr(importlib.import_module(path.stem), "Args", None)
-    require(args_type is not None, f"--scripts {path}: has no class Args of flags, as the other scripts have")
+    require(args_type is not None, f"--scripts {path}: has no class Args; declare the flags in one")
     return args_type
 
 
 def slug(flags: list[str]) -> str:
-    """Flags as part of a file's name: cut off where they are many, and told apart by a digest."""
+    """Return the flags as part of a file name. Long text is truncated, and a digest keeps it unique."""
     text = re.sub(r"[^A-Za-z0-9.+-]+", "-", " ".join(flags).replace("_", "-")).strip("-")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -109,17 +109,17 @@ def slug(flags: list[str]) -> str:
 def plan(
     scripts: tuple[str, ...], env_ids: tuple[str, ...], seeds: list[int], flags: list[str], logdir: Path
 ) -> list[PlannedRun]:
-    """All runs of a study: the seeds one after the other, so that an unfinished study compares what it has.
+    """Return all runs of a study, ordered by seed, so that an unfinished study has complete seeds to compare.
 
     Args:
-        scripts: each a script and flags of its own, in one string.
+        scripts: each a script and its own flags, in one string.
         env_ids: environments, or names of `SETS`.
         seeds: one run for each.
-        flags: further flags of all runs.
+        flags: more flags, for all runs.
         logdir: the folder of the study.
 
     Raises:
-        UsageError: the first mistake found in any of the flags, or a run in that folder that was made with others.
+        UsageError: a flag is wrong, or a run in the folder was made with other flags.
     """
     require(len(scripts) > 0, "--scripts: name at least one")
     env_ids = tuple(dict.fromkeys(one for name in env_ids for one in SETS.get(name, (name,))))
@@ -134,12 +134,12 @@ def plan(
         for given in (*own, *flags):
             given = given.replace("_", "-").partition("=")[0]
             own_flag = given.startswith("--") and given.removeprefix("--") in RUNNERS
-            require(not own_flag, f"{given}: this program gives it to each run; see --env-ids, --num-seeds, --logdir")
+            require(not own_flag, f"{given}: the launcher sets this flag; use --env-ids, --num-seeds or --logdir")
         name = "__".join(filter(None, (SHORT.get(path.stem, path.stem), slug(own))))
         found.append((path, name, own))
     names = [name for _, name, _ in found]
     twice = {name for name in names if names.count(name) > 1}
-    require(not twice, f"--scripts: names {', '.join(twice)} twice")
+    require(not twice, f"--scripts: names {', '.join(twice)} twice; name each once")
     parsed, runs = {}, []
     for seed in seeds:
         for env_id in env_ids:
@@ -164,7 +164,7 @@ def plan(
 
 
 def write_plan(logdir: Path, runs: list[PlannedRun]) -> None:
-    """Adds the runs to what the folder says that the study consists of, for `read_plan`."""
+    """Add the runs to the folder's list of planned runs, which `read_plan` reads."""
     known = {run.name: run for run in (read_plan(logdir) if (logdir / RECORD).exists() else [])}
     known |= {run.name: run for run in runs}
     logdir.mkdir(parents=True, exist_ok=True)
@@ -172,39 +172,39 @@ def write_plan(logdir: Path, runs: list[PlannedRun]) -> None:
 
 
 def read_plan(logdir: Path) -> list[PlannedRun]:
-    """All runs that were ever asked for in that folder.
+    """Return all runs ever planned in the folder.
 
     Raises:
-        UsageError: it is no study's.
+        UsageError: it is not the folder of a study, or its list is damaged.
     """
     try:
         return [PlannedRun(**run) for run in json.loads((logdir / RECORD).read_text())["runs"]]
     except FileNotFoundError:
-        raise UsageError(f"--logdir {logdir}: there is no study ({RECORD}); name the folder of one") from None
+        raise UsageError(f"--logdir {logdir}: contains no study ({RECORD}); name the folder of a study") from None
     except (ValueError, LookupError, TypeError):
-        raise UsageError(f"{logdir / RECORD}: is damaged; remove it, and type the command that launched the study") from None
+        raise UsageError(f"{logdir / RECORD}: is damaged; delete it, and repeat the command that launched the study") from None
 
 
 def claim(logdir: Path) -> Any:
-    """Makes the study this process's own to launch, until it ends; returns what holds it.
+    """Lock the study until this process ends, so that no other process launches its runs. Return the lock.
 
     Raises:
-        UsageError: another process launches its runs.
+        UsageError: another process has the lock.
     """
     logdir.mkdir(parents=True, exist_ok=True)
     try:
         return folder.claim(logdir)
     except UsageError:
-        raise UsageError(f"--logdir {logdir}: another process launches its runs; wait for its end, or see --status") from None
+        raise UsageError(f"--logdir {logdir}: another process is running this study; wait for it, or use --status") from None
 
 
 def log_path(logdir: Path, name: str) -> Path:
-    """What a run has printed, over all processes that worked at it."""
+    """Return the path of a run's log, which contains the output of all its sessions."""
     return logdir / LOGS / f"{name}.log"
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of a file, the first of which may be cut; none if there is no file."""
+    """Return the last lines of a file, of which the first may be truncated; none if there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
@@ -214,7 +214,7 @@ def tail(path: Path) -> list[str]:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl, and the last return in the rows before it."""
+    """Return the last intact row of metrics.jsonl, with the last return logged up to it."""
     last, returned = {}, None
     for line in tail(path):
         try:
@@ -227,7 +227,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def is_at_work(path: Path) -> bool:
-    """Whether a process, on whatever machine, is at work at the run in that folder."""
+    """Return True if a process, on any machine, is running the run in the folder."""
     if not (path / folder.LOCK).exists():
         return False
     try:
@@ -240,7 +240,7 @@ def is_at_work(path: Path) -> bool:
 
 
 def state_of(logdir: Path, run: PlannedRun) -> Progress:
-    """How far a run is."""
+    """Return the progress of a run."""
     path = logdir / run.name
     record = folder.read_record(path)
     row = _last_row(path / METRICS)
@@ -256,17 +256,17 @@ def state_of(logdir: Path, run: PlannedRun) -> Progress:
             began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
             said = [line.strip("│╭╰─╮╯ ") for line in lines[began + 1 : -1] if not line.startswith("│ For full helptext")]
             errors = [line for line in said if line.startswith("error:")] or [line for line in said if line]
-            # what a signal has ended had no time to say why
+            # a process that a signal ended has printed no reason
             why = [f"exit code {code}", *errors[-1:]] if code < 128 else [f"exit code {code}: signal {code - 128}"]
             return done._replace(kind="failed", error=": ".join(why))
     return done if record is not None else Progress("left")
 
 
-STOPPED = (129, 130, 143)  # exit codes of a run that was asked to stop, and has saved
+STOPPED = (129, 130, 143)  # exit codes of a run that saved and stopped on a signal
 
 
 def rates(runs: list[PlannedRun], states: dict[str, Progress]) -> dict[tuple[str, str], float]:
-    """Steps per second of each script in each environment, as its runs made them (starts and compilation included)."""
+    """Return the steps per second of each script in each environment, measured by its runs (compilation included)."""
     made: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         state = states[run.name]
@@ -276,7 +276,7 @@ def rates(runs: list[PlannedRun], states: dict[str, Progress]) -> dict[tuple[str
 
 
 def seconds_left(runs: list[PlannedRun], states: dict[str, Progress], rate: dict[tuple[str, str], float]) -> float | None:
-    """Of one run after the other; None where no run of a script has been measured."""
+    """Return the seconds left if runs execute one at a time; None if no speed is known for a script."""
     total = 0.0
     for run in runs:
         state = states[run.name]

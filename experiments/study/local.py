@@ -1,4 +1,4 @@
-"""Runs of a study on this machine, so many at a time."""
+"""Run a study on this machine, several runs at a time."""
 
 import contextlib
 import itertools
@@ -18,28 +18,28 @@ from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
 
-WHOLE = 0.9  # share of a GPU's memory that runs take together
+WHOLE = 0.9  # fraction of a GPU's memory for all its runs
 POLL_SECONDS = 0.5
-LOOK_SECONDS = 5.0  # between two looks at runs that other processes work at
-ATTEMPTS = 2  # a run that fails is tried once more
-USAGE = 2  # exit code of a mistake, which would be made again
+LOOK_SECONDS = 5.0  # between checks for runs of other processes
+ATTEMPTS = 2  # a failed run is retried once
+USAGE = 2  # exit code of a usage error, which a retry would repeat
 
 
 class Slot(NamedTuple):
-    """Where a run can work."""
+    """Resources for one run."""
 
     number: int
-    cores: tuple[int, ...]  # that it is kept to; none: it is not
+    cores: tuple[int, ...]  # the run is pinned to them; empty: not pinned
     gpu: str | None
-    share: float  # of the GPU's memory
+    share: float  # fraction of the GPU's memory
 
 
 def visible_gpus() -> list[str]:
-    """The numbers of the GPUs of this machine that this process may use."""
+    """Return the indices of the GPUs that this process may use."""
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         return []
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:  # CUDA reads it up to the first number that there cannot be
+    if asked is not None:  # like CUDA, stop at the first invalid index
         words = [word.strip() for word in asked.split(",")]
         return list(itertools.takewhile(lambda word: word and not word.startswith("-"), words))
     if shutil.which("nvidia-smi") is None:
@@ -49,21 +49,21 @@ def visible_gpus() -> list[str]:
 
 
 def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | None) -> list[Slot]:
-    """Places for runs: some on each GPU; without a GPU one on each core, or `workers`. They share the cores evenly.
+    """Return slots for runs: `runs_per_gpu` for each GPU; without GPUs `workers`, or one per core. Cores are divided evenly.
 
     Args:
-        gpus: numbers of GPUs; None takes all that are visible, () none.
-        runs_per_gpu: runs that share one.
-        workers: runs at a time, where there is no GPU.
+        gpus: indices of GPUs; None takes all visible GPUs, () none.
+        runs_per_gpu: number of runs that share a GPU.
+        workers: number of slots if no GPU is used.
 
     Raises:
-        UsageError: they cannot be had.
+        UsageError: the flags are wrong or contradict each other.
     """
     require(runs_per_gpu >= 1, f"--runs-per-gpu {runs_per_gpu}: must be at least 1")
     require(workers is None or workers >= 1, f"--workers {workers}: must be at least 1")
     found = visible_gpus() if gpus is None else list(gpus)
-    require(len(set(found)) == len(found), f"--gpus {' '.join(found)}: names one twice")
-    require(not found or workers is None, "--workers: is read only without GPUs; see --runs-per-gpu, or leave --gpus empty")
+    require(len(set(found)) == len(found), f"--gpus {' '.join(found)}: has duplicates; remove them")
+    require(not found or workers is None, "--workers: applies only without GPUs; use --runs-per-gpu, or leave --gpus empty")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     number = len(found) * runs_per_gpu or workers or len(cores) or os.cpu_count() or 1
     slots = []
@@ -82,12 +82,12 @@ class Worker(NamedTuple):
 
 
 def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
-    """Starts a run, new or continued; what it prints is added to its log."""
+    """Start or resume a run, and append its output to its log."""
     env = dict(os.environ)
     if slot.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = slot.gpu
         if slot.share < WHOLE:
-            env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the old name, and JAX takes but one
+            env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the old name: JAX rejects both at once
             env["XLA_CLIENT_MEM_FRACTION"] = f"{slot.share:.2f}"
     elif visible_gpus():
         env["JAX_PLATFORMS"] = "cpu"
@@ -96,32 +96,32 @@ def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     with path.open("a") as log:
         log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {shlex.join(run.command)}\n")
         log.flush()
-        # a session of its own: Ctrl-C in the terminal, and its end, reach this process alone, which passes them on
+        # in its own session, so that Ctrl-C and a closing terminal signal only the launcher, which forwards them
         process = subprocess.Popen(
             run.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True
         )
     if slot.cores:
-        with contextlib.suppress(OSError):  # before it has any threads
+        with contextlib.suppress(OSError):  # before it starts threads
             os.sched_setaffinity(process.pid, slot.cores)
     return Worker(run, process, slot)
 
 
 def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[PlannedRun]:
-    """Works at all runs until each is finished or has failed twice. Returns those that have not been finished.
+    """Run everything until each run is finished or has failed twice (once on a usage error). Return the unfinished runs.
 
-    Runs that other processes work at (left behind by a launcher that was killed) are waited for, and count as places taken.
+    Runs of other processes (orphans of a launcher that was killed) occupy slots, and the launcher waits for them.
 
     Raises:
-        Interrupted: a signal asked it to stop; it was passed on to all runs, and they have saved.
+        Interrupted: a signal asked to stop; it was forwarded to all runs, and they have saved.
         OSError: a log could not be written; all runs were stopped.
     """
     states, live, attempts = status.Progresses(logdir, runs), status.Live(), Counter()
     waiting = [run for run in runs if states.states[run.name].kind != "finished"]
-    live.say(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before; up to {len(slots)} at a time, in {logdir}")
+    live.say(f"{len(runs)} runs, {len(runs) - len(waiting)} already finished; up to {len(slots)} at a time, in {logdir}")
     workers: list[Worker] = []
     elsewhere, places, looked = set(), set(), 0.0
     signals = Signals()
-    signals.watch(lambda signum: live.say(f"stopping {len(workers)} runs, which save first ... (once more: without waiting)"))
+    signals.watch(lambda signum: live.say(f"stopping {len(workers)} runs, which save first ... (repeat to exit at once)"))
     try:
         while waiting or workers:
             if signals.received:
@@ -134,7 +134,7 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
                 before, elsewhere = elsewhere, {run.name for run in waiting if is_at_work(logdir / run.name)}
                 places = {place_of(logdir, name) for name in elsewhere}
                 for name in sorted(elsewhere - before):
-                    live.say(f"another process is at work at {name}: waiting for it")
+                    live.say(f"{name} is running in another process: waiting for it")
                 finished = {run.name for run in waiting if run.name in before - elsewhere}
                 finished = {r.name for r in waiting if r.name in finished and state_of(logdir, r).kind == "finished"}
                 waiting = [run for run in waiting if run.name not in finished]
@@ -156,14 +156,14 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
 
 
 def place_of(logdir: Path, name: str) -> int | None:
-    """The number of the slot that a launcher gave the run's last process, which may be at work there still."""
+    """Return the number of the slot of the run's last process, which may still be running; None if unknown."""
     path = log_path(logdir, name)
     found = re.findall(rf"^{BEGAN} \S+ in place (\d+): ", path.read_text(errors="replace"), re.M) if path.exists() else []
     return int(found[-1]) if found else None
 
 
 def _note_end(logdir: Path, worker: Worker) -> int:
-    """Writes the exit code of a process into its log, and returns it: 128 and the signal's number if one has ended it."""
+    """Append the exit code of a process to its log, and return it: 128 + the signal's number if a signal ended it."""
     code = worker.process.returncode
     code = code if code >= 0 else 128 - code
     with log_path(logdir, worker.run.name).open("a") as log:
@@ -172,18 +172,18 @@ def _note_end(logdir: Path, worker: Worker) -> int:
 
 
 def _ended(logdir: Path, worker: Worker, attempts: Counter, live: status.Live) -> list[PlannedRun]:
-    """Notes how a run has ended. Returns it if it is to be tried again."""
+    """Print how a run ended. Return it if it should be retried."""
     run, code = worker.run, _note_end(logdir, worker)
     state = state_of(logdir, run)
     if state.kind == "finished":
         live.say(f"finished: {run.name}")
         return []
-    if state.kind == "running":  # another process was faster
+    if state.kind == "running":  # another process took the run first
         return [run]
     attempts[run.name] += 1
     again = attempts[run.name] < ATTEMPTS and code != USAGE
-    what = f"was asked to stop at step {state.step:,}" if code in STOPPED else state.error or f"exit code {code}"
-    live.say(f"{'tried again' if again else 'FAILED'}: {run.name}: {what} (all it said: {log_path(logdir, run.name)})")
+    what = f"stopped by a signal at step {state.step:,}" if code in STOPPED else state.error or f"exit code {code}"
+    live.say(f"{'retrying' if again else 'FAILED'}: {run.name}: {what} (log: {log_path(logdir, run.name)})")
     return [run] if again else []
 
 

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else, and as Markdown."""
+"""Write a comparison as one self-contained HTML page, and as Markdown."""
 
 from html import escape
 from typing import NamedTuple
@@ -20,46 +20,46 @@ th:first-child, td:first-child { text-align: left; }
 
 
 class Table(NamedTuple):
-    """Rows of texts; the first one is the head."""
+    """Rows of strings; the first row is the header."""
 
     rows: list[list[str]]
 
     def html(self) -> str:
-        """As HTML, which scrolls where it is too wide."""
+        """Return the table as HTML, which scrolls sideways if it is too wide."""
         cells = lambda kind, row: "".join(f"<{kind}>{escape(text)}</{kind}>" for text in row)  # noqa: E731
         head, *body = self.rows
         rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
         return f'<div class="table"><table><thead><tr>{cells("th", head)}</tr></thead><tbody>{rows}</tbody></table></div>'
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """Return the table as Markdown."""
         line = lambda row: "| " + " | ".join(text.replace("|", "\\|") for text in row) + " |"  # noqa: E731
         head, *body = self.rows
         return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)])
 
 
 class Figures(NamedTuple):
-    """Drawings: for the page each by itself, for Markdown all in one picture."""
+    """Figures: separate SVGs for the HTML page, and one image file of all for Markdown."""
 
     legend: str
     svgs: list[str]
-    picture: str  # the file beside the Markdown
+    picture: str  # image file next to the Markdown file
     text: str
 
 
 class Section(NamedTuple):
-    """A heading, and texts, tables and figures below it."""
+    """A heading, and the texts, tables and figures below it."""
 
     heading: str
     parts: list["str | Table | Figures"]
 
 
 class Warned(str):
-    """A text that must not be overlooked."""
+    """A text shown as a warning."""
 
 
 class Code(str):
-    """A command."""
+    """A shell command."""
 
 
 def _html(part) -> str:
@@ -84,7 +84,7 @@ def _markdown(part) -> str:
 
 
 def html(title: str, sections: list[Section]) -> str:
-    """The page."""
+    """Return the comparison as an HTML page."""
     body = "".join(
         (f"<h2>{escape(section.heading)}</h2>" if section.heading else "") + "\n".join(map(_html, section.parts))
         for section in sections
@@ -98,7 +98,7 @@ def html(title: str, sections: list[Section]) -> str:
 
 
 def markdown(title: str, sections: list[Section]) -> str:
-    """The same as Markdown."""
+    """Return the comparison as Markdown."""
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.heading}"] * bool(section.heading) + [_markdown(part) for part in section.parts]

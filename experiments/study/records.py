@@ -1,4 +1,4 @@
-"""What runs have scored, read from their folders, from tables made of such folders before, or from Weights & Biases."""
+"""Read the scores of runs from their folders, from tables written earlier, or from Weights & Biases."""
 
 import csv
 import importlib
@@ -21,37 +21,37 @@ from utils.runs.folder import RECORD, read_record
 from utils.runs.logs import METRICS
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
-OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics that are means of as many episodes as are logged
+OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
 WANDB = "wandb:"
-LEFT_OUT = ": left out"  # ends the line of a run that is not in the comparison
+LEFT_OUT = "; skipped"  # ends the message about a run that is not in the comparison
 
 
 class RunRecord(NamedTuple):
-    """What a run has scored. `source` names it in messages; `flags` are those that are not the defaults, as typed."""
+    """The scores of a run. `source` names it in messages; `flags` are its non-default flags, as on the command line."""
 
     source: str
     script: str
     env_id: str
     flags: str
     seed: int
-    planned: int  # steps that it makes when it is finished
-    step: Int[np.ndarray, " K"]  # after each update, or stretch of some
-    value: Float[np.ndarray, " K"]  # mean of what ended there; NaN where nothing did
-    weight: Float[np.ndarray, " K"]  # of how many episodes
+    planned: int  # steps of the complete run
+    step: Int[np.ndarray, " K"]  # after each update, or bin of updates
+    value: Float[np.ndarray, " K"]  # mean over the episodes that ended there; NaN if none did
+    weight: Float[np.ndarray, " K"]  # number of these episodes
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has made all its steps."""
+        """Return True if the run has made all its steps."""
         return self.reached >= self.planned
 
     @property
     def reached(self) -> int:
-        """Its last step."""
+        """Return the last step of the run."""
         return int(self.step[-1])
 
 
 class Reading(NamedTuple):
-    """Runs, a line for everything that was left out or was not whole, and the runs that studies have planned."""
+    """Runs, one line for each skipped run or damaged file, and the runs that the studies have planned."""
 
     runs: list[RunRecord]
     problems: list[str]
@@ -59,8 +59,8 @@ class Reading(NamedTuple):
 
 
 def typed_flags(script: str, flags: dict[str, Any]) -> str:
-    """The flags of a run that are not the defaults of its environment and matter to what it computes, as typed; if its script
-    is not on Python's path, all that matter."""
+    """Return a run's flags that affect its results and differ from its environment's defaults, as on the command line. If the
+    script is not on Python's path, the defaults are unknown: return all flags that affect the results."""
     try:
         args_type = importlib.import_module(script).Args
         default = defaults(args_type, flags["env_id"])
@@ -88,14 +88,14 @@ def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple]) 
 
 
 def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
-    """A run from its folder, and what is wrong with it; None if nothing can be read there."""
+    """Read a run from its folder. Return it (None if it is unreadable) and a list of problems."""
     record = read_record(path)
     if record is None:
-        return None, [f"{path}: {RECORD} is missing or damaged: left out"]
+        return None, [f"{path}: {RECORD} is missing or damaged; skipped"]
     try:
         lines = (path / METRICS).read_bytes().splitlines()
     except OSError as error:
-        return None, [f"{path}: {METRICS} cannot be read ({error.strerror}): left out"]
+        return None, [f"{path}: {METRICS} cannot be read ({error.strerror}); skipped"]
     rows, bad = [], 0
     for line in lines:
         try:
@@ -105,30 +105,30 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
             rows.append((int(row["step"]), np.nan if value is None else float(value), 0.0 if value is None else float(weight)))
         except (ValueError, LookupError, TypeError, AttributeError):
             bad += 1
-    problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged, and not read"] * (bad > 0)
+    problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged and ignored"] * (bad > 0)
     if not any(weight > 0 for *_, weight in rows):
-        return None, [*problems, f"{path}: {METRICS} has no {metric} yet: left out"]
+        return None, [*problems, f"{path}: {METRICS} has no {metric} yet; skipped"]
     rows = sorted({row[0]: row for row in rows}.values())
     try:
         return _record(str(path), record["script"], record["flags"], rows), problems
     except (LookupError, TypeError):
-        return None, [*problems, f"{path}: {RECORD} is not that of a run of these scripts: left out"]
+        return None, [*problems, f"{path}: {RECORD} is not from a run of these scripts; skipped"]
 
 
 def read_table(path: Path) -> list[RunRecord]:
-    """The runs of a table that `write_table`, or experiments/seeds.py, has written.
+    """Read the runs of a table written by `write_table` or experiments/seeds.py.
 
     Raises:
-        UsageError: it is no such table.
+        UsageError: the file is not such a table.
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         try:
             rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: is no table of runs ({error})") from None
+            raise UsageError(f"{path}: is not a table of runs ({error})") from None
     lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-    require(not lacking, f"{path}: is no table of runs (no column {', '.join(lacking)})")
+    require(not lacking, f"{path}: is not a table of runs (no column {', '.join(lacking)})")
     runs: dict[tuple[str, ...], list[tuple]] = {}
     for number, row in enumerate(rows, 2):
         key = tuple(row[name] for name in COLUMNS[:5])
@@ -137,7 +137,7 @@ def read_table(path: Path) -> list[RunRecord]:
             runs.setdefault(key, []).append((int(row["step"]), value, float(row["episodes"] or 0)))
             int(row["seed"]), int(row["planned_steps"])
         except (ValueError, TypeError):
-            raise UsageError(f"{path}: line {number} is damaged; remove it, or make the table anew") from None
+            raise UsageError(f"{path}: line {number} is damaged; delete it, or write the table again") from None
     found = []
     for (script, env_id, flags, seed, planned), points in runs.items():
         step, value, weight = (np.array(column, float) for column in zip(*sorted(points), strict=True))
@@ -147,10 +147,10 @@ def read_table(path: Path) -> list[RunRecord]:
 
 
 def read_wandb(project: str, metric: str) -> Reading:
-    """The runs of a Weights & Biases project, `entity/project`.
+    """Read the runs of a Weights & Biases project, `entity/project`.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the project cannot be read.
     """
     import wandb
 
@@ -158,28 +158,28 @@ def read_wandb(project: str, metric: str) -> Reading:
     try:
         for run in wandb.Api().runs(project):
             source = f"{WANDB}{project}/{run.id}"
-            # a history has the rows in which all keys are: one of all updates, one of those in which an episode ended
+            # scan_history returns only rows with all keys, so read all updates first, then those in which an episode ended
             rows = {row["global_step"]: (row["global_step"], np.nan, 0.0) for row in run.scan_history(keys=["global_step"])}
             for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
                 weight = row["charts/episodes"] if metric in OF_EPISODES else 1.0
                 rows[row["global_step"]] = (row["global_step"], row[metric], weight if np.isfinite(row[metric]) else 0.0)
             if not any(weight > 0 for *_, weight in rows.values()):
-                problems.append(f"{source}: has no {metric}: left out")
+                problems.append(f"{source}: has no {metric}; skipped")
                 continue
             try:
                 found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values())))
             except (LookupError, TypeError):
-                problems.append(f"{source}: its config is not that of a run of these scripts: left out")
+                problems.append(f"{source}: its config is not from a run of these scripts; skipped")
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UsageError(f"{WANDB}{project}: cannot be read ({' '.join(str(error).split())}); see `wandb login`") from None
     return Reading(found, problems)
 
 
 def read_runs(sources: Iterable[str], metric: str) -> Reading:
-    """All runs of the sources: folders of runs, or of studies; tables (.csv); projects of W&B (`wandb:entity/project`).
+    """Read all runs of the sources: folders of runs or of studies, tables (.csv), W&B projects (`wandb:entity/project`).
 
     Raises:
-        UsageError: a source is none of these, or two runs are the same.
+        UsageError: a source is none of these, or cannot contain the metric.
     """
     runs, problems, planned = [], [], []
     for source in sources:
@@ -188,30 +188,30 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
             found = read_wandb(source.removeprefix(WANDB), metric)
             runs, problems = runs + found.runs, problems + found.problems
         elif path.is_file():
-            require(metric == OF_EPISODES[0], f"{path}: a table holds returns alone; leave out --metric, or name folders")
+            require(metric == OF_EPISODES[0], f"{path}: tables contain only returns; leave out --metric, or name folders")
             runs += read_table(path)
         elif path.is_dir():
             of_run = any((path / name).exists() for name in (RECORD, METRICS))
             folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS))
-            require(len(folders) > 0, f"{path}: holds no folders of runs")
+            require(len(folders) > 0, f"{path}: contains no folders of runs")
             planned += read_plan(path) if (path / STUDY).exists() else []
             for one in folders:
                 run, wrong = read_folder(one, metric)
                 runs, problems = runs + [run] * (run is not None), problems + wrong
         else:
-            raise UsageError(f"{source}: there is no such folder or table")
+            raise UsageError(f"{source}: no such folder or table")
     return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems, planned)
 
 
 def labels(runs: list[RunRecord]) -> list[str]:
-    """The name of each run's algorithm: its script, with those flags in which the runs of that script differ.
+    """Return the name of each run's algorithm: its script, and the flags in which the runs of that script differ.
 
     Raises:
         UsageError: two runs have the same name, environment and seed.
     """
     words = [[word for word in re.split(r" (?=--)", run.flags) if word] for run in runs]
     flag = lambda word: re.sub(r"^--(no-)?", "", word).split()[0]  # noqa: E731
-    # flags that differ within an environment: between families their defaults do, which says nothing of the algorithm
+    # compare within an environment: different defaults between families do not make another algorithm
     seen: dict[tuple[str, str], list[set[str]]] = {}
     for run, own in zip(runs, words, strict=True):
         seen.setdefault((run.script, run.env_id), []).append(set(own))
@@ -226,13 +226,13 @@ def labels(runs: list[RunRecord]) -> list[str]:
     for (name, env_id, seed), number in counted.items():
         if number > 1:
             same = [run.source for n, run in zip(names, runs, strict=True) if (n, run.env_id, run.seed) == (name, env_id, seed)]
-            raise UsageError(f"{' and '.join(same)} are the same: {name} on {env_id}, seed {seed}; name one of them")
+            raise UsageError(f"{' and '.join(same)} are duplicates: {name} on {env_id}, seed {seed}; name only one")
     return names
 
 
 def stretches(run: RunRecord, points: int, whole: int | None = None) -> RunRecord:
-    """The run in stretches of equal length, `points` in a run of `whole` steps (if not given, as planned): the mean over the
-    episodes that ended in each. The last one may not be complete."""
+    """Average a run over bins of equal length, `points` in `whole` steps (default: the planned steps). Each value is the mean
+    over the episodes that ended in the bin. The last bin may be incomplete."""
     edges = np.ceil(np.arange(1, points + 1) * (whole or run.planned) / points).astype(int)
     index = np.searchsorted(edges, run.step)  # edges[i - 1] < step <= edges[i]
     index = np.minimum(index, points - 1)
@@ -245,8 +245,8 @@ def stretches(run: RunRecord, points: int, whole: int | None = None) -> RunRecor
 
 
 def final_score(run: RunRecord, points: int, last: int) -> float:
-    """Mean over the episodes that ended in the last of a run's stretches, so many of `points`; where none ended there, of the
-    last stretch in which one did. (Of stretches, so that a table of them has the same score as the run's folder.)"""
+    """Return the mean over the episodes that ended in the last `last` of a run's `points` bins; if there are none, in the last
+    bin that has some. The score is computed from bins, so that a table of bins gives the same score as the run's folder."""
     run = stretches(run, points)
     inside = (np.arange(len(run.step)) >= len(run.step) - last) & (run.weight > 0)
     if not inside.any():
@@ -255,7 +255,7 @@ def final_score(run: RunRecord, points: int, last: int) -> float:
 
 
 def write_table(path: Path, runs: list[RunRecord]) -> None:
-    """Writes a row for each of the runs' stretches; or after a fault leaves what was there."""
+    """Write a row for each bin of the runs; on an error, the old file stays as it is."""
     rows = []
     for run in runs:
         first = (run.script, run.env_id, run.flags, run.seed, run.planned)

@@ -1,4 +1,4 @@
-"""Runs of a study as an array of SLURM jobs, which SLURM alone schedules, requeues and ends."""
+"""Run a study as a SLURM job array. Only SLURM schedules, requeues and ends the jobs."""
 
 import shlex
 import shutil
@@ -10,24 +10,24 @@ from experiments.study.grid import LOGS, PlannedRun, state_of
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import ROOT
 
-LARGEST_ARRAY = 1_000  # SLURM's MaxArraySize, if nobody has changed it, is 1,001
-JOBS = "slurm"  # the folder in a study's that has a list of runs for each array submitted
+LARGEST_ARRAY = 1_000  # SLURM's default MaxArraySize is 1,001
+JOBS = "slurm"  # folder in the study's folder, with a list of runs for each submitted array
 
 
 def _ask(*words: str) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"{words[0]}: does not answer ({error})") from None
+        raise UsageError(f"{words[0]}: does not respond ({error})") from None
     require(done.returncode == 0, f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}")
     return done.stdout
 
 
 def queued(logdir: Path) -> set[str]:
-    """The names of the runs that SLURM has not ended: they wait, or a job works at them.
+    """Return the names of the runs that are pending or running in SLURM.
 
     Raises:
-        UsageError: it does not answer.
+        UsageError: SLURM does not respond.
     """
     lists = {path.stem: path.read_text().splitlines() for path in (logdir / JOBS).glob("*.txt")}
     names = set()
@@ -39,21 +39,21 @@ def queued(logdir: Path) -> set[str]:
 
 
 def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[list[str], int, int]:
-    """Submits arrays with a job for each run that is neither finished nor in the queue.
+    """Submit arrays with one job for each run that is not finished, running or in the queue.
 
     Args:
-        logdir: the folder of the study, which all nodes see.
-        runs: of the study.
-        script: the batch script; it is called with the list of runs, and the folder for what they print.
+        logdir: the folder of the study, visible from all nodes.
+        runs: all runs of the study.
+        script: the batch script; its arguments are the list of runs and the folder for their output.
 
     Returns:
-        The ids of the arrays, how many jobs they have together, and how many runs were in the queue.
+        The ids of the arrays, their total number of jobs, and the number of runs that were already in the queue.
 
     Raises:
-        UsageError: there is no SLURM, or it refuses the job.
+        UsageError: SLURM is missing or rejects the job.
     """
     require(
-        shutil.which("sbatch") is not None, "--slurm: there is no sbatch on this machine; launch it without, or on a login node"
+        shutil.which("sbatch") is not None, "--slurm: sbatch is missing on this machine; use a login node, or leave out --slurm"
     )
     require(script.is_file(), f"--slurm-script {script}: no such file")
     states = {run.name: state_of(logdir, run).kind for run in runs}

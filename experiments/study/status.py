@@ -1,4 +1,4 @@
-"""What a study says of itself on the terminal."""
+"""Print the progress of a study on the terminal."""
 
 import shutil
 import sys
@@ -9,20 +9,20 @@ from tqdm import tqdm
 
 from experiments.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
 
-REDRAWN_SECONDS = 2.0  # between two tables on a terminal
-PLAIN_SECONDS = 60.0  # between two where the output is not one
+REDRAWN_SECONDS = 2.0  # between updates on a terminal
+PLAIN_SECONDS = 60.0  # between updates if the output is not a terminal
 KINDS = ("finished", "running", "stopped", "failed", "left")
 
 
 class Progresses:
-    """The states of all runs, read again only where they may have changed."""
+    """The progress of all runs; finished runs are read only once."""
 
     def __init__(self, logdir: Path, runs: list[PlannedRun]):
         self.logdir, self.runs, self.states = logdir, runs, {}
         self.read()
 
     def read(self) -> dict[str, Progress]:
-        """The states by the names of the runs."""
+        """Return the progress of each run, by name."""
         for run in self.runs:
             if run.name not in self.states or self.states[run.name].kind != "finished":
                 self.states[run.name] = state_of(self.logdir, run)
@@ -30,7 +30,7 @@ class Progresses:
 
 
 def summary(runs: list[PlannedRun], states: dict[str, Progress], together: int | None = None) -> str:
-    """How many runs are where, in a line; and the time left, with so many runs at a time (if not given, those now running)."""
+    """Return one line: the number of runs in each state, and the time left with `together` runs at once (default: as now)."""
     count = {kind: sum(states[run.name].kind == kind for run in runs) for kind in KINDS}
     line = f"{count['finished']} of {len(runs)} runs finished, " + ", ".join(f"{count[k]} {k}" for k in KINDS[1:])
     together = together or count["running"]
@@ -41,7 +41,7 @@ def summary(runs: list[PlannedRun], states: dict[str, Progress], together: int |
 
 
 def running(runs: list[PlannedRun], states: dict[str, Progress]) -> list[str]:
-    """A line for each run at which a process is at work."""
+    """Return one line for each running run."""
     lines = []
     for run in runs:
         state = states[run.name]
@@ -53,7 +53,7 @@ def running(runs: list[PlannedRun], states: dict[str, Progress]) -> list[str]:
 
 
 def table(runs: list[PlannedRun], states: dict[str, Progress]) -> list[str]:
-    """Finished of all seeds for each environment and script, with a mark where a run has failed."""
+    """Return a table of finished/all seeds per environment and script, with the numbers of running (+) and failed runs."""
     scripts, env_ids = list(dict.fromkeys(run.script for run in runs)), list(dict.fromkeys(run.env_id for run in runs))
 
     def cell(env_id, script):
@@ -68,27 +68,27 @@ def table(runs: list[PlannedRun], states: dict[str, Progress]) -> list[str]:
 
 
 def failures(runs: list[PlannedRun], states: dict[str, Progress]) -> list[str]:
-    """A line for each run that has failed, with what it said."""
+    """Return one line for each failed run, with its error."""
     return [f"failed: {run.name}: {states[run.name].error}" for run in runs if states[run.name].kind == "failed"]
 
 
 class Live:
-    """Lines that stay at the end of what is printed, on a terminal; elsewhere a line now and then."""
+    """Status lines: updated in place below other output on a terminal, printed less often elsewhere."""
 
     def __init__(self):
         self.interactive, self.drawn, self.last = sys.stdout.isatty(), 0, -PLAIN_SECONDS
 
     def due(self) -> bool:
-        """Whether it is time to show what has changed."""
+        """Return True if it is time for an update."""
         return time.monotonic() - self.last >= (REDRAWN_SECONDS if self.interactive else PLAIN_SECONDS)
 
     def say(self, line: str) -> None:
-        """Prints a line that stays."""
+        """Print a permanent line."""
         self._erase()
         print(line, flush=True)
 
     def show(self, lines: list[str]) -> None:
-        """Shows the lines, in the place of those before."""
+        """Show the status lines in place of the previous ones."""
         self.last = time.monotonic()
         self._erase()
         if self.interactive:

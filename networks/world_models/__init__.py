@@ -1,7 +1,7 @@
-"""World models, each in the file of its name: transition (z, action) -> distribution of z', reward (z, action) -> [N].
+"""World models, one per file: transition (z, action) -> distribution of z', reward (z, action) -> [N].
 
-Another one of categorical latents is a file with `Transition(num_actions, activation, temperature)` and `Reward(num_actions,
-activation)`, a line here, and its name at the flag `--world-model`.
+To add a world model of categorical latents, write a file with `Transition(num_actions, activation, temperature)` and
+`Reward(num_actions, activation)`, and add it to `CATEGORICAL`, from which `--world-model` takes its choices.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ class Squashed(nn.Module):
 
 
 def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]:
-    """The networks that the flags ask for: transition (z, action) -> distribution of z', and reward (z, action) -> [N]."""
+    """Create the networks that the flags describe: transition (z, action) -> distribution of z', reward (z, action) -> [N]."""
     density = args.transition_density, args.mixture_components, args.initial_scale
     if args.latent == "categorical":
         networks = CATEGORICAL[args.world_model]
@@ -43,8 +43,8 @@ def make_world_model(args: Any, num_actions: int) -> tuple[nn.Module, nn.Module]
 
 
 def make_end_predictor(args: Any, num_actions: int) -> nn.Module:
-    """Network (z, action) -> [N], the logit of the probability that the step ends the episode. Never certified: an end is a
-    jump."""
+    """Create the end predictor (z, action) -> [N], the logit of the probability that the step ends the episode. It is never
+    certified, because the end of an episode is discontinuous."""
     if args.latent == "categorical":
         return CATEGORICAL[args.world_model].Reward(num_actions, args.activation)
     return unconstrained.Reward(num_actions, args.activation)

@@ -8,7 +8,7 @@ from utils.distributions import Categorical
 
 
 class Torso(nn.Module):
-    """Latent and action, embedded and added, then one hidden layer."""
+    """Embed latent and action, add them, and apply one hidden layer."""
 
     num_actions: int
     activation: str = "relu"

@@ -1,6 +1,6 @@
-"""The certified world model of continuous latents: transition and reward are K-Lipschitz for every value of their parameters.
+"""The certified world model of continuous latents: transition and reward are K-Lipschitz for every parameter value.
 
-Source: the paper's networks (two 2 x 2 convolutions; dense 256, 256), with the layers of `networks/lipschitz.py` in them.
+Source: the paper's networks (two 2 x 2 convolutions; dense 256, 256), built from the layers of `networks/lipschitz.py`.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ from networks.lipschitz import (
 from networks.per_action import by_group, groups, of_action, product, shift
 from utils.distributions import INITIAL_SCALE, Deterministic, Normal, average_scale, count_maps, initial_bias, positive_scale
 
-SCALE_SHARE = 0.1  # of K: how steep the scales may be; the locations get the rest
+SCALE_SHARE = 0.1  # fraction of K for the scales; the locations get the rest
 
 
 def dense_init(key: jax.Array, shape: tuple[int, ...], components: int) -> Float[Array, "c o A maps G"]:
-    """Initializer: for the first `components` maps, the locations, what takes the hidden (-z, z) back to z, and some noise
-    that tells them apart; anything for the scales."""
+    """Return initial kernels. The first `components` maps, the locations, take the hidden (-z, z) back to z, plus some noise
+    that makes them differ. The maps of the scales are random."""
     eye = jnp.eye(shape[1])
     back = jnp.concatenate([-eye, eye]).reshape(*shape[:2], 1, 1, 1)
     noise = orthogonal_init(key, shape)
@@ -40,21 +40,20 @@ def dense_init(key: jax.Array, shape: tuple[int, ...], components: int) -> Float
 class Transition(nn.Module):
     """The transition network: (z, a) -> distribution of z'.
 
-    Two 2 x 2 convolutions; the second is grouped and has one kernel per action, which gives `components` locations and
-    scales for each channel of z'.
+    Two 2 x 2 convolutions; the second is grouped and has one kernel per action. It gives `components` locations and scales
+    for each channel of z'.
 
-    A sample of z' with its noise fixed is a K-Lipschitz function of z, K = `constant`, for every action and every value of
-    the parameters: the hidden map is 1-Lipschitz (certified convolution, GroupSort), and so is
-    the map to each component's location and to the argument of its softplus. K is divided between the locations and the
-    scales (`SCALE_SHARE`); noise is clipped to [-1, 1]. The mixture's weights depend on the action alone: weights that
-    depend on z would multiply unbounded components by changing factors, and the map would not be Lipschitz at all.
-    Averaging near-orthogonal maps is also how this network contracts where it should.
+    For fixed noise, a sample of z' is a K-Lipschitz function of z, K = `constant`, for every action and every parameter
+    value. The hidden map is 1-Lipschitz (certified convolution, GroupSort). So is the map to each component's location and to
+    the argument of its softplus. K is divided between locations and scales (`SCALE_SHARE`), and noise is clipped to [-1, 1].
+    The mixture's weights depend only on the action: weights that depend on z would multiply unbounded components by varying
+    factors, and the map would not be Lipschitz. Averaging near-orthogonal maps also lets this network contract where it should.
 
-    It starts near the identity, z' = 0.9 K z (K z where there are no scales), for z >= 0 as relu gives it; other activations
-    start with |z|. Consecutive frames differ little, so that is nearly right from the first step on; a random map of nearly
-    full norm is worse than no prediction, and as long as it is, the loss is lowered most easily by an encoder that gives up
-    its features. Nothing is shifted at the start, and what is learns from the noise on the locations' kernels alone at first:
-    with exactly the identity after it, a shift would have no gradient.
+    It starts near z' = 0.9 K z (K z without scales) for z >= 0, as relu gives it; other activations start with |z|.
+    Consecutive frames differ little, so this is nearly right from the first step. A random map of nearly full norm would be
+    worse than no prediction, and the encoder could then lower the loss most easily by giving up its features. Nothing is
+    shifted at the start, and at first the shifts learn only from the noise on the locations' kernels: with an exact identity
+    after it, a shift would have no gradient.
     """
 
     num_actions: int
@@ -72,7 +71,7 @@ class Transition(nn.Module):
         g = groups(channels)
         c, o = 2 * channels // g, channels // g
         h = self.param("dense", partial(dense_init, components=components), (c, o, num_actions, maps, g))
-        vector = z.shape[1:3] == (1, 1)  # of which nothing is shifted
+        vector = z.shape[1:3] == (1, 1)  # a 1x1 map, where no shift applies
         shifted = [] if vector else ["vertical", "horizontal"]
         shifted = [self.param(name, still_init, (c, c // 2, num_actions, g)) for name in shifted]
         bias = self.param("bias", initial_bias, (num_actions, maps, channels), components, self.initial_scale)
@@ -80,18 +79,18 @@ class Transition(nn.Module):
         if components > 1:
             weights = nn.softmax(self.param("mixture", nn.initializers.zeros, (num_actions, components)))
 
-        # all of them have one shape, c x c / 2, so that they are one batch
+        # all of them have one shape, c x c / 2, and form one batch
         kernels = orthogonal(jnp.concatenate([h, *(x[:, :, :, None] for x in shifted)], axis=3))
         h = kernels[:, :, :, :maps].transpose(2, 3, 1, 0, 4)  # [A, maps, o, c, G]
         taken = partial(of_action, action=action)
-        # the factors of `shifting_kernel` one after the other, each of norm at most 1; all maps share what is shifted
+        # the factors of `shifting_kernel` in turn, each of norm at most 1; all maps share the shifts
         x = by_group(hidden)
         if not vector:
             p, q = projection(kernels[:, :, :, maps:]).transpose(3, 2, 0, 1, 4)  # [A, c, c, G] each, symmetric
             x = x + product(taken(q), shift(x, 0, 1) - x)
             x = x + product(taken(p), shift(x, 1, 0) - x)
 
-        # the locations enter through their average alone, so their kernels are averaged before the product
+        # only the average of the locations is used, so their kernels are averaged before the product
         average = partial(jnp.einsum, precision="highest")
         loc = product(taken(average("amocg,am->aocg", h[:, :components], weights)), x)
         loc = loc.reshape(z.shape) + taken(average("amc,am->ac", bias[:, :components], weights))[:, None, None]
@@ -104,12 +103,12 @@ class Transition(nn.Module):
 
 
 class DeepTransition(nn.Module):
-    """A transition network of several layers, K-Lipschitz as `Transition` is.
+    """A transition network of several layers, K-Lipschitz like `Transition`.
 
-    Certified convolutions of these widths (dense layers where z is a vector), to each of which the action adds a bias of its
-    own, end in a 1-Lipschitz change g of z; then z' = a z + b g with max |a| + |b| <= K for every action, which is K-Lipschitz
-    however a (of each channel) and b are weighed. It starts at a = 1 and b = 0.1, or what of these K leaves. (Where there are
-    scales, locations and scales share K as they do there.)
+    Certified convolutions of the given widths (dense layers if z is a 1x1 map), each with a bias per action, compute a
+    1-Lipschitz change g of z. Then z' = a z + b g with max |a| + |b| <= K for every action, which is K-Lipschitz for all such a
+    (one per channel) and b. Initially a = 1 and b = 0.1, both scaled down if K requires it. (With scales, K is divided as in
+    `Transition`.)
     """
 
     num_actions: int

@@ -1,8 +1,8 @@
-"""World model of categorical latents whose layers are soft mixtures of experts (Puigcerver et al., 2024).
+"""World model of categorical latents with soft mixture-of-experts layers (Puigcerver et al., 2024).
 
 Each variable of z is a token. Every slot of every expert reads a weighted average of all tokens (weights: a softmax over the
-tokens), and every token gets a weighted average of all slots (a softmax over the slots), so that nothing is dropped or routed
-and all is differentiable. The action is added to each token.
+tokens). Every token gets a weighted average of all slots (a softmax over the slots). So no token is dropped or routed, and
+everything is differentiable. The action is added to each token.
 """
 
 import flax.linen as nn
@@ -14,11 +14,11 @@ from networks.world_models.fc import Reward
 from networks.world_models.tokens import embed_variables, variable_logits
 from utils.distributions import Categorical
 
-__all__ = ["Reward", "Transition"]  # a number needs no tokens: the reward network is the fully connected one
+__all__ = ["Reward", "Transition"]  # a scalar reward needs no tokens: its network is the fully connected one
 
 
 class SoftMoE(nn.Module):
-    """One layer: dispatch to slots, an expert for each group of slots, combine."""
+    """One layer: dispatch tokens to slots, apply one expert per group of slots, combine."""
 
     experts: int
     slots: int

@@ -1,4 +1,4 @@
-"""What world models that read a code variable by variable share."""
+"""Functions for world models that read a categorical latent variable by variable."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 
 
 def embed_variables(module: nn.Module, z: Float[Array, "N V C"], width: int) -> Float[Array, "N V d"]:
-    """A token for each variable of z: its class, embedded by a table of the variable's own, which tells its place as well.
+    """Return a token per variable of z. Each variable has its own embedding table, which also encodes its position.
 
-    The tables become parameters of `module`, in whose compact method this is called.
+    The tables become parameters of `module`; call this in its compact method.
     """
     init = nn.initializers.normal(width**-0.5)
     tables = module.param("embed_z", init, (z.shape[1], z.shape[2], width))
@@ -16,9 +16,9 @@ def embed_variables(module: nn.Module, z: Float[Array, "N V C"], width: int) -> 
 
 
 def variable_logits(module: nn.Module, x: Float[Array, "N V d"], classes: int) -> Float[Array, "N V C"]:
-    """Logits of each variable, read off its token by a matrix of the variable's own, for a class of one variable has nothing to
-    do with the same class of another. (Sharing one matrix, costs with vanishing gradients, Hamming's and Jensen-Shannon's, were
-    seen to drive all variables to one class and to stay there.)
+    """Compute the logits of each variable from its token. Each variable has its own matrix, because classes of different
+    variables are unrelated. (With one shared matrix, costs with vanishing gradients, Hamming and Jensen-Shannon, drove all
+    variables to one class, where they stayed.)
     """
     init = nn.initializers.lecun_normal(batch_axis=0)
     kernel = module.param("logits", init, (x.shape[1], x.shape[2], classes))

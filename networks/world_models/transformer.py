@@ -1,7 +1,7 @@
-"""Transformer world model of categorical latents: the action, then the variables of z in their order, one token each.
+"""Transformer world model of categorical latents: the action, then the variables of z in order, one token each.
 
-Attention is causal, so that the distribution of the v-th variable of z' is computed from the action and the first v variables
-of z. (Vaswani et al., 2017, with the normalization before each sub-layer.)
+Attention is causal: the distribution of the v-th variable of z' depends on the action and the first v variables of z.
+(Vaswani et al., 2017, with normalization before each sub-layer.)
 """
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from networks.world_models.fc import Reward
 from networks.world_models.tokens import embed_variables, variable_logits
 from utils.distributions import Categorical
 
-__all__ = ["Reward", "Transition"]  # a number needs no sequence: the reward network is the fully connected one
+__all__ = ["Reward", "Transition"]  # a scalar reward needs no sequence: its network is the fully connected one
 
 
 class Transition(nn.Module):

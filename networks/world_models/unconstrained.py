@@ -1,6 +1,6 @@
 """The unconstrained world model of continuous latents: the networks of `lipschitz.py` with plain layers.
 
-Nothing bounds their Lipschitz constants but, where asked for, a penalty on their gradients (`utils/world_model.py`).
+Their Lipschitz constants are not bounded. An optional gradient penalty (`utils/world_model.py`) acts only on average.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from utils.distributions import INITIAL_SCALE, Deterministic, Normal, count_maps
 
 
 class Transition(nn.Module):
-    """The transition network: (z, a) -> distribution of z'. The weights of its mixture depend on z as well as on the action."""
+    """The transition network: (z, a) -> distribution of z'. Its mixture weights depend on z and on the action."""
 
     num_actions: int
     density: str = "mixture_normal"
@@ -30,7 +30,7 @@ class Transition(nn.Module):
         components, maps = count_maps(self.density, self.components)
         num_actions, channels = self.num_actions, z.shape[-1]
         init = nn.initializers.lecun_normal()
-        taps = 1 if z.shape[1:3] == (1, 1) else 2  # kernels of a vector see it alone
+        taps = 1 if z.shape[1:3] == (1, 1) else 2  # a 1x1 map has no neighboring pixels
         kernel = self.param("hidden_kernel", init, (taps, taps, channels, 2 * channels))
         bias = self.param("hidden_bias", nn.initializers.zeros, (2 * channels,))
         hidden = ACTIVATIONS[self.activation](convolved(z, kernel) + bias)
@@ -56,9 +56,8 @@ class Transition(nn.Module):
 
 
 class DeepTransition(nn.Module):
-    """A transition network of several layers: 3 x 3 convolutions of these widths (dense layers where z is a vector), to each of
-    which the action adds a bias of its own. What comes out is the *change* of z, and little of it at first: consecutive frames
-    differ little."""
+    """A transition network of several layers: 3 x 3 convolutions of the given widths (dense layers if z is a 1x1 map), each
+    with a bias per action. The output is the change of z. It starts small, because consecutive frames differ little."""
 
     num_actions: int
     density: str
@@ -90,7 +89,7 @@ class DeepTransition(nn.Module):
 
 
 def convolved(x: Float[Array, "N h w c"], kernel: Float[Array, "k k c o"]) -> Float[Array, "N h w o"]:
-    """The map convolved with the kernel, as large as it was."""
+    """Convolve the map with the kernel; the size stays the same."""
     return x @ kernel[0, 0] if kernel.shape[:2] == (1, 1) else conv2d(x, kernel, padding="SAME")
 
 

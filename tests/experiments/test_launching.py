@@ -72,7 +72,7 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
 @pytest.mark.parametrize(
     "scripts, env_ids, flags, said",
     [
-        (("nothing",), GAMES, [], "no such script; there are deep_mdp_ppo, deep_spi, dream_spi, ppo"),
+        (("nothing",), GAMES, [], "no such script; choose from deep_mdp_ppo, deep_spi, dream_spi, ppo"),
         (("tests/commands.py",), GAMES, [], "has no class Args"),
         (("ppo", "ppo"), GAMES, [], "names ppo twice"),
         (("ppo 'a",), GAMES, [], "no closing quotation"),
@@ -80,8 +80,8 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
         ((), GAMES, [], "--scripts: name at least one"),
         (("ppo",), (), [], "--env-ids: name at least one"),
         (("ppo",), ("Breakou-v5",), [], "did you mean Breakout-v5"),
-        (("ppo",), GAMES, ["--seed=3"], "--seed: this program gives it"),
-        (("ppo --run_name a",), GAMES, [], "--run-name: this program gives it"),
+        (("ppo",), GAMES, ["--seed=3"], "--seed: the launcher sets this flag"),
+        (("ppo --run_name a",), GAMES, [], "--run-name: the launcher sets this flag"),
         (("ppo",), GAMES, ["--clip-coef=-1"], "--clip-coef -1"),
         (("ppo",), GAMES, ["--keep-checkpoints=0"], "--resume auto: needs checkpoints"),
         (("/tmp/nowhere/own.py",), GAMES, [], "no such script"),
@@ -149,7 +149,7 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     good, bad = (logdir / run.name for run in runs)
     assert sittings(good) == sittings(bad) == 2 and rows(good) == list(range(10, 110, 10))
     said = capsys.readouterr().out
-    assert said.count("tried again") == 2 and said.count("FAILED") == 2 and "it was to fail" in said
+    assert said.count("retrying") == 2 and said.count("FAILED") == 2 and "it was to fail" in said
     states = status.Progresses(logdir, runs).states
     assert status.failures(runs, states) == [f"failed: {runs[1].name}: exit code 1: error: it was to fail"]
     assert status.table(runs, states)[1].endswith("0/1 1 FAILED") and " 1 failed" in status.summary(runs, states)
@@ -183,13 +183,13 @@ def test_a_killed_run_and_a_killed_launcher_are_repaired_by_the_same_command(tmp
     assert state_of(logdir, read_plan(logdir)[1]).kind == "running"  # the orphan
     with said[1].open("w") as out:
         launcher = subprocess.Popen(words, stdout=out, stderr=out)
-    wait_for(lambda: f"at work at {names[1]}" in said[1].read_text() and sittings(first) == 3)
+    wait_for(lambda: f"{names[1]} is running in another process" in said[1].read_text() and sittings(first) == 3)
     gate.touch()
     assert launcher.wait(120) == 0 and "2 of 2 runs finished" in said[1].read_text()
     assert [rows(logdir / name) for name in names] == [list(range(10, 410, 10))] * 2
     assert sittings(second) == 1
     again = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0 and "2 runs, 2 finished before" in again.stdout
+    assert again.returncode == 0 and "2 runs, 2 already finished" in again.stdout
     assert sittings(second) == 1
     launching.main(launching.Args(logdir=logdir, status=True), [])
     assert "2 of 2 runs finished" in capsys.readouterr().out
@@ -203,7 +203,7 @@ def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
     runs = [tmp_path / f"{game}__short_script__1" for game in GAMES]
     wait_for(lambda: all((run / "metrics.jsonl").exists() and len(rows(run)) > 3 for run in runs))
     busy = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert busy.returncode == 2 and "another process launches its runs" in busy.stderr
+    assert busy.returncode == 2 and "another process is running this study" in busy.stderr
     launcher.send_signal(sent)
     said, _ = launcher.communicate(timeout=100)
     assert launcher.returncode == code and "stopping 2 runs, which save first" in said
@@ -219,5 +219,5 @@ def test_dry_run_starts_nothing_and_says_how_long(tmp_path):
     done = subprocess.run(command("experiments/run.py", *flags), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not (tmp_path / "s").exists()
     lines = done.stdout.splitlines()
-    assert sum("--run-name=" in line for line in lines) == 8 and "8 runs, 0 of them finished" in done.stdout
+    assert sum("--run-name=" in line for line in lines) == 8 and "8 runs, 0 finished" in done.stdout
     assert "hours" in lines[-2] and lines[-1].startswith("disk: about")

@@ -93,13 +93,13 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     found = read_runs([str(tmp_path)], RETURN)
     assert [run.source for run in found.runs] == [str(cut), str(whole)] and found.runs[0].reached == 2 * BATCH
     assert sorted(found.problems) == [
-        f"{cut}: 1 of 3 rows of metrics.jsonl are damaged, and not read",
-        f"{empty}: metrics.jsonl has no {RETURN} yet: left out",
-        f"{gone}: metrics.jsonl cannot be read (No such file or directory): left out",
-        f"{lost}: run.json is missing or damaged: left out",
-        f"{none}: metrics.jsonl has no {RETURN} yet: left out",
+        f"{cut}: 1 of 3 rows of metrics.jsonl are damaged and ignored",
+        f"{empty}: metrics.jsonl has no {RETURN} yet; skipped",
+        f"{gone}: metrics.jsonl cannot be read (No such file or directory); skipped",
+        f"{lost}: run.json is missing or damaged; skipped",
+        f"{none}: metrics.jsonl has no {RETURN} yet; skipped",
     ]
-    for wrong, said in ((tmp_path / "nothing", "no such folder"), (empty / "run.json", "is no table")):
+    for wrong, said in ((tmp_path / "nothing", "no such folder"), (empty / "run.json", "is not a table")):
         with pytest.raises(UsageError, match=said):
             read_runs([str(wrong)], RETURN)
 
@@ -132,7 +132,7 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     with pytest.raises(UsageError, match="b.csv: line 3 is damaged"):
         read_table(tmp_path / "b.csv")
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UsageError, match="c.csv: is no table of runs .no column script"):
+    with pytest.raises(UsageError, match="c.csv: is not a table of runs .no column script"):
         read_table(tmp_path / "c.csv")
 
 
@@ -140,7 +140,7 @@ def test_algorithms_are_named_by_what_differs():
     flags = ["--gamma 0.9 --fc-layers 64 32", "--gamma 0.9", "", "--clip-coef 0.3"]
     runs = [record([1], script=s, flags=f) for s, f in zip(["ppo", "ppo", "deep_spi", "other"], flags, strict=True)]
     assert labels(runs) == ["ppo --fc-layers 64 32", "ppo", "deep_spi", "other"]
-    with pytest.raises(UsageError, match="ppo-1 and ppo-1 are the same: ppo on Breakout-MinAtar, seed 1"):
+    with pytest.raises(UsageError, match="ppo-1 and ppo-1 are duplicates: ppo on Breakout-MinAtar, seed 1"):
         labels([runs[1], runs[1]])
     assert compare(runs).algorithms == ["ppo", "ppo --fc-layers 64 32", "deep_spi", "other"]
     steps = "--total-timesteps 5000000"  # the default of one family, and not of another
@@ -164,15 +164,15 @@ def test_the_grid_names_what_is_missing():
     runs = [record([1, 2], seed=1), record([1], [1], 20, seed=2), record([3, 4], script="deep_spi", seed=1)]
     runs.append(record([1, 1], script="deep_spi", seed=1, env_id="Asterix-MinAtar"))
     assert compare(runs).missing == [
-        "ppo, Asterix-MinAtar, seed 1: there is no run",
-        "ppo, Asterix-MinAtar, seed 2: there is no run",
-        "deep_spi, Asterix-MinAtar, seed 2: there is no run",
-        "ppo, Breakout-MinAtar, seed 2: is at 10 of 20 steps",
-        "deep_spi, Breakout-MinAtar, seed 2: there is no run",
+        "ppo, Asterix-MinAtar, seed 1: not found",
+        "ppo, Asterix-MinAtar, seed 2: not found",
+        "deep_spi, Asterix-MinAtar, seed 2: not found",
+        "ppo, Breakout-MinAtar, seed 2: unfinished, at 10 of 20 steps",
+        "deep_spi, Breakout-MinAtar, seed 2: not found",
     ]
     planned = [PlannedRun("", "ppo__gamma-0.9", "Breakout-MinAtar", seed, 20, []) for seed in (1, 3)]
-    assert compare(runs[:1], planned).missing == ["ppo, Breakout-MinAtar, seed 3: is planned, and not there"]
-    with pytest.raises(UsageError, match="no run can be read"):
+    assert compare(runs[:1], planned).missing == ["ppo, Breakout-MinAtar, seed 3: planned, but not found"]
+    with pytest.raises(UsageError, match="no readable runs"):
         compare([])
 
 
@@ -188,7 +188,7 @@ def test_scales():
     assert_allclose(spread["ppo"], [[0], [1]]), assert_allclose(spread["deep_spi"], [[1], [0]])
     beside = normalized(comparison, raw, "against", "ppo")
     assert_allclose(beside["ppo"], [[1], [1]]), assert_allclose(beside["deep_spi"], [[30.5 / 1.7], [-20.7 / 14.6]])
-    with pytest.raises(UsageError, match="--scale against: deep_spi has a mean score of -20.7 on Pong-v5; say --scale min-max"):
+    with pytest.raises(UsageError, match="--scale against: deep_spi has a mean score of -20.7 on Pong-v5; use --scale min-max"):
         normalized(comparison, raw, "against", "deep_spi")
     relative = normalized(comparison, raw, "baseline", "ppo")
     found = aggregate(relative, "baseline", "ppo", 0)
@@ -196,7 +196,7 @@ def test_scales():
     assert found.improvement["deep_spi"][0] == 0.5
     small = compare([record([1])])
     for scale in ("human", "baseline"):
-        with pytest.raises(UsageError, match=f"--scale {scale}.*say --scale min-max"):
+        with pytest.raises(UsageError, match=f"--scale {scale}.*use --scale min-max"):
             normalized(small, raw_scores(small, 40, 2), scale, "ppo")
     assert_allclose(normalized(small, raw_scores(small, 40, 2), "min-max", "ppo")["ppo"], [[0]])  # all the same
 
@@ -229,7 +229,7 @@ def test_the_page_holds_all_and_is_the_same_twice(tmp_path, monkeypatch, capsys)
     slopes = [1 + i + x for i, x in zip([0] * 6 + [1] * 6, np.random.default_rng(0).uniform(size=12), strict=True)]
     assert_allclose(sorted(float(row["score"]) for row in rows), np.sort(slopes) * 19, rtol=1e-5)
     assert "| deep_spi |" in text and "1.000 [1.000, 1.000]" in text  # all of its runs are better
-    with pytest.raises(UsageError, match="would replace r.csv, which is read"):
+    with pytest.raises(UsageError, match="would overwrite r.csv, which is an input"):
         run_report(monkeypatch, "r.csv", "--output", "r")
     run_report(monkeypatch, "r.csv", "--output", "again")  # the table alone says the same
     tables = lambda text: [line for line in text.splitlines() if line.startswith("|")]  # noqa: E731
@@ -246,17 +246,17 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as end:
         run_report(monkeypatch, "runs", "--output", "r")
     said = capsys.readouterr()
-    assert end.value.code == 1 and "error: 5 runs are missing, not finished or left out: no aggregates" in said.err
-    assert "*** runs/broken: run.json is missing or damaged: left out ***" in said.out
-    at = "deep_spi, Asterix-MinAtar, seed 3: is at 640 of 2,560 steps"
-    assert f"missing: {at}" in said.out and "missing: ppo, Breakout-MinAtar, seed 3: there is no run" in said.out
+    assert end.value.code == 1 and "error: 5 runs are missing, unfinished or skipped, so nothing was aggregated" in said.err
+    assert "*** runs/broken: run.json is missing or damaged; skipped ***" in said.out
+    at = "deep_spi, Asterix-MinAtar, seed 3: unfinished, at 640 of 2,560 steps"
+    assert f"missing: {at}" in said.out and "missing: ppo, Breakout-MinAtar, seed 3: not found" in said.out
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<svg ") == 2 and "No aggregates" in page and "is at 640 of 2,560 steps" in page and "runs/broken" in page
+    assert page.count("<svg ") == 2 and "No aggregates" in page and "at 640 of 2,560 steps" in page and "runs/broken" in page
     assert not (tmp_path / "r_aggregates.png").exists()
     run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
     assert "Asterix-MinAtar,3" not in (tmp_path / "r_scores.csv").read_text()  # what it has reached is no final score
     page = (tmp_path / "r.html").read_text()
-    assert page.count("5 runs are missing, not finished or left out") == 1 + 6  # on each figure of aggregates too
+    assert page.count("5 runs are missing, unfinished or skipped") == 1 + 6  # on each figure of aggregates too
     assert (tmp_path / "r_aggregates.png").exists()
 
 
@@ -267,13 +267,13 @@ def test_mistakes(tmp_path, monkeypatch):
         ([], "no runs"),
         ([runs, "--points", 0], "--points 0"),
         ([runs, "--last", 0], "--last 0"),
-        ([runs, "--against", "a2c"], "--against a2c: is none of ppo, deep_spi"),
-        ([runs, "--output", "no/where"], "--output no/where: there is no folder no"),
-        ([runs, "--scale", "human"], "--scale human: there is no human score of Breakout-MinAtar"),
-        ([tmp_path / "runs" / "none"], "there is no such folder"),
-        ([runs, "--metric", "charts/nothing"], "no run can be read"),
-        ([runs, "--metric", "step", "--scale", "human"], "--scale human: is one of returns"),
-        ([runs, "--output", "."], "--output .: names no file"),
+        ([runs, "--against", "a2c"], "--against a2c: choose from ppo, deep_spi"),
+        ([runs, "--output", "no/where"], "--output no/where: folder no does not exist"),
+        ([runs, "--scale", "human"], "--scale human: no human score is known for Breakout-MinAtar"),
+        ([tmp_path / "runs" / "none"], "no such folder"),
+        ([runs, "--metric", "charts/nothing"], "no readable runs"),
+        ([runs, "--metric", "step", "--scale", "human"], "--scale human: applies to returns only"),
+        ([runs, "--output", "."], "--output .: is not a file name"),
     ):
         with pytest.raises(UsageError) as error:
             run_report(monkeypatch, *words)
@@ -300,8 +300,8 @@ def test_weights_and_biases(monkeypatch):
     assert_allclose(run.value, [1, 2, np.nan]), assert_allclose(run.weight, [2, 4, 0])
     assert run.reached == run.planned
     assert found.problems == [
-        f"wandb:we/spi/b: has no {RETURN}: left out",
-        "wandb:we/spi/c: its config is not that of a run of these scripts: left out",
+        f"wandb:we/spi/b: has no {RETURN}; skipped",
+        "wandb:we/spi/c: its config is not from a run of these scripts; skipped",
     ]
 
     def refuse():

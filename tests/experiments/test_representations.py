@@ -107,7 +107,7 @@ def test_runs_are_measured_and_what_cannot_be_is_named(tmp_path, capsys):
     output = tmp_path / "table.csv"
     representations.main(representations.Args((study,), output, num_envs=6, num_steps=20, skip=30))
     said = capsys.readouterr().out
-    for words in ("unfinished: is not finished: left out", "holds neither a model nor a checkpoint", "is not that of a run"):
+    for words in ("unfinished: not finished; skipped", "holds neither a model nor a checkpoint", "is not from a run"):
         assert words in said
     (row,) = csv.DictReader(output.open())
     assert (row["script"], row["env_id"], row["seed"], row["step"]) == ("deep_spi", "Asterix-MinAtar", "1", "384")
@@ -123,13 +123,13 @@ def test_runs_are_measured_and_what_cannot_be_is_named(tmp_path, capsys):
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for flags, words in (
-        ({"runs": (tmp_path / "none",)}, "there is no such folder"),
-        ({"runs": (tmp_path / "empty",)}, "holds no folders of runs"),
+        ({"runs": (tmp_path / "none",)}, "no such folder"),
+        ({"runs": (tmp_path / "empty",)}, "contains no folders of runs"),
         ({"runs": (tmp_path,)}, "no finished runs"),
         ({"runs": (tmp_path,), "num_envs": 2}, "--num-envs 2"),
         ({"runs": (tmp_path,), "num_steps": 0}, "--num-steps 0"),
         ({"runs": (tmp_path,), "seed": -1}, "--seed -1"),
-        ({"runs": (tmp_path,), "output": tmp_path / "a" / "b.csv"}, "there is no folder"),
+        ({"runs": (tmp_path,), "output": tmp_path / "a" / "b.csv"}, "does not exist"),
     ):
         with pytest.raises(UsageError) as error:
             representations.main(representations.Args(**flags))

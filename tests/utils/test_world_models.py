@@ -354,7 +354,7 @@ def test_the_encoder_is_chosen_by_the_shape_of_an_observation():
     for obs, z in shapes.items():
         assert jax.eval_shape(lambda o: encoder.init_with_output(KEY, o)[0], jnp.zeros((2, *obs), jnp.uint8)).shape == (2, *z)
     for obs in ((84, 84, 3), (1, 32, 32), (2, 10, 4)):
-        with pytest.raises(ValueError, match="neither frames"):
+        with pytest.raises(ValueError, match="must be frames"):
             encoder.init(KEY, jnp.zeros((2, *obs), jnp.uint8))
 
 

@@ -1,1 +1,1 @@
-"""What DreamSPI needs besides the scripts: the replay buffer, the distance that a discriminator sees, pictures of dreams."""
+"""Components of DreamSPI: replay buffer, end predictor, optimizers, discriminator, and figures of dreams."""

@@ -1,4 +1,4 @@
-"""The transition loss as a distance that a discriminator sees."""
+"""A transition loss that a discriminator measures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ class DiscriminatorArgs:
     """Flags of the discriminator."""
 
     wasserstein_discriminator: bool = False
-    """measure the transition loss by a discriminator trained to tell real next latents from predicted ones: 1-Wasserstein
+    """measure the transition loss with a discriminator, trained to tell real next latents from predicted ones: 1-Wasserstein
     distance for continuous latents, total variation for categorical ones. Both are far smaller than the usual sum over the
-    latent, so that --transition-loss-coef wants to be larger"""
+    latent, so use a larger --transition-loss-coef"""
     discriminator_steps: Annotated[Count, WANTED] = 5
-    """its gradient steps before each one of the world model"""
+    """gradient steps of the discriminator before each gradient step of the world model"""
     discriminator_learning_rate: Annotated[Positive, WANTED] = 2e-4
-    """its learning rate (Adam), lowered as --anneal-lr says"""
+    """learning rate of the discriminator (Adam), annealed with --anneal-lr"""
 
     def check(self) -> None:
-        """Raises UsageError for flags of distances that it replaces."""
+        """Raise UsageError if a flag of the replaced distances is set."""
         if self.wasserstein_discriminator:
-            refuse_unread(self, ("categorical_cost", "w_balancing"), "the usual distances, without --wasserstein-discriminator")
+            refuse_unread(self, ("categorical_cost", "w_balancing"), "--no-wasserstein-discriminator")
 
 
 def transition_distance(
     discriminator: nn.Module | None, params: Any, z: Float[Array, "N *z"], action: Int[Array, " N"]
 ) -> Callable:
-    """Measures how far predictions of what follows z and the action are from next latents, as `transition_loss` does. With a
-    discriminator the mean over transitions is the distance, and single ones may be negative."""
+    """Return a function like `transition_loss` that measures how far predictions from z and the action are from next latents.
+    With a discriminator, only the mean over transitions is a distance; single values may be negative."""
     if discriminator is None:
         return transition_loss
 
@@ -54,8 +54,8 @@ def update_discriminator(
     params: Any, opt_state: Optimizers, batch: Any, key: jax.Array, agent: Any, optimizers: Optimizers, rates: Optimizers,
     args: Any,
 ) -> tuple[Any, Optimizers]:  # fmt: skip
-    """The discriminator's gradient steps on a script's minibatch, towards the largest distance that it can see: parameters and
-    states of the optimizers after them."""
+    """Train the discriminator on a script's minibatch to maximize the distance that it measures. Return the new parameters and
+    optimizer states."""
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
     predicted = agent.transition.apply(params.transition, z[:n], batch.action)

@@ -1,4 +1,4 @@
-"""The predictor of ends: when a dream is over."""
+"""The end predictor, which decides when a dream ends."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,31 +14,31 @@ from utils.runs.flags import NotNegative, require
 
 @dataclass
 class EndArgs:
-    """Flags of the predictor of ends."""
+    """Flags of the end predictor."""
 
     end_loss_coef: NotNegative = 1.0
-    """weight of the loss of the predictor of ends"""
+    """weight of the end predictor's loss"""
     end_loss: Literal["cross_entropy", "huber"] = "cross_entropy"
-    """cross_entropy of the end, given latent and action; its gradient stops at the latent. Or Huber's loss of its probability,
-    given the next latent, and beside the reward loss in the utility, whence its gradient reaches the encoder"""
+    """cross_entropy: predict from latent and action; the gradient stops at the latent. huber: Huber's loss of the probability
+    predicted from the next latent; it is added to the reward loss in the utility, and also trains the encoder"""
 
     def check(self) -> None:
-        """Raises UsageError where the flags do not go together."""
-        said = "--end-loss huber: stands within the reward loss, and needs a --reward-loss-coef above 0"
+        """Raise UsageError if the flags contradict each other."""
+        said = "--end-loss huber: is part of the reward loss; set --reward-loss-coef above 0"
         require(self.end_loss == "cross_entropy" or self.reward_loss_coef > 0, said)
 
 
 def end_logit(
     params: Any, z: Float[Array, "N *z"], action: Int[Array, " N"], next_z: Float[Array, "N *z"], agent: Any, args: Any
 ) -> Float[Array, " N"]:
-    """Of the probability that the step from z to `next_z` ends the episode."""
-    # given the next latent, the action says nothing more
+    """Return the logit of the probability that the step from z to `next_z` ends the episode."""
+    # the next latent makes the action redundant
     of = (z, action) if args.end_loss == "cross_entropy" else (next_z, jnp.zeros_like(action))
     return agent.end.apply(params.end, *of)
 
 
 def end_losses(logit: Float[Array, " N"], ended: Bool[Array, " N"], args: Any) -> Float[Array, " N"]:
-    """The loss of each step."""
+    """Return the end predictor's loss of each step."""
     if args.end_loss == "cross_entropy":
         return optax.sigmoid_binary_cross_entropy(logit, ended.astype(jnp.float32))
     return smooth_l1_loss(nn.sigmoid(logit) - ended)

@@ -1,4 +1,4 @@
-"""The optimizers of DreamSPI: each moves the networks of one group, and leaves the others as they are, to the bit."""
+"""The optimizers of DreamSPI: each updates one group of networks and leaves the others bit-exact."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ GROUPS = {"encoder": "model", "transition": "model", "reward": "model", "end": "
 GROUPS |= {"actor_critic": "heads", "critic": "heads", "discriminator": "discriminator", "slow_critic": "none"}
 
 
-APART = Needs("--decoupled-layers, or no --fc-layers", lambda args: args.decoupled_layers or not args.fc_layers)
+APART = Needs("--decoupled-layers or an empty --fc-layers", lambda args: args.decoupled_layers or not args.fc_layers)
 
 
 @dataclass
@@ -24,25 +24,25 @@ class DreamOptimizerArgs:
     """Flags of the optimizers."""
 
     learning_rate: Annotated[Positive, Default(minatar=2e-3)] = 2.5e-4
-    """learning rate of AdamW for encoder and world model"""
+    """learning rate of AdamW, for encoder and world model"""
     encoder_learning_rate: Positive | None = None
-    """learning rate for the encoder, if it is to be another"""
+    """learning rate of the encoder; if not given, --learning-rate"""
     weight_decay: NotNegative = 0.01
-    """weight decay of AdamW for encoder and world model"""
+    """weight decay of AdamW, for encoder and world model"""
     heads_learning_rate: Annotated[Positive, Default(minatar=2e-3)] = 2.5e-4
-    """learning rate of Adam for actor and critic"""
+    """learning rate of Adam, for actor and critic"""
     critic_learning_rate: Annotated[Positive | None, APART] = None
-    """learning rate for the critic, if it is to be another"""
+    """learning rate of the critic; if not given, --heads-learning-rate"""
     anneal_heads_lr: bool = True
-    """lower the learning rates of actor and critic linearly to 0 over the run"""
+    """anneal the learning rates of actor and critic linearly to 0 over the run"""
     clip_apart: bool = False
-    """clip the gradient of each network by itself to --max-grad-norm (of actor and critic, too), not that of encoder and world
-    model, or of actor and critic, together"""
+    """clip the gradient of each network separately to --max-grad-norm (also those of actor and critic), instead of the joint
+    gradient of encoder and world model, and of actor and critic"""
 
 
 class Optimizers(NamedTuple):
-    """Optimizers, their states, or their learning rates. Heads have two, so that the moments of what they learn from real data
-    are not those of dreams."""
+    """Optimizers, their states, or their learning rates. The heads (actor and critic) have two: `heads` for dreams and
+    `real_heads` for real data, so that the two have separate Adam moments."""
 
     model: Any
     heads: Any
@@ -51,7 +51,7 @@ class Optimizers(NamedTuple):
 
 
 def _labels(params: Any, label: Callable[[str], str]) -> Any:
-    """A tree of labels: `label` of the name of each parameter's network, where the critic's part of the heads is one."""
+    """Return a tree with `label(name)` for each parameter's network. The critic's part of `actor_critic` is named "critic"."""
 
     def of(name, path):
         return label("critic" if name == "actor_critic" and "critic" in jax.tree_util.keystr(path) else name)
@@ -61,8 +61,8 @@ def _labels(params: Any, label: Callable[[str], str]) -> Any:
 
 
 def make_optimizer(args: Any) -> Optimizers:
-    """AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. Learning rates are applied
-    in `descend`, but for what makes those of encoder and critic others."""
+    """Return AdamW for encoder and world model, Adam for the others, each on its group's clipped gradient. `descend` applies
+    each group's learning rate; here, encoder and critic are only scaled relative to it."""
     clip = optax.clip_by_global_norm(args.max_grad_norm)
     if args.clip_apart:
         clip = optax.partition(dict.fromkeys(GROUPS, clip), partial(_labels, label=str))
@@ -81,14 +81,14 @@ def make_optimizer(args: Any) -> Optimizers:
 
 
 def descend(name: str, grads: Any, rates: Optimizers, params: Any, opt_state: Optimizers, optimizers: Optimizers) -> Any:
-    """One step of the optimizer of that name: parameters and states after it."""
+    """Take one step of the optimizer called `name`, and return the new parameters and optimizer states."""
     updates, moved = getattr(optimizers, name).update(grads, getattr(opt_state, name), params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: -getattr(rates, name) * u, updates))
     return params, opt_state._replace(**{name: moved})
 
 
 def learning_rates(iteration: Int[Scalar, ""], args: Any) -> Optimizers:
-    """Of each optimizer in this iteration."""
+    """Return the learning rate of each optimizer in this iteration."""
     prefill = prefill_iterations(args)
     progress = (iteration - prefill) / (args.total_timesteps // (args.num_envs * args.num_steps) - prefill)
     if args.progressive == "none":

@@ -1,4 +1,4 @@
-"""A picture of dreams: how far the world model, given the actions that were taken, stays with what really happened."""
+"""A figure of dreams: the world model's predictions for the actions of a real rollout, compared with that rollout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PREFIX = "dreams/trace/"  # of the names of arrays to be drawn, see `trace_dreams`
-PICTURE = "dreams/dream"  # the name of what is drawn
-COLUMNS = 9  # frames of a dream that are drawn, at most
-LIKELY = 0.05  # probabilities of an end below this are not written beside a frame
+PREFIX = "dreams/trace/"  # prefix of the names of the arrays to draw, see `trace_dreams`
+PICTURE = "dreams/dream"  # name of the figure
+COLUMNS = 9  # maximum number of frames drawn per dream
+LIKELY = 0.05  # smaller termination probabilities are not printed below a frame
 
 
 @dataclass
 class DreamTraceArgs:
-    """Flags of the picture of dreams."""
+    """Flags of the figure of dreams."""
 
     log_dreams: bool = False
-    """log a picture of dreams beside what really followed, given the same actions: one dream frame by frame, and of all of them
-    rewards, ends, and the error of the latent, over the horizon of a dream, or the rollout if that is shorter"""
+    """log a figure that compares dreams with the real rollout, given the same actions: one dream frame by frame, and means over
+    all dreams of rewards, terminations and latent errors. It covers the horizon of a dream, or a shorter rollout"""
     log_dreams_every: Annotated[Count, Needs(log_dreams=True)] = 100
-    """updates from one such picture to the next"""
+    """updates between two figures"""
 
 
 def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any, dream_step: Callable) -> dict[str, Array]:
-    """Dreams from the first latents of a rollout, with the actions taken in it, beside the rollout.
+    """Return the arrays of a figure: dreams from the first latents of a rollout, with its actions, next to the rollout.
 
-    H is the horizon of a dream, or the length of the rollout if that is less. `alive` [H, B] is 1 while the real episode has
-    not ended: nothing real is left to compare with thereafter. `error` is the distance of the dreamed next latent from the real
-    one, `no_change` that of the first latent from it: Euclidean for continuous latents, for categorical ones the share of
-    variables that differ. One dream, that in which most rewards and ends happened, is there step by step: the number of its
-    environment `example`, the actions `taken` [H] in it, its observations `frames` [H+1, *obs], and `like` [H+1, *obs], for
-    each of its latents the observation of the whole rollout whose latent is nearest: what it dreams of.
+    H is the horizon of a dream, or the length of the rollout if that is less. `alive` [H, B] is 1 until the real episode ends,
+    after which there is nothing to compare with. `error` is the distance of the dreamed next latent from the real next latent,
+    and `no_change` that of the first latent. Distances are Euclidean for continuous latents, and the fraction of variables that
+    differ for categorical ones. One dream, with the most rewards and terminations, is returned step by step: its
+    environment `example`, its actions `taken` [H], and the real observations `frames` [H+1, *obs]. For each of its latents,
+    `like` [H+1, *obs] is the observation of the whole rollout whose latent is nearest.
 
     Args:
-        params, agent: a script's networks; the parameters are best those before they learned from this rollout.
+        params, agent: a script's networks, preferably with parameters that have not been trained on this rollout.
         steps: the rollout.
         key: draws next latents.
         args: the script's flags.
@@ -81,13 +81,13 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
 
     start = real_z[0], jnp.ones(real_z.shape[1])
     _, (traces, dreamed_z) = jax.lax.scan(step, start, (after, jax.random.split(key, horizon)))
-    happened = jnp.abs(traces["reward"]) + traces["end"] + 0.1  # and rather long than short
+    happened = jnp.abs(traces["reward"]) + traces["end"] + 0.1  # 0.1 prefers long episodes
     example = jnp.argmax(jnp.sum(traces["alive"] * happened, axis=0))
     of_example = jnp.concatenate([real_z[:1, example], dreamed_z[:, example]]).reshape(horizon + 1, -1)
     flat = real_z.reshape(-1, of_example.shape[1])
-    # |a - b|^2 but for |a|^2
+    # |a - b|^2 without |a|^2, which does not affect the argmin over b
     distances = jnp.sum(flat**2, axis=1) - 2.0 * jnp.matmul(of_example, flat.T, precision="highest")
-    own = jnp.arange(horizon + 1) * real_z.shape[1] + example  # what really came to be, wherever nothing is nearer
+    own = jnp.arange(horizon + 1) * real_z.shape[1] + example  # on a tie, take the real observation of that step
     is_own = jnp.take_along_axis(distances, own[:, None], axis=1)[:, 0] <= jnp.min(distances, axis=1)
     like = jnp.where(is_own, own, jnp.argmin(distances, axis=1))
     traces |= {
@@ -100,10 +100,11 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
 
 
 def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
-    """Numbers to compare runs by, of what `trace_dreams` returned, over all steps that really happened: the error of dreamed
-    latents as a share of that of a model in which nothing changes, and by how much the squared error of the dreamed rewards is
-    less than the variance of the real ones, as a share of that. What is no number is left out: where nothing changed, say, or
-    all rewards were equal."""
+    """Return metrics for comparing runs from the arrays of `trace_dreams`, over all steps before the real episode ends.
+
+    `dreams/latent_error` is the latent error divided by that of predicting no change. `dreams/explained_reward` is 1 - mean
+    squared reward error / variance of the real rewards. Undefined metrics are omitted.
+    """
     of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
     alive = of["alive"] > 0
     error, still, real, dreamed = (of[name][alive].astype(float) for name in ("error", "no_change", "reward", "dreamed_reward"))
@@ -116,8 +117,8 @@ def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def draw(traces: dict[str, np.ndarray]) -> "Figure":
-    """The picture of what `trace_dreams` returned. It is to be understood by itself."""
-    from matplotlib.figure import Figure  # here, because it takes a second to import and most runs do without
+    """Draw the arrays of `trace_dreams` in a self-explanatory figure."""
+    from matplotlib.figure import Figure  # imported here: it takes a second, and most runs do not need it
 
     of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
     alive = of["alive"] > 0
@@ -127,9 +128,7 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
     above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1.0))
 
     example = of["example"]
-    title = (
-        f"Environment {example}, in which most happened: what was real, and what the world model dreamed of the same actions"
-    )
+    title = f"Environment {example} (most rewards and terminations): the real rollout, and a dream with the same actions"
     above.suptitle(title, fontsize=11)
     rows = above.subplots(2, len(shown), squeeze=False)
     limit = max(np.abs(of[name].astype(float)).max() for name in ("frames", "like"))
@@ -141,16 +140,16 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
             if k and lives:
                 end = of[f"{kind}end"][k - 1, example]
                 said.append(f"reward {of[f'{kind}reward'][k - 1, example]:.2g}")
-                said += [f"end: {end:.0%}" if kind else "the end"] if end >= LIKELY else []
+                said += [f"end: {end:.0%}" if kind else "episode ends"] if end >= LIKELY else []
             axes.set_xlabel("\n".join(said), fontsize=8)
         row[0].set_ylabel("dreamed" if kind else "real", fontsize=10)
     for axes, k in zip(rows[0], shown, strict=True):
         axes.set_title(f"step {k}\naction {of['taken'][k - 1]}" if k else "start", fontsize=8)
-    said = "A dream is numbers: its row shows the observation of this rollout whose latent is nearest.\n"
-    said += f"Blank: the real episode is over. Ends less likely than {LIKELY:.0%} are not written."
+    said = "Dreamed row: for each dreamed latent, the observation of this rollout whose latent is nearest.\n"
+    said += f"Blank: the real episode has ended. Termination probabilities below {LIKELY:.0%} are not shown."
     above.supxlabel(said, fontsize=8)
 
-    below.suptitle(f"All {environments} dreams: means over those whose real episode goes on", fontsize=11)
+    below.suptitle(f"All {environments} dreams: means over those whose real episode has not ended", fontsize=11)
     reward, end, error = below.subplots(1, 3)
     x = np.arange(1, horizon + 1)
 
@@ -166,7 +165,7 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
     still = mean("no_change")
     error.plot(x, np.divide(mean("error"), still, out=np.full(horizon, np.nan), where=still > 0), "x--", color="C1")
     error.axhline(1.0, color="gray", linewidth=1)
-    error.set_title("error of the dreamed latent\n(0: none; 1: as if nothing changed)", fontsize=9)
+    error.set_title("error of the dreamed latent\n(0: exact; 1: same as predicting no change)", fontsize=9)
     for axes in (reward, end, error):
         axes.set_xlabel("step of the dream", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -177,8 +176,8 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
 
 
 def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: float) -> None:
-    """An observation as a person sees it: the last of stacked frames, a grid in colors, or the numbers of a vector as bars, up
-    to `limit`."""
+    """Draw an observation: the last of stacked frames, a grid in colors, or a vector's elements as bars up to `limit`. None
+    leaves the axes blank."""
     axes.set_xticks([])
     axes.set_yticks([])
     if obs is None:

@@ -1,1 +1,1 @@
-"""Playing with what was trained: scores of whole games, and videos."""
+"""Evaluate trained policies: scores of whole games, and videos."""

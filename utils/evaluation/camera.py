@@ -1,4 +1,4 @@
-"""Videos of a policy while it is trained."""
+"""Videos of a policy during training."""
 
 import contextlib
 import dataclasses
@@ -12,17 +12,17 @@ from envs.registry import UNDIVIDED, make_env
 from utils.evaluation.play import Film, policy_of
 from utils.evaluation.video import has_ffmpeg, write_video
 
-MOST_FRAMES = 3_000  # of a video: 200 seconds
+MOST_FRAMES = 3_000  # per video: 200 seconds
 VIDEOS = "videos"
 
 
 class Camera:
-    """Films a game every so many steps. It has an environment and random numbers of its own: training goes on as without it.
+    """Films a game every `--video-every` steps. It has its own environment and random keys, so training is unaffected.
 
     Args:
         args: flags of a run.
         agent: the networks of its script.
-        folder: the run's.
+        folder: the run's folder.
     """
 
     def __init__(self, args: Any, agent: Any, folder: Path):
@@ -30,18 +30,18 @@ class Camera:
         self.film = None
 
     def is_due(self, step: int, steps_per_iteration: int, last: bool) -> bool:
-        """Whether a game is to be filmed after the update that ended with that step."""
+        """Return True if a game should be filmed after the update that ended at `step`."""
         return last or step // self.args.video_every > (step - steps_per_iteration) // self.args.video_every
 
     def take(self, params: Any, step: int) -> tuple[Path, float | None]:
-        """Films a game of the policy with these parameters. Returns the file, and the return of the game; None where the game
-        was longer than the video.
+        """Film a game of the policy with these parameters. Return the file and the return of the game, which is None if the
+        game was longer than the video.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the video cannot be written.
         """
         seed = int(np.random.SeedSequence([self.args.seed, step]).generate_state(1)[0])
-        if self.film is None:  # one environment, and one compilation
+        if self.film is None:  # created once, to compile once
             env = make_env(dataclasses.replace(self.args, num_envs=1, seed=seed, **UNDIVIDED))
             self.film = Film(env, lambda params, obs: policy_of(params, self.agent)(obs))
         self.folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whole games of a policy that does not learn any more."""
+"""Play whole games with a fixed policy."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Num, UInt8
 
 from envs.protocol import Env
 
-CHUNK = 100  # steps between two looks at who has finished
+CHUNK = 100  # steps between two checks for finished games
 Policy = Callable[[Num[Array, "B *obs"]], Float[Array, "B A"]]
 
 
@@ -24,33 +24,33 @@ class Game(NamedTuple):
 
 
 def policy_of(params: Any, agent: Any) -> Policy:
-    """The logits of a script's actor."""
+    """Return a function from observations to the logits of a script's actor."""
     return lambda obs: agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)[0]
 
 
 def quotas(episodes: int, num_envs: int) -> Int[np.ndarray, " B"]:
-    """How many games each environment plays, as equal as can be. Fixed before the first: of games that are counted as they end,
-    until there are enough, the short ones would be too many."""
+    """Return how many games each environment plays, as evenly as possible. Fixing this in advance avoids bias: taking the first
+    games to finish would favor short ones."""
     return episodes // num_envs + (np.arange(num_envs) < episodes % num_envs)
 
 
 def choose(key: jax.Array, logits: Float[Array, "B A"], greedy: bool) -> Int[Array, " B"]:
-    """The most likely actions, or actions drawn from the policy."""
+    """Return the most likely actions if `greedy`, else draw actions from the policy."""
     return jnp.argmax(logits, axis=-1) if greedy else jax.random.categorical(key, logits)
 
 
 def play(
     env: Env, policy: Policy, episodes: int, key: jax.Array, greedy: bool = False, on_progress: Callable = lambda done: None
 ) -> list[Game]:
-    """Plays games to their ends, in all environments at once; a fixed number in each.
+    """Play whole games in all environments in parallel, a fixed number in each.
 
     Args:
-        env: environments as for training; a lost life need not be an end of a game.
-        policy: logits of actions.
-        episodes: games in all.
-        key: of the actions drawn.
+        env: environments as in training. A game continues after an episode that ended with a lost life.
+        policy: maps observations to logits of actions.
+        episodes: total number of games.
+        key: draws the actions.
         greedy: take the most likely action instead.
-        on_progress: is told the number of games played, now and then.
+        on_progress: called with the number of games played, every `CHUNK` steps.
     """
     quota = quotas(episodes, env.num_envs)
 
@@ -78,14 +78,14 @@ def play(
 
 
 class Film:
-    """A game, played while its pictures are taken: iterating gives the first picture and one after each step.
+    """Plays a game and renders it: `frames` yields the first image and one after each step.
 
     Args:
-        env: a single environment, with a method `render`.
-        policy, key, greedy: as for `play`; the policy takes the parameters first, so that it is compiled once.
+        env: a single environment with a method `render`.
+        policy, greedy: as for `play`, but `policy` takes the parameters first, so that it is compiled once.
 
     Attributes:
-        game: what was played, once the last picture was taken.
+        game: the game played; None until it has ended.
     """
 
     def __init__(self, env: Env, policy: Callable[[Any, Num[Array, "B *obs"]], Float[Array, "B A"]], greedy: bool = False):
@@ -97,7 +97,7 @@ class Film:
         self._step = jax.jit(step)
 
     def frames(self, params: Any, key: jax.Array, most: int | None = None) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """The pictures of one game, at most so many."""
+        """Yield the images of one game, at most `most`. The key draws the actions."""
         env_state, obs = self.env.reset()
         taken, self.game = 1, None
         yield self.env.render(env_state)

@@ -1,4 +1,4 @@
-"""Videos: MP4 by imageio-ffmpeg, an extra, or GIFs by pillow."""
+"""Write videos: MP4 with the optional imageio-ffmpeg, or GIF with Pillow."""
 
 import itertools
 import warnings
@@ -12,38 +12,38 @@ from PIL import Image
 from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
 
-FRAMES_PER_SECOND = 15  # as fast as a person plays Atari, of whose frames an agent sees every fourth
+FRAMES_PER_SECOND = 15  # real time on Atari: 60 frames per second, of which an agent sees every fourth
 ENDINGS = (".mp4", ".gif")
 
 
 def has_ffmpeg() -> bool:
-    """Whether MP4 can be written."""
+    """Return True if MP4 can be written."""
     try:
         import imageio_ffmpeg
 
         return bool(imageio_ffmpeg.get_ffmpeg_exe())
-    except (ImportError, RuntimeError):  # the package may be there without the program
+    except (ImportError, RuntimeError):  # the package may be installed without the program
         return False
 
 
 def check_path(path: Path) -> Path:
-    """The path with the ending that can be written: without imageio-ffmpeg .gif in the place of .mp4.
+    """Return the path, with .gif instead of .mp4 if imageio-ffmpeg is not available.
 
     Raises:
-        UsageError: it is neither, or its folder is not there.
+        UsageError: the ending is neither, or the folder does not exist.
     """
     if path.suffix not in ENDINGS:
-        raise UsageError(f"{path}: a video ends in {' or '.join(ENDINGS)}")
+        raise UsageError(f"{path}: unknown video format; use {' or '.join(ENDINGS)}")
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
+        raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
     return path if has_ffmpeg() else path.with_suffix(".gif")
 
 
 def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> int:
-    """Writes the frames, or after a fault nothing. Returns how many there were.
+    """Write the frames and return their number. On an error, leave an existing file unchanged.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the video cannot be written.
     """
     partial = path.with_name(f"{path.stem}{INCOMPLETE}{path.suffix}")
     try:
@@ -59,9 +59,9 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray]) -> int:
 
     first = next(frames)
     height, width = first.shape[:2]
-    # a frame is not enlarged to whole blocks of 16, only to even numbers
+    # macro_block_size=2 enlarges frames only to even sizes, not to multiples of 16
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=2, quality=8)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # JAX's of a fork, which becomes ffmpeg at once
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # JAX warns of the fork, which only runs ffmpeg
         writer.send(None)
     count = 0
     try:

@@ -1,1 +1,1 @@
-"""The safe-improvement bound: its formulas, its terms for tables, and a monitor that measures them while a script trains."""
+"""The safe-policy-improvement bound: formulas, exact terms for tabular problems, and a monitor for training runs."""

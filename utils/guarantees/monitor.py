@@ -1,4 +1,4 @@
-"""Measures, while a script trains, the terms of zeta in docs/guarantees.md."""
+"""Measure the terms of zeta (docs/guarantees.md) while a script trains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from utils.neighborhood import ratio_metrics
 from utils.occasionally import occasionally
 from utils.runs.flags import Count, Needs, require
 
-PREFIX = "spi/bound/"  # of all names; inf stands for what is not bounded or not known, and is left out of the log
+PREFIX = "spi/bound/"  # prefix of all names; inf means unbounded or unknown, and is not logged
 
 
 @dataclass
@@ -23,15 +23,15 @@ class MonitorArgs:
     """Flags of the monitor."""
 
     monitor_guarantee: bool = False
-    """measure the terms of the safe-policy-improvement bound on the fresh rollout, see docs/guarantees.md"""
+    """measure the terms of the safe-policy-improvement bound on the fresh rollout (docs/guarantees.md)"""
     monitor_every: Annotated[Count, Needs(monitor_guarantee=True)] = 20
-    """updates from one such measurement to the next"""
+    """updates between two measurements"""
 
     def check(self) -> None:
-        """Raises UsageError where nothing is bounded."""
+        """Raise UsageError if returns are unbounded."""
         require(
             not self.monitor_guarantee or self.gamma < 1,
-            f"--monitor-guarantee: returns are bounded for a --gamma below 1 only, not {self.gamma}",
+            f"--monitor-guarantee: returns are bounded only for --gamma below 1, not {self.gamma}; lower --gamma",
         )
 
 
@@ -45,8 +45,8 @@ def monitor_occasionally(
     args: Any,
     reward_range: tuple[float, float],
 ) -> dict[str, Array]:
-    """`monitor` after the first update and every `--monitor-every` updates from there. `state` is the script's after the
-    update, `log_ratios` is called where it measures."""
+    """Run `monitor` after the first update, and then every `--monitor-every` updates. `state` is the script's state after the
+    update. `log_ratios` is called only when a measurement is due."""
 
     def measure():
         return monitor(agent, old, state.params, steps, log_ratios(), key, args, reward_range)
@@ -64,16 +64,16 @@ def monitor(
     args: Any,
     reward_range: tuple[float, float],
 ) -> dict[str, Array]:
-    """The terms of zeta, measured on the rollout of the policy before the update.
+    """Measure the terms of zeta on the rollout of the policy before the update.
 
     Args:
         agent: a script's networks.
         old, new: their parameters before and after the update.
-        steps: the rollout, of the old policy.
-        log_ratios: log pi'(a|s) - log pi(a|s) of all actions in it, 0 where a step is not valid.
+        steps: the rollout of the old policy.
+        log_ratios: log pi'(a|s) - log pi(a|s) of all actions at its states, pi' being the new policy; 0 where not valid.
         key: draws the next latents that the model predicts.
         args: the script's flags.
-        reward_range: the environment's.
+        reward_range: the environment's reward range.
     """
     mean = partial(masked_mean, valid=steps.valid)
     span = value_span(reward_range, args.gamma)
@@ -87,9 +87,9 @@ def monitor(
     ratio_max = ratios["spi/ratio_max"]
     ratio = jnp.exp(jnp.take_along_axis(log_ratios, steps.action[..., None], axis=-1)[..., 0])
     lengths = steps.episode.previous_age[-1]
-    # before each environment has finished one, those that have are the short ones
+    # short episodes finish first: unknown until each environment has finished one
     length = jnp.where(jnp.all(lengths > 0), jnp.mean(lengths), jnp.inf)
-    ages = steps.episode.age - 1  # the step itself is counted
+    ages = steps.episode.age - 1  # `age` counts the step itself
 
     bound = partial(episodic_bound, gamma=args.gamma, episode_length=length)
     zeta = bound(mean(error), ratio_max) + bound(mean(old_error), 1.0)
@@ -111,11 +111,11 @@ def monitor(
 def model_terms(
     params: Any, agent: Any, steps: Any, key: jax.Array, args: Any, reward_range: tuple[float, float]
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"], dict[str, Array]]:
-    """|R - Rbar| and d(phi(s'), z') of each transition, 0 where it is not valid, and the constants that go with them.
+    """Return |R - Rbar| and d(phi(s'), z') of each transition, 0 where it is not valid, and the Lipschitz constants.
 
-    The reward network's output counts as clipped to the range of the rewards, which brings it nearer to any. For continuous
-    latents d is the Euclidean distance, z' a sample. For categorical ones it is 0 if the two are equal and 1 if not; in
-    place of a sample's, its expectation: the probability that the model gives to other codes than phi(s').
+    Rbar is the reward network's output clipped to the reward range, which brings it closer to any reward. For continuous
+    latents, d is the Euclidean distance to a sample z'. For categorical ones, d is 0 if the two are equal and 1 otherwise; the
+    function returns its expectation, the probability that the model gives to all latents other than phi(s').
     """
     shape = steps.action.shape
     z = jax.lax.map(lambda t: agent.encoder.apply(params.encoder, steps.obs[t]), jnp.arange(len(steps.obs)))
@@ -127,12 +127,12 @@ def model_terms(
     span = value_span(reward_range, args.gamma)
     if args.latent == "categorical":
         distance = 1.0 - jnp.exp(jnp.sum(predicted.log_prob(next_z), axis=-1))
-        constants = {"k_value": jnp.asarray(span)}  # two codes are at distance 1
+        constants = {"k_value": jnp.asarray(span)}  # different latents are at distance 1
     else:
         distance = jnp.linalg.norm((predicted.sample(key) - next_z).reshape(n, -1), axis=-1)
         certified = jnp.asarray(args.lipschitz_constant if args.lipschitz_nets else jnp.inf)
         policy = agent.actor_critic.policy_lipschitz(params.actor_critic)
-        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # as if ends did not depend on z
+        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # assumes that ends do not depend on z
         constants = {"k_reward": certified, "k_transition": certified, "k_policy": policy, "k_value": k_value}
     going_on = steps.valid & ~(steps.terminated | steps.truncated)
     reward_error = jnp.where(steps.valid, jnp.abs(steps.reward - predicted_reward.reshape(shape)), 0.0)

@@ -1,6 +1,6 @@
-"""Every term of the guarantee, exactly, where environment and latent model are tables (docs/guarantees.md).
+"""Exact terms of the guarantee for tabular environments and latent models (docs/guarantees.md).
 
-In both the last state is the end of the episode: it leads to itself and pays nothing. All in float64.
+In both, the last state is the end of the episode: it leads to itself with reward 0. Computations are in float64.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-HORIZON = 2000  # steps after which the step-wise errors are cut off, if the episode has not ended with certainty before
+HORIZON = 2000  # maximum number of steps for which step-wise errors are computed
 
 
 class Tables(NamedTuple):
@@ -21,18 +21,18 @@ class Tables(NamedTuple):
 
 
 def under(tables: Tables, policy: Float[np.ndarray, "S A"]) -> tuple[Float[np.ndarray, "S S"], Float[np.ndarray, " S"]]:
-    """Next-state probabilities and expected reward of each state."""
+    """Return the next-state probabilities and the expected reward of each state under a policy."""
     return np.einsum("sa,sat->st", policy, tables.probability), np.sum(policy * tables.reward, axis=1)
 
 
 def values(tables: Tables, policy: Float[np.ndarray, "S A"], gamma: float) -> Float[np.ndarray, " S"]:
-    """The value of each state."""
+    """Return the value of each state under a policy."""
     probability, reward = under(tables, policy)
     return np.linalg.solve(np.eye(len(reward)) - gamma * probability, reward)
 
 
 def episode_length(tables: Tables, policy: Float[np.ndarray, "S A"]) -> float:
-    """Mean number of steps to the end; inf where it may never come."""
+    """Return the mean number of steps to the end; inf if an episode may never end."""
     probability, _ = under(tables, policy)
     alive = probability[:-1, :-1]
     if np.max(np.abs(np.linalg.eigvals(alive)), initial=0.0) >= 1 - 1e-12:
@@ -41,12 +41,12 @@ def episode_length(tables: Tables, policy: Float[np.ndarray, "S A"]) -> float:
 
 
 def total_variation(p: Float[np.ndarray, "*#batch S"], q: Float[np.ndarray, "*#batch S"]) -> Float[np.ndarray, "..."]:
-    """The Wasserstein distance where different states are at distance 1."""
+    """Return the total variation: the Wasserstein distance if different states are at distance 1."""
     return 0.5 * np.sum(np.abs(p - q), axis=-1)
 
 
 def wasserstein_on_line(x: Float[np.ndarray, " S"]) -> Callable:
-    """The Wasserstein distance of two distributions over states that lie at the points x of a line."""
+    """Return a function that computes the Wasserstein distance of distributions over states at the points x of a line."""
     order = np.argsort(x)
 
     def distance(p, q):
@@ -57,7 +57,7 @@ def wasserstein_on_line(x: Float[np.ndarray, " S"]) -> Callable:
 
 
 class Terms(NamedTuple):
-    """What the value-difference bound of a latent policy is made of."""
+    """The terms of the value-difference bound of a latent policy."""
 
     real: float  # rho(pi, M)
     latent: float  # rho(pibar, Mbar)
@@ -78,15 +78,15 @@ def difference_terms(
     gamma: float,
     wasserstein: Callable,
 ) -> Terms:
-    """The terms for the policy pibar . phi, seen through the episodes of `behavior`, which may take every action.
+    """Compute the terms of the policy pibar . phi from episodes of `behavior`, which must give every action a probability > 0.
 
     Args:
-        real, latent: environment and model; the latent model's start is overruled, it is phi of the real one.
-        phi: the latent of each state, that of the end being the end.
+        real, latent: environment and latent model. The model starts at phi of the real start; its own start is ignored.
+        phi: the latent of each state; it maps the end to the end.
         latent_policy: pibar.
         behavior: pi_b.
         gamma: the discount.
-        wasserstein: of two distributions over latents.
+        wasserstein: computes the distance of two distributions over latents.
     """
     codes = np.eye(len(latent.reward))
     policy = latent_policy[phi]
@@ -95,7 +95,7 @@ def difference_terms(
     apart = distances > 0
     differences = np.abs(latent_values[:, None] - latent_values[None])
     ratio = policy / behavior
-    ratio[-1] = 1.0  # nothing is decided at the end
+    ratio[-1] = 1.0  # there is no decision at the end
     return Terms(
         real=float(real.start @ values(real, policy, gamma)),
         latent=float(real.start @ latent_values[phi]),
@@ -111,7 +111,7 @@ def difference_terms(
 def errors_over_time(
     real: Tables, behavior: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]
 ) -> Float[np.ndarray, " H"]:
-    """E[errors(s_t, a_t)] over the episodes of `behavior`, for t = 0, 1, ..., H - 1, H = `HORIZON`."""
+    """Return E[errors(s_t, a_t)] over the episodes of `behavior`, for t = 0, 1, ..., H - 1, with H = `HORIZON`."""
     probability, _ = under(real, behavior)
     expected, state, result = np.sum(behavior * errors, axis=1), real.start, np.zeros(HORIZON)
     for t in range(HORIZON):
@@ -123,20 +123,20 @@ def errors_over_time(
 
 
 def visits(real: Tables, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, "S A"]:
-    """How often each state and action occurs in an episode on average, the end left out. Episodes end with certainty."""
+    """Return the mean number of visits to each state and action per episode, 0 for the end. All episodes must end."""
     probability, _ = under(real, policy)
     alive = probability[:-1, :-1]
     return np.append(np.linalg.solve((np.eye(len(alive)) - alive).T, real.start[:-1]), 0.0)[:, None] * policy
 
 
 def mean_error(real: Tables, behavior: Float[np.ndarray, "S A"], errors: Float[np.ndarray, "S A"]) -> float:
-    """Mean of the errors over the transitions of the episodes of `behavior`, which end with certainty."""
+    """Return the mean of the errors over the transitions of the episodes of `behavior`, all of which must end."""
     often = visits(real, behavior)
     return float(np.sum(often * errors) / np.sum(often))
 
 
 def of_environment(probability: np.ndarray, reward: np.ndarray, terminal: np.ndarray, start: int) -> Tables:
-    """Tables of an environment given with terminal states, which become one: the end."""
+    """Return the tables of an environment with terminal states, which are merged into one end state."""
     alive = np.flatnonzero(~terminal)
     size = len(alive) + 1
     tables = Tables(np.zeros((size, reward.shape[1], size)), np.zeros((size, reward.shape[1])), np.zeros(size))
@@ -148,9 +148,9 @@ def of_environment(probability: np.ndarray, reward: np.ndarray, terminal: np.nda
 
 
 def fitted_model(real: Tables, phi: Int[np.ndarray, " S"], latents: int, weights: Float[np.ndarray, "S A"]) -> Tables:
-    """The latent model that is right on average: of each (z, a) the mean over the states with that latent, by the weights.
+    """Return the latent model whose reward and next latents at (z, a) are weighted means over the states with latent z.
 
-    Where all weights are 0, it stays where it is for nothing.
+    If all weights at (z, a) are 0, the model stays in z with reward 0.
     """
     codes = np.eye(latents)[phi]
     mass = np.einsum("sz,sa->za", codes, weights)

@@ -1,1 +1,1 @@
-"""A run, whatever its algorithm: flags, start, logs, scores, memory."""
+"""Training runs, independent of the algorithm: flags, startup, logs, scores, memory."""

@@ -1,13 +1,13 @@
-"""Checkpoints: trees of arrays (written by orbax) beside what else is needed to go on, complete or not there at all.
+"""Checkpoints: trees of arrays (written by orbax) and everything else needed to resume. Each is complete or does not exist.
 
     checkpoints/
       000000102400/            the step
-        arrays/                trees by name: `params` alone, and `rest`
-        progress.json          flags, versions, state of the log, and name, shape and type of every array
+        arrays/                two trees: `params`, and `rest` of the state
+        progress.json          flags, versions, state of the log, and name, shape and dtype of every array
         checksums.json         SHA-256 of all other files
 
-A checkpoint is written beside its place, under a name that ends in `.incomplete`, put on the disk, and renamed: whenever the
-process dies, what has a plain number for its name is whole. What was damaged since is found by its checksums.
+A checkpoint is written under a name that ends in `.incomplete`, flushed to disk, and renamed. A folder whose name is only a
+number is therefore complete, whenever the process died. The checksums detect later damage.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ Trees = dict[str, Any]
 
 
 class Saved(NamedTuple):
-    """A checkpoint, or the final model, that was found whole."""
+    """An intact checkpoint or final model."""
 
     path: Path
     progress: dict[str, Any]
 
 
 class Damaged(Exception):
-    """Something of a checkpoint is missing, or is not what was written. The text says what."""
+    """Part of a checkpoint is missing or differs from what was written. The message says which."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes the file anew, or leaves the old one as it was."""
+    """Replace the file atomically. If that fails, the old file is unchanged."""
     partial = path.with_name(path.name + INCOMPLETE)
     try:
         with open(partial, "wb") as file:
@@ -63,29 +63,29 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table, likewise."""
+    """Write a CSV table atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     write_whole(path, text.getvalue().encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes the value as JSON, likewise."""
+    """Write the value as JSON atomically."""
     write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def structure(trees: Trees) -> dict[str, str]:
-    """Type and shape of every array, by its name."""
+    """Return dtype and shape of every array by its name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(trees)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callable[[], None]:
-    """Copies the arrays, which may be donated from then on, and starts writing them. What it returns ends the work, wherever
-    it is called: `path` is there and whole after that.
+    """Copy the arrays, which may be donated after this, and start writing them. Return a function that finishes the work, from
+    any thread. When that function returns, `path` exists and is intact.
 
     Raises:
-        OSError: it cannot be written (from the returned function too).
+        OSError: it cannot be written (also raised by the returned function).
     """
     partial, old = (path.with_name(path.name + ending) for ending in (INCOMPLETE, ".old" + INCOMPLETE))
 
@@ -93,7 +93,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
         shutil.rmtree(partial, ignore_errors=True)
         number = getattr(error, "errno", None) or next((n for n in FULL if os.strerror(n) in str(error)), errno.EIO)
         why = os.strerror(number) if number != errno.EIO else one_line(error)[:300]
-        return OSError(number, f"the checkpoint could not be written ({why}), and the run has stopped", str(path))
+        return OSError(number, f"run stopped: the checkpoint could not be written ({why})", str(path))
 
     progress = progress | {"format": FORMAT, "structure": structure(trees)}
     try:
@@ -112,7 +112,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
             for written in (*partial.rglob("*"), partial):
                 _to_disk(written)
             shutil.rmtree(old, ignore_errors=True)
-            if path.exists():  # the model of a run that was made longer
+            if path.exists():  # the model of a run that was extended since
                 os.replace(path, old)
             os.replace(partial, path)
             _to_disk(path.parent)
@@ -124,7 +124,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -134,7 +134,7 @@ def _to_disk(path: Path) -> None:
         with open(path, "rb+") as opened:
             os.fsync(opened.fileno())
         return
-    with contextlib.suppress(OSError):  # not every system, nor every file system, does it for a folder
+    with contextlib.suppress(OSError):  # some systems and file systems cannot sync a folder
         opened = os.open(path, os.O_RDONLY)
         try:
             os.fsync(opened)
@@ -143,38 +143,38 @@ def _to_disk(path: Path) -> None:
 
 
 def find(path: Path) -> Saved:
-    """What was written there.
+    """Find the checkpoint at `path` and verify its checksums.
 
     Raises:
-        Damaged: it is not whole.
+        Damaged: part of it is missing or differs from what was written.
         UsageError: another version of this code wrote it.
     """
     try:
         sums = json.loads((path / "checksums.json").read_text())
         for name, expected in sums.items():
             if checksum(path / name) != expected:
-                raise Damaged(f"{name} is not what was written")
+                raise Damaged(f"{name} does not match its checksum")
         if not {"progress.json"} < set(sums):
-            raise Damaged("checksums.json lacks files")
+            raise Damaged("checksums.json is incomplete")
         progress = json.loads((path / "progress.json").read_text())
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from None
     except (ValueError, AttributeError, TypeError, RecursionError, NotADirectoryError, IsADirectoryError):
-        raise Damaged("checksums.json is not what was written") from None
+        raise Damaged("checksums.json is not valid") from None
     except PermissionError:
         raise
-    except OSError as error:  # a bad sector
+    except OSError as error:  # such as a bad sector
         raise Damaged(f"{error.strerror}: {error.filename}") from None
     if progress["format"] != FORMAT:
-        raise UsageError(f"{path}: another version of this code wrote it (format {progress['format']}, not {FORMAT})")
+        raise UsageError(f"{path}: has format {progress['format']}, not {FORMAT}; use the version of this code that wrote it")
     return Saved(path, progress)
 
 
 def load(saved: Saved, targets: Trees) -> Trees:
-    """The trees of these names, with the structure of `targets` (arrays, or `jax.eval_shape`'s), on its devices.
+    """Return the saved trees with the names, structure and devices of `targets` (arrays, or outputs of `jax.eval_shape`).
 
     Raises:
-        UsageError: what was saved has another structure, other shapes or other types: orbax would cast the last in silence.
+        UsageError: the saved structure, shapes or dtypes differ. (Orbax would silently cast dtypes.)
         Damaged: it cannot be read.
     """
     written, expected = saved.progress["structure"], structure(targets)
@@ -183,7 +183,7 @@ def load(saved: Saved, targets: Trees) -> Trees:
         if written.get(name) != expected.get(name):
             commit = saved.progress.get("git_commit")
             raise UsageError(
-                f"{saved.path}: {name} is {written.get(name, 'not there')}, and {expected.get(name, 'not there')} here: "
+                f"{saved.path}: {name} is {written.get(name, 'missing')}, expected {expected.get(name, 'nothing')}; "
                 f"use the code that wrote it{f', commit {commit}' if commit else ''}"
             )
     device = SingleDeviceSharding(jax.devices()[0])
@@ -199,7 +199,7 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: where they are.
+        folder: their folder.
         keep: how many to keep; 0 writes none.
     """
 
@@ -208,15 +208,15 @@ class Checkpoints:
         self.thread = self.error = None
 
     def steps(self) -> dict[int, Path]:
-        """Path of each checkpoint, by its step, in order."""
+        """Return the path of each checkpoint by its step, in ascending order."""
         found = {int(path.name): path for path in self.folder.glob("[0-9]*") if path.name.isdecimal()}
         return dict(sorted(found.items()))
 
     def newest(self) -> tuple[Saved | None, dict[Path, str]]:
-        """The last checkpoint that is whole, if there is one, and those after it, which are not, with what is wrong.
+        """Return the last intact checkpoint, or None, and the damaged ones after it, each with what is wrong.
 
         Raises:
-            UsageError: there are checkpoints, and none is whole; or another version of this code wrote them.
+            UsageError: all checkpoints are damaged, or another version of this code wrote them.
         """
         damaged = {}
         for path in reversed(self.steps().values()):
@@ -225,11 +225,11 @@ class Checkpoints:
             except Damaged as error:
                 damaged[path] = str(error)
         if damaged:
-            raise UsageError(f"no checkpoint in {self.folder} is whole; remove that folder, and the run starts anew")
+            raise UsageError(f"{self.folder}: all checkpoints are damaged; remove this folder to start the run from scratch")
         return None, {}
 
     def clean(self, damaged: Iterable[Path]) -> None:
-        """Removes what was not finished, and sets aside under another name what is damaged."""
+        """Remove unfinished checkpoints, and rename damaged ones to `*.damaged`."""
         for path in self.folder.glob(f"*{INCOMPLETE}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in damaged:
@@ -238,11 +238,11 @@ class Checkpoints:
             os.replace(path, aside)
 
     def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
-        """Starts to write a checkpoint, and removes the oldest once it is whole; waits for the one before it. The arrays may
-        be donated from then on.
+        """Start writing a checkpoint, after waiting for the previous one. Once it is intact, the oldest is removed. The arrays
+        may be donated after this.
 
         Raises:
-            OSError: this one or the one before it could not be written.
+            OSError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         if not self.keep:
@@ -263,7 +263,7 @@ class Checkpoints:
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the last one is whole.
+        """Wait until the last checkpoint is written.
 
         Raises:
             OSError: it could not be written.
@@ -274,7 +274,7 @@ class Checkpoints:
         self.check()
 
     def check(self) -> None:
-        """Raises OSError if the last one is known not to have been written."""
+        """Raise OSError if writing the last checkpoint is known to have failed."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error

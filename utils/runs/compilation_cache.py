@@ -1,4 +1,4 @@
-"""Compiled programs that the next start finds again."""
+"""Persistent cache of compiled programs."""
 
 import hashlib
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 import filelock
 import jax
 
-MOST_BYTES = 2**30  # of all programs kept for a kind of machine; those used least recently go first
+MOST_BYTES = 2**30  # of all cached programs for a type of machine; the least recently used are removed first
 LOCK, PROGRAM, USED = ".lockfile", "-cache", "-atime"  # how JAX names its files
 
 
 def keep_compiled() -> None:
-    """Has JAX keep what took it a second or more to compile, in ~/.cache/deep-spi (or under XDG_CACHE_HOME): unless its own
-    variables name a folder (JAX_COMPILATION_CACHE_DIR), or say that it shall not (JAX_ENABLE_COMPILATION_CACHE=0).
+    """Make JAX cache programs that take a second or more to compile, in ~/.cache/deep-spi (or under XDG_CACHE_HOME). JAX's own
+    variables take precedence: JAX_COMPILATION_CACHE_DIR sets the folder, JAX_ENABLE_COMPILATION_CACHE=0 disables the cache.
 
-    Where that folder cannot be used, a line says so, and nothing is kept.
+    If the folder cannot be used, print a line and cache nothing.
     """
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # it is compiled, all the same
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # JAX compiles the program anyway
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "deep-spi" / kind_of_machine()
@@ -32,25 +32,25 @@ def keep_compiled() -> None:
             (folder / ".probe").unlink()
     except (OSError, RuntimeError, filelock.Timeout) as error:  # read-only, full, no home, a file system without locks
         why = getattr(error, "strerror", None) or error
-        print(f"*** compiled programs are not kept: {folder}: {why}; JAX_COMPILATION_CACHE_DIR can name another folder ***")
+        print(f"*** compiled programs are not cached: {folder}: {why}; set JAX_COMPILATION_CACHE_DIR to another folder ***")
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # those of XLA itself, whose errors end a run
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own caches, whose errors stop a run
     if jax.config.jax_compilation_cache_max_size == -1:
         jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes programs that a full disk or a kill left half written: JAX would try them at every start, and never replace them.
-    It writes a program, then when that was used last."""
+    """Remove programs that a full disk or a kill left incomplete. JAX would try to load them at every start and never replace
+    them. JAX writes the time of last use after the program, so a program without it is incomplete."""
     for path in folder.glob(f"*{PROGRAM}"):
         if not path.with_name(path.name.removesuffix(PROGRAM) + USED).exists():
             path.unlink()
 
 
 def kind_of_machine() -> str:
-    """A name for machines that can run each other's programs: a home may be shared by several, and JAX does not look at what
-    instructions a processor has."""
+    """Return a name for machines that can run each other's programs. Several machines may share a home folder, and JAX does not
+    check which instructions a processor supports."""
     known = [platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,16 +1,16 @@
-"""Flags: those that every run has, how a flag says what it takes, and the one pass that checks all of them.
+"""Flags: those that every run has, annotations that constrain a flag, and the pass that checks all of them.
 
-A flag's range, what it needs, and whether a continued run may change it stand at the flag:
+A flag's annotation declares its valid range, the flags it depends on, and whether a resumed run may change it:
 
     gae_lambda: Share = 0.95
     num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
     save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
 
-`check_flags` reads them there, and `defaults` a default that an environment's family has of its own:
+`check_flags` reads these annotations. `defaults` reads defaults that are specific to a family of environments:
 
     num_envs: Annotated[Count, Default(minatar=64)] = 128
 
-What concerns several flags stands in a method `check` of the class that declares them.
+Constraints between several flags are checked by the `check` method of the class that declares them.
 """
 
 import dataclasses
@@ -29,28 +29,28 @@ import tyro
 from envs import minatar
 from envs.registry import GRIDWORLD, check_gridworld, env_ids, family
 
-LARGEST = 2**31 - 1  # JAX counts in 32 bits
+LARGEST = 2**31 - 1  # JAX integers have 32 bits
 
 
 class UsageError(Exception):
-    """A mistake of whoever started the run. Its text is one line that names the flag and the remedy."""
+    """A mistake of the user. The message is one line that names the flag and the remedy."""
 
 
 class Range(NamedTuple):
-    """What values a flag takes (each value, where it takes several)."""
+    """The values that a flag may have. If a flag takes several values, each of them is checked."""
 
     holds: Callable[[Any], bool]
     remedy: str
-    limit: int = LARGEST  # of whole numbers
+    limit: int = LARGEST  # largest integer
 
 
 class Needs:
-    """Without what a flag is not read, so that a value of its own is refused: other flags of the given values.
+    """The values of other flags that a flag depends on. Without them it has no effect, and setting it is an error.
 
     Args:
-        text: names the need; made from the flags if not given.
-        when: says of all flags whether the need is met, where values of flags cannot say it.
-        flags: the values, or tuples of them.
+        text: describes the condition in messages; by default made from `flags`.
+        when: predicate of all flags, for conditions that `flags` cannot express.
+        flags: the required value of each flag, or a tuple of allowed values.
     """
 
     def __init__(self, text: str | None = None, when: Callable[[Any], bool] | None = None, **flags: Any):
@@ -60,17 +60,17 @@ class Needs:
 
 
 class Default:
-    """What a flag is if not given, in environments of these families (`envs.registry.family`), whatever stands behind it."""
+    """The default of a flag in these families of environments (`envs.registry.family`); overrides the field's default."""
 
     def __init__(self, **families: Any):
         self.families = families
 
 
-MAY_CHANGE = "a continued run may change it: what is computed does not depend on it"
+MAY_CHANGE = "a resumed run may change it: results do not depend on it"
 
 
 def as_typed(name: str, *values: Any) -> str:
-    """A flag as it is typed, with any of the values."""
+    """Format a flag as on the command line; alternative values are joined with "or"."""
     name = name.replace("_", "-")
     if isinstance(values[0], tuple):
         return " ".join(map(str, (f"--{name}", *(values[0] or ("(none)",)))))
@@ -80,7 +80,7 @@ def as_typed(name: str, *values: Any) -> str:
 
 
 def at_least(n: int) -> Range:
-    """Whole numbers from n on."""
+    """Return the range of integers from n on."""
     return Range(lambda x: x >= n, f"must be at least {n}")
 
 
@@ -91,96 +91,96 @@ NotNegative = Annotated[float, Range(lambda x: x >= 0, "must be 0 or more")]
 Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
 InsideUnit = Annotated[float, Range(lambda x: 0 < x < 1, "must lie between 0 and 1")]
 Sizes = Annotated[tuple[int, ...], Range(lambda x: x > 0, "sizes must be positive")]
-Seed = Annotated[int, Range(lambda x: x >= 0, "choose a seed of 0 or more", 2**32 - 1)]  # a larger one would be cut to 32 bits
+Seed = Annotated[int, Range(lambda x: x >= 0, "must be 0 or more", 2**32 - 1)]  # larger seeds would be truncated to 32 bits
 Steps = Annotated[int, Range(lambda x: x >= 1, "must be at least 1", 2**53)]
 Switch = Annotated[bool, MAY_CHANGE]
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
-POOL = Needs("an environment of envpool's", lambda args: family(args.env_id) in ("atari", "classic"))
-DRAWN = Needs("an environment that has pictures", lambda args: args.env_id != "Catch-v0")
+POOL = Needs("an envpool environment", lambda args: family(args.env_id) in ("atari", "classic"))
+DRAWN = Needs("an environment that can be rendered", lambda args: args.env_id != "Catch-v0")
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
-LAYERS = Needs("dense layers, which --fc-layers names", lambda args: len(args.fc_layers) > 0)
+LAYERS = Needs("dense layers (--fc-layers)", lambda args: len(args.fc_layers) > 0)
 WATCHED = Needs("--track-params or --track-grads", lambda args: args.track_params or args.track_grads)
 
 
 @dataclass
 class RunArgs:
-    """Flags of a run, whatever its algorithm."""
+    """Flags of every run, independent of the algorithm."""
 
     env_id: str = "Breakout-v5"
-    """the environment: an Atari game as envpool names it; one of MinAtar's, which have defaults of their own (--help
+    """environment id: an Atari game as named by envpool; a MinAtar game, which has its own defaults (--help
     --env-id=Breakout-MinAtar shows them); ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
     reward_clip: Annotated[bool, ATARI] = True
-    """Atari: train on the sign of the rewards (logged returns are never clipped)"""
+    """Atari: train on the sign of each reward (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
-    """Atari: the paper's stochastic protocol, --repeat-action-probability 0.3 --noop-max 60"""
+    """Atari: use the paper's stochastic protocol, --repeat-action-probability 0.3 --noop-max 60"""
     repeat_action_probability: Annotated[Share | None, ATARI] = None
-    """Atari: probability with which each frame repeats the previous frame's action (sticky actions); if not given 0, or 0.3
-    with --stochastic-env"""
+    """Atari: probability that a frame repeats the previous frame's action (sticky actions); default 0, or 0.3 with
+    --stochastic-env"""
     noop_max: Annotated[int | None, Range(lambda x: 1 <= x <= 1000, "must be 1 to 1000"), ATARI] = None
-    """Atari: each game starts with 1 to this many no-ops, drawn uniformly; if not given 30, or 60 with --stochastic-env"""
+    """Atari: maximum number of no-ops at the start of a game (uniform from 1); default 30, or 60 with --stochastic-env"""
     full_action_space: Annotated[bool, ATARI] = False
-    """Atari: choose among all 18 actions, not only those that do something in the game"""
+    """Atari: use all 18 actions, not only those that have an effect in the game"""
     env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"
-    """how the compiled program steps envpool: xla, within it; callback, through Python, the same transitions a little slower;
-    auto takes xla where envpool offers it (Linux)"""
+    """how the compiled program steps envpool: xla, inside the program; callback, through Python (same transitions, slightly
+    slower); auto, xla where envpool supports it (Linux)"""
     overlap_rollout: Annotated[bool, POOL] = False
-    """envpool: two halves of the environments take turns, the policy acting in one while the other's emulators are at work"""
+    """envpool: split the environments into two halves; the policy acts in one half while the emulators step the other"""
     num_devices: Annotated[Count, MAY_CHANGE] = 1
-    """devices of this machine that share the environments, and the work of each minibatch"""
+    """number of devices on this machine that share the environments and each minibatch"""
     gridworld_n_path: Annotated[int, ON_GRIDWORLD] = 5
-    """ConfoundingGridworld-v0: the column of the two choices"""
+    """ConfoundingGridworld-v0: column of the two choice cells"""
     gridworld_epsilon: Annotated[float, ON_GRIDWORLD] = 0.2
-    """ConfoundingGridworld-v0: probability of the lower path"""
+    """ConfoundingGridworld-v0: probability of entering the lower path"""
     seed: Seed = 1
-    """seed of everything random: parameters, environments, actions, minibatches"""
-    total_timesteps: Annotated[Steps, Default(minatar=5_000_000)] = 10_000_000
-    """environment steps of the whole run (agent steps; an Atari step is 4 frames)"""
+    """random seed of parameters, environments, actions and minibatches"""
+    total_timesteps: Annotated[Steps, Default(minatar=5_000_000, classic=500_000)] = 10_000_000
+    """total environment steps of the run (agent steps; an Atari step is 4 frames)"""
     logdir: Annotated[str, MAY_CHANGE] = "runs"
-    """where each run has a folder of its own: logs, checkpoints, the model, and run.json, which says how it came about"""
+    """parent of the run folders, which contain logs, checkpoints, the model, and run.json (flags, versions, commands)"""
     run_name: Annotated[str | None, MAY_CHANGE] = None
-    """name of the run and of its folder; if not given, made of environment, algorithm, seed and time"""
+    """name of the run and of its folder; default: environment, algorithm, seed and time"""
     resume: Annotated[str, MAY_CHANGE] = "never"
-    """never: the run is new; auto: continue the run of that --run-name if there is one, from its last checkpoint; or the path
-    of a run's folder, or of one of its checkpoints"""
+    """never: start a new run; auto: resume the run named --run-name from its last checkpoint, or start it if it does not
+    exist; a path: resume from that run folder or checkpoint"""
     save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
-    """seconds from one checkpoint to the next (0: after every update); there is always one at the end, and after a signal"""
+    """seconds between checkpoints (0: after every update); one is always written at the end and after a signal"""
     keep_checkpoints: Annotated[int, at_least(0), MAY_CHANGE] = 2
-    """how many of the last checkpoints are kept; 0 writes none"""
+    """number of most recent checkpoints to keep; 0 writes none"""
     save_model: Switch = True
-    """leave the final parameters in the run's folder, for `load_run` (utils/runs/load_run.py)"""
+    """save the final parameters in the run's folder, for `load_run` (utils/runs/load_run.py)"""
     stop_if_not_finite: Switch = True
-    """stop at a loss or a parameter that is NaN or infinite; nothing bad is saved in either case"""
+    """stop when a loss or a parameter is NaN or infinite; such an update is never saved, whether or not the run stops"""
     debug_nans: Switch = False
-    """let JAX look for NaNs after every update, and show in a traceback which part of it computed the first (slow)"""
+    """let JAX check for NaNs after every update and show in a traceback which part computed the first one (slow)"""
     track_params: bool = False
-    """log norm and histogram of each layer's parameters"""
+    """log the norm and a histogram of each layer's parameters"""
     track_grads: bool = False
-    """log norm and histogram of each layer's gradient, means over an update's minibatches, before clipping"""
+    """log the norm and a histogram of each layer's gradient, averaged over an update's minibatches, before clipping"""
     track_every: Annotated[Count, WATCHED] = 100
-    """updates from one such measurement to the next"""
+    """updates between measurements of --track-params and --track-grads"""
     capture_video: Annotated[bool, MAY_CHANGE, DRAWN] = False
-    """film a game now and then, into the folder's videos/ and with --track to W&B: MP4 (uv run --extra video ...), else GIFs"""
+    """record videos in the run folder's videos/, and with --track in W&B: MP4 with uv run --extra video ..., else GIF"""
     video_every: Annotated[Steps, MAY_CHANGE, Needs(capture_video=True)] = 1_000_000
-    """steps from one video to the next; there is always one at the end"""
+    """environment steps between videos; one is always recorded at the end"""
     track: Switch = False
-    """log to Weights & Biases as well (WANDB_MODE=offline keeps it on this machine)"""
+    """also log to Weights & Biases (WANDB_MODE=offline keeps the data on this machine)"""
     wandb_project_name: Annotated[str | None, TRACKED] = None
-    """W&B project; if not given what WANDB_PROJECT says, or deep-spi"""
+    """W&B project; default: WANDB_PROJECT, or deep-spi"""
     wandb_entity: Annotated[str | None, TRACKED] = None
-    """W&B team; if not given what WANDB_ENTITY says, or your own account"""
+    """W&B team; default: WANDB_ENTITY, or your own account"""
     wandb_group: Annotated[str | None, TRACKED] = None
-    """W&B group, for runs to be averaged together; if not given what WANDB_RUN_GROUP says, or environment and algorithm"""
+    """W&B group of runs to average; default: WANDB_RUN_GROUP, or environment and algorithm"""
     wandb_tags: Annotated[tuple[str, ...], TRACKED] = ()
-    """W&B tags; if not given what WANDB_TAGS says"""
+    """W&B tags; default: WANDB_TAGS"""
 
     def check(self) -> None:
-        """Raises UsageError for an environment that there is not, or that cannot have the size asked for; `gamma`, which the
-        gridworld's rewards depend on, is the script's."""
+        """Raise UsageError if the environment does not exist, or flags of this class contradict each other. The check of the
+        gridworld reads `gamma`, which the script declares."""
         if family(self.env_id) is None:
             close = difflib.get_close_matches(self.env_id, env_ids(), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the ids it takes"
+            hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the valid ids"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
         require(
             self.env_id not in minatar.GAMES or minatar.is_installed(),
@@ -190,32 +190,32 @@ class RunArgs:
             try:
                 Path(path).expanduser()
             except RuntimeError:
-                raise UsageError(f"--{flag} {path}: there is no such user, so no home folder; name another folder") from None
+                raise UsageError(f"--{flag} {path}: no such user, so no home folder; choose another folder") from None
         name = self.run_name
         require(
             name is None or (name not in ("", "..") and Path(name).name == name and "\0" not in name),
-            f"--run-name {name!r}: must be a name, not a path; --logdir says where the run's folder is",
+            f"--run-name {name!r}: must be a name, not a path; set the parent folder with --logdir",
         )
         require(
             self.resume != "auto" or name is not None,
-            "--resume auto: finds a run by its --run-name, which is not given; or say --resume and the path of its folder",
+            "--resume auto: needs --run-name; add it, or give --resume the path of the run folder",
         )
         require(
             name is None or self.resume in ("never", "auto"),
-            f"--resume {self.resume}: names the run's folder already; leave out --run-name, or say --resume auto",
+            f"--resume {self.resume}: already names the run folder; leave out --run-name, or use --resume auto",
         )
         require(
             self.resume == "never" or self.keep_checkpoints > 0,
-            f"--resume {self.resume}: needs checkpoints, which --keep-checkpoints 0 does not write; drop one of the two",
+            f"--resume {self.resume}: needs checkpoints, but --keep-checkpoints 0 writes none; drop one of the two",
         )
         require(
             self.env_step != "xla" or sys.platform.startswith("linux"),
-            f"--env-step xla: envpool has no such step on {sys.platform}; leave it out",
+            f"--env-step xla: envpool does not support it on {sys.platform}; leave it out",
         )
         emulated, linux = family(self.env_id) in ("atari", "classic"), sys.platform.startswith("linux")
         require(
             self.num_devices == 1 or not emulated or (linux and self.env_step != "callback"),
-            f"--num-devices {self.num_devices}: only envpool's own step runs on several devices, which it has on Linux; "
+            f"--num-devices {self.num_devices}: on several devices envpool needs --env-step xla, which works only on Linux; "
             + ("leave out --env-step callback" if linux else "use one"),
         )
         if self.env_id == GRIDWORLD:
@@ -227,66 +227,66 @@ class RunArgs:
 
 
 def check_minibatches(args: Any) -> None:
-    """Checks that rollouts fit into the run, and divide into minibatches.
+    """Check that a rollout fits into the run and divides into minibatches.
 
     Raises:
-        UsageError: they do not; the message names the flags to change.
+        UsageError: it does not; the message names the flags to change.
     """
     steps = args.num_envs * args.num_steps
     require(
         args.minibatch_by == "env" or steps % args.num_minibatches == 0,
-        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {steps} transitions do not "
-        f"divide into --num-minibatches {args.num_minibatches}: change one of the three",
+        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {steps} transitions are not "
+        f"divisible by --num-minibatches {args.num_minibatches}; change one of the three",
     )
     require(
         args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
-        f"--minibatch-by env: --num-envs {args.num_envs} does not divide into --num-minibatches {args.num_minibatches}: "
+        f"--minibatch-by env: --num-envs {args.num_envs} is not divisible by --num-minibatches {args.num_minibatches}; "
         "change one of the two",
     )
     shares = args.num_devices * (1 + args.overlap_rollout)
     require(
         args.num_envs % shares == 0,
-        f"--num-envs {args.num_envs}: does not divide into {shares} equal parts (--num-devices {args.num_devices}"
-        f"{', two halves each' if args.overlap_rollout else ''}): change one of them",
+        f"--num-envs {args.num_envs}: not divisible into {shares} equal parts (--num-devices {args.num_devices}"
+        f"{', two halves each' if args.overlap_rollout else ''}); change one of them",
     )
     rows, what = (args.num_envs, "environments") if args.minibatch_by == "env" else (steps, "transitions")
     rows //= args.num_minibatches
     require(
         rows % args.num_devices == 0,
-        f"--num-devices {args.num_devices}: a minibatch has {rows} {what}, which do not divide into as many equal parts; take "
-        "fewer --num-minibatches or more --num-envs",
+        f"--num-devices {args.num_devices}: does not divide a minibatch of {rows} {what}; use fewer "
+        "--num-minibatches or more --num-envs",
     )
     require(
         args.total_timesteps >= steps,
         f"--total-timesteps {args.total_timesteps}: less than one rollout of --num-envs {args.num_envs} x --num-steps "
-        f"{args.num_steps}: ask for at least {steps}",
+        f"{args.num_steps}; use at least {steps}",
     )
     require(
         args.total_timesteps // steps <= LARGEST,
-        f"--total-timesteps {args.total_timesteps}: more than {LARGEST} updates; ask for fewer steps, or larger rollouts",
+        f"--total-timesteps {args.total_timesteps}: more than {LARGEST} updates; use fewer steps or larger rollouts",
     )
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises UsageError with the message unless the condition holds."""
+    """Raise UsageError with the message unless the condition holds."""
     if not condition:
         raise UsageError(message)
 
 
 def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
-    """Raises UsageError for the first of the flags, none of which will be read, that was given a value of its own.
+    """Refuse flags that have no effect. Raise UsageError for the first one that differs from its default.
 
-    `needed` says with what they would be.
+    `needed` names the condition under which they have an effect.
     """
     default = defaults(type(args), getattr(args, "env_id", ""))
     for flag in flags:
         value = getattr(args, flag)
-        require(value == default[flag], f"{as_typed(flag, value)}: is read only with {needed}; leave it out")
+        require(value == default[flag], f"{as_typed(flag, value)}: is used only with {needed}; leave it out")
 
 
 @functools.cache
 def defaults(args_type: type, env_id: str) -> Mapping[str, Any]:
-    """What each flag is if it is not given, in that environment."""
+    """Return the default of each flag in that environment."""
     values = {field.name: field.default for field in dataclasses.fields(args_type)} | {"env_id": env_id}
     kind = family(env_id)
     for name, hint in get_type_hints(args_type, include_extras=True).items():
@@ -297,26 +297,26 @@ def defaults(args_type: type, env_id: str) -> Mapping[str, Any]:
 
 
 def make_args(args_type: type, **flags: Any) -> Any:
-    """The flags as the command line would give them: those that are not named have the environment's defaults."""
+    """Create flags as the command line does: those that are not given have the environment's defaults."""
     return args_type(**defaults(args_type, flags.get("env_id", args_type.env_id)) | flags)
 
 
 def own_defaults(args: Any) -> list[str]:
-    """The flags, as they are typed, that are what they are because the environment's family has a default of its own."""
+    """Return the flags, as on the command line, whose value is a default specific to the environment's family."""
     usual, own = defaults(type(args), ""), defaults(type(args), args.env_id)
     names = [name for name in own if name != "env_id" and usual[name] != own[name] == getattr(args, name)]
     return [as_typed(name, getattr(args, name)) for name in names]
 
 
 def check_flags(args: Any) -> None:
-    """Checks each flag against what stands where it is declared, then what the classes of flags check themselves (a method
-    `check` of their own), helpers before the script.
+    """Check each flag against its annotations, then call the `check` method of each class of flags, base classes before the
+    script's own.
 
     Raises:
         UsageError: the first mistake found.
     """
     classes = [cls for cls in reversed(type(args).__mro__) if "check" in vars(cls)]
-    if RunArgs in classes:  # whether there is such an environment decides what its flags need
+    if RunArgs in classes:  # the needs of flags depend on a valid environment id
         classes.remove(RunArgs)
         RunArgs.check(args)
     hints = get_type_hints(type(args), include_extras=True)
@@ -338,7 +338,7 @@ def check_flags(args: Any) -> None:
 
 
 def annotations_of(hint: Any) -> Iterator[Any]:
-    """What is annotated to a type, or within it."""
+    """Yield the annotations of a type and of the types nested in it."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     if get_origin(hint) is not Literal:
@@ -350,8 +350,8 @@ WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": 
 
 
 def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
-    """The flags on the command line. Switches are typed `--track` and `--no-anneal-lr`, or as sweeps pass them,
-    `--track=True`, `--anneal_lr False`. What is not typed is the environment's default."""
+    """Parse the command line. Switches are `--track` and `--no-anneal-lr`, or `--track=True` and `--anneal_lr False`, as sweeps
+    pass them. Flags that are not given have the environment's defaults."""
     env_id = args_type.env_id
     switches = {field.name for field in dataclasses.fields(args_type) if isinstance(field.default, bool)}
     typed, tokens = [], list(sys.argv[1:] if argv is None else argv)
@@ -368,7 +368,7 @@ def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
         if not equals and tokens and not tokens[0].startswith("-"):
             value, equals = tokens.pop(0), "="
         if equals:
-            require(value.lower() in WORDS, f"{name} {value}: say True or False")
+            require(value.lower() in WORDS, f"{name} {value}: must be True or False")
             on = on == WORDS[value.lower()]
         typed.append(f"--{'' if on else 'no-'}{flag if flag in switches else flag.removeprefix('no_')}".replace("_", "-"))
     return tyro.cli(args_type, args=typed, default=make_args(args_type, env_id=env_id))

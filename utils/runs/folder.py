@@ -1,4 +1,4 @@
-"""A run's folder: where it is, whose it is, and run.json, which says how the run came about."""
+"""A run's folder: its location, its lock, and run.json, which records how the run was made."""
 
 import contextlib
 import errno
@@ -27,11 +27,11 @@ RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "chec
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
 EXTRAS = ("pgx", "pgx-minatar")
 ROOT = Path(__file__).parents[2]
-IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # of what `describe_run` says; every checkpoint says it too
+IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `describe_run` that every checkpoint stores too
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of the packages that what is computed depends on, extras where they are installed."""
+    """Return the versions of Python and of the packages that results depend on, with extras if they are installed."""
     installed = {name: metadata.version(name) for name in PACKAGES}
     for name in EXTRAS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> dict[str, Any]:
-    """The commit of this code, and whether files that git knows have changed since; None for both where there is no git."""
+    """Return the commit of this code, and whether tracked files have changed since; both are None without git."""
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -55,7 +55,7 @@ def git_commit() -> dict[str, Any]:
 
 
 def describe_sitting(step: int) -> dict[str, Any]:
-    """What run.json says of a process that works at a run from `step` on."""
+    """Return the entry of run.json for a session: one process that works on the run from `step` on."""
     device = jax.devices()[0]
     return {
         "from_step": step,
@@ -69,16 +69,16 @@ def describe_sitting(step: int) -> dict[str, Any]:
 
 
 def describe_run(args: Any, algorithm: str, name: str) -> dict[str, Any]:
-    """What run.json says of a run that starts."""
+    """Return the entries of run.json for a new run."""
     script = Path(getfile(type(args))).stem
     return {"name": name, "algorithm": algorithm, "script": script, "seed": args.seed, "flags": to_store(args)}
 
 
 def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
-    """The folder of the run that the flags ask for, which may not exist; and the checkpoint in it, if they name one.
+    """Return the folder of the run that the flags name, which may not exist, and the checkpoint in it if they name one.
 
     Raises:
-        UsageError: --resume names what is no run's folder and no checkpoint.
+        UsageError: --resume names neither a run folder nor a checkpoint.
     """
     if args.resume in ("never", "auto"):
         name = args.run_name or f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
@@ -88,11 +88,11 @@ def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
         return path, None
     if path.is_dir() and path.name.isdecimal() and path.absolute().parent.name == CHECKPOINTS:
         return path.absolute().parents[1], path.absolute()
-    raise UsageError(f"--resume {args.resume}: is no folder of a run, nor one of its checkpoints; see --logdir, or say auto")
+    raise UsageError(f"--resume {args.resume}: neither a run folder nor a checkpoint; see --logdir, or use --resume auto")
 
 
 def is_new(folder: Path) -> bool:
-    """Whether there is nothing of a run there to keep: no such folder, or one whose run has not logged a single update."""
+    """Return True if there is nothing to keep: the folder does not exist, or its run has not logged any update."""
     if not folder.is_dir():
         return not folder.exists()
     left_over = {LOCK, OWNER, RECORD, RECORD + INCOMPLETE}
@@ -103,14 +103,14 @@ def is_new(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Removes what a run that has not logged anything left there."""
+    """Remove the files of a run that has not logged anything."""
     for path in folder.iterdir():
         if path.name not in (LOCK, OWNER):
             path.unlink()
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """run.json; None if there is none, or if it is damaged."""
+    """Return the contents of run.json, or None if it is missing or damaged."""
     try:
         record = json.loads((folder / RECORD).read_text())
         texts = [record["name"], record["algorithm"], record["script"]]
@@ -126,31 +126,31 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def claim(folder: Path) -> filelock.BaseFileLock:
-    """Makes the run this process's own, until it ends, however it does.
+    """Lock the run for this process. The lock is released when the process ends, even if it is killed.
 
     Raises:
-        UsageError: another process has it.
+        UsageError: another process holds the lock.
     """
-    # not a file that only says by being there that somebody has it: it would outlive a process that is killed
+    # no soft lock: its file would outlive a killed process
     lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False, preserve_lock_file=True)
     try:
-        lock.acquire(timeout=1.0)  # whoever looks whether it is taken holds it for a moment
+        lock.acquire(timeout=1.0)  # a process that only checks the lock holds it briefly
     except filelock.Timeout:
         try:
             whose = (folder / OWNER).read_text()
         except OSError:
             whose = "another process"
-        raise UsageError(f"{folder}: {whose} is at work on it; wait for its end, or choose another --run-name") from None
+        raise UsageError(f"{folder}: in use by {whose}; wait for it to end, or choose another --run-name") from None
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"*** the file system of {folder} has no locks: see to it that no two processes work at one run ***")
+        print(f"*** the file system of {folder} has no locks; make sure that only one process uses the run ***")
     (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock
 
 
 def command_to_resume(args: Any, folder: Path, *more: str) -> str:
-    """What to type to continue a run with the flags that started it; of a run without checkpoints, to start it again."""
+    """Return the command that resumes a run with its original flags, or starts it again if it has no checkpoints."""
     words, typed = [], list(sys.argv[1:])
     dropped = {"--resume"} if args.keep_checkpoints else {"--resume", "--run-name"}
     while typed:

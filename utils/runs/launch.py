@@ -1,4 +1,4 @@
-"""How a script starts, and how its errors end it."""
+"""How scripts start, and how errors end them."""
 
 import errno
 import os
@@ -16,29 +16,29 @@ from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.quiet_start import HEEDED
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REMEDIES = dict.fromkeys(FULL, "; is the disk full? make room there, and type this again")
+REMEDIES = dict.fromkeys(FULL, "; is the disk full? free some space, then run this again")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose another --logdir")
 OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
 
 
 class NotFinite(Exception):
-    """A loss, or a parameter, is NaN or infinite. The text is one line that says where, and how to look into it."""
+    """A loss or a parameter is NaN or infinite. The message is one line that says where, and how to investigate."""
 
 
 class RunIsFinished(Exception):
-    """The run that was to be continued is complete."""
+    """The run to resume is already finished."""
 
 
 def run_script(main: Callable, args_type: type) -> None:
-    """Parses the command line and runs a script's `main`; see `run_main`."""
+    """Parse the command line and run a script's `main`; see `run_main`."""
     run_main(lambda: main(parse_flags(args_type)))
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Runs it. What goes wrong for a reason that is not the code's ends in one line.
+    """Run `main`. Errors that are not bugs end the process with a one-line message.
 
-    Exit codes: 0 also where the run was finished before; 2 for a mistake of the user's; 128 and the signal's number where one
-    asked it to stop (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 1 for the rest.
+    Exit codes: 0 on success or if the run was already finished; 2 for a mistake of the user; 128 + signal number if a signal
+    stopped the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 1 otherwise.
     """
     try:
         main()
@@ -52,33 +52,33 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except MemoryError:
         fail(OUT_OF_MEMORY, 1)
-    except OSError as error:  # a full disk, a folder that cannot be written
+    except OSError as error:  # such as a full disk or a read-only folder
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
     except jax.errors.JaxRuntimeError as error:
         if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
         print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)  # all is closed, and JAX would raise the same error once more when Python exits
-    finally:  # what is left is Python's own end, and no signal may show it
+        os._exit(1)  # all files are closed; a normal exit would make JAX raise the error again
+    finally:  # only the interpreter's shutdown is left; no signal may print a traceback there
         if threading.current_thread() is threading.main_thread():
             for s in HEEDED:
                 signal.signal(s, signal.SIG_IGN)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends the process with an error, in one line."""
+    """Print the message as one line and end the process with the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, or its kind where it says nothing."""
+    """Return the error's message in one line, or its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_run(args: Any) -> None:
-    """Checks the flags, and that JAX starts as its environment variables ask: before a folder or a W&B run exists.
+    """Check the flags and start JAX as its environment variables request, before any folder or W&B run is created.
 
     Raises:
         UsageError: the first mistake found.
@@ -86,37 +86,31 @@ def check_run(args: Any) -> None:
     check_flags(args)
     if args.debug_nans:
         jax.config.update("jax_debug_nans", True)
-    require(
-        not jax.config.jax_enable_x64, "JAX_ENABLE_X64: the scripts compute in 32 bits, and nothing gains from more; unset it"
-    )
+    require(not jax.config.jax_enable_x64, "JAX_ENABLE_X64: not supported, the scripts compute in 32 bits; unset it")
     asked = jax.config.jax_platforms
     try:
         jax.devices()
-    except Exception as error:  # of whatever kind its plugins raise
+    except Exception as error:  # JAX plugins may raise any type
         why = one_line(error)
         what = (
-            f"what JAX_PLATFORMS={asked} asks for ({why}); unset it"
-            if asked
-            else f"({why}); JAX_PLATFORMS=cpu does without a GPU"
+            f"with JAX_PLATFORMS={asked} ({why}); unset it" if asked else f"({why}); set JAX_PLATFORMS=cpu to run without a GPU"
         )
         raise UsageError(f"JAX cannot start {what}, or see docs/install.md") from None
     found = len(jax.devices())
     keep_compiled()
-    known = " (JAX_NUM_CPU_DEVICES makes a CPU look like several)" if jax.default_backend() == "cpu" else ""
-    require(
-        args.num_devices <= found, f"--num-devices {args.num_devices}: JAX finds {found} here; ask for {found} or fewer{known}"
-    )
+    known = " (JAX_NUM_CPU_DEVICES splits a CPU into several devices)" if jax.default_backend() == "cpu" else ""
+    require(args.num_devices <= found, f"--num-devices {args.num_devices}: JAX finds only {found}; use {found} or fewer{known}")
     use_devices(args.num_devices)
 
 
 def describe_device() -> str:
-    """One line on what JAX computes on; where that is the CPU, a second one on how to get a GPU used."""
+    """Return a line that describes JAX's device. On the CPU, add a warning that says how to use a GPU."""
     device = jax.devices()[0]
     used = "one" if (mesh := jax.sharding.get_mesh()).empty else mesh.size
     if device.platform != "cpu":
         return f"device: {device.device_kind} ({jax.device_count()} visible, {used} used), jax {jax.__version__}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    why = "JAX_PLATFORMS asks for it" if "cpu" in os.environ.get("JAX_PLATFORMS", "") else "JAX found no GPU"
+    why = "JAX_PLATFORMS requests it" if "cpu" in os.environ.get("JAX_PLATFORMS", "") else "JAX found no GPU"
     return (
         f"device: CPU, {cores} cores{'' if used == 'one' else f' as {used} devices'}, jax {jax.__version__}\n"
         f"*** RUNNING ON THE CPU: {why}. For an NVIDIA GPU: uv sync --extra cuda13 (driver 580 or newer), or\n"

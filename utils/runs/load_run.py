@@ -1,9 +1,9 @@
-"""What a run left behind, for a notebook or a script:
+"""Load the results of a run in a notebook or a script:
 
     from utils.runs.load_run import load_run
     params, agent, env = load_run("runs/my-run")
 
-The scripts, and what they import, have to be on Python's path: a notebook that is started beside them finds them.
+The scripts and their imports must be on Python's path, as they are in a notebook started in the scripts' folder.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from utils.runs.stored_flags import from_store
 
 
 def find_params(path: Path) -> Saved:
-    """The final model of a run, or its last checkpoint, whichever is later; one that is damaged is left out, with a warning.
-    Of the folder of a model or of a checkpoint, that.
+    """Find the final model or the last checkpoint of a run, whichever is later. Damaged ones are skipped with a warning.
+    `path` may also be the folder of one model or checkpoint.
 
     Raises:
-        UsageError: there is nothing that is whole.
+        UsageError: there is no intact model or checkpoint.
     """
     found, of_run = [], not (path / "arrays").exists()
     for place in [path / MODEL, *reversed(Checkpoints(path / CHECKPOINTS, 0).steps().values())] if of_run else [path]:
@@ -36,18 +36,18 @@ def find_params(path: Path) -> Saved:
             found.append(find(place))
         except Damaged as error:
             if place.exists():
-                warnings.warn(f"{place} is damaged ({error})", stacklevel=3)
+                warnings.warn(f"{place} is damaged ({error}); skipped", stacklevel=3)
             continue
         if place.parent.name == CHECKPOINTS:
             break
     if not found:
-        raise UsageError(f"{path}: holds neither a model nor a checkpoint that is whole")
+        raise UsageError(f"{path}: holds neither a model nor a checkpoint that is intact")
     return max(found, key=lambda saved: saved.progress["step"])
 
 
 class LoadedRun(NamedTuple):
-    """What a run left behind: the script's `Params` and `Agent`, environments as it had them, started anew, the flags, and what
-    the model or checkpoint says of itself (`name`, `algorithm`, `script`, `seed`, `step` and others)."""
+    """A loaded run: the script's `Params` and `Agent`, the run's environments (restarted), its flags, and the metadata of the
+    model or checkpoint (`name`, `algorithm`, `script`, `seed`, `step` and others)."""
 
     params: Any
     agent: Any
@@ -57,7 +57,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
-    """Parameters, networks and environments of a run: the first three of `read_run`, whose arguments and errors it has.
+    """Return a run's parameters, networks and environments. Arguments and errors are those of `read_run`.
 
     z = agent.encoder.apply(params.encoder, obs)
     logits, value = agent.actor_critic.apply(params.actor_critic, z, obs)
@@ -66,24 +66,24 @@ def load_run(path: str | Path, **flags: Any) -> tuple[Any, Any, Env]:
 
 
 def read_run(path: str | Path, **flags: Any) -> LoadedRun:
-    """All there is of a run.
+    """Load a run.
 
     Args:
-        path: of a run's folder: its final model, or if it has none its last checkpoint; or of one checkpoint.
-        flags: in the place of the run's own, such as `num_envs=1` or `seed=100`. One device is used, whatever the run had.
+        path: a run folder, for its final model or last checkpoint, whichever is later; or the folder of one of them.
+        flags: override the run's flags, such as `num_envs=1` or `seed=100`. One device is used, whatever the run used.
 
     Raises:
-        UsageError: nothing can be loaded from there, or not by this code.
+        UsageError: nothing there can be loaded, or this code cannot load it.
     """
     saved = find_params(Path(path).expanduser())
     try:
         script = importlib.import_module(saved.progress["script"])
     except ModuleNotFoundError:
-        raise UsageError(f"{path}: was made by {saved.progress['script']}.py, which is not on Python's path") from None
+        raise UsageError(f"{path}: its script {saved.progress['script']}.py is not on Python's path; add its folder") from None
     args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **UNDIVIDED | flags)
     try:
         env = make_env(args)
-    except ImportError as error:  # an extra
+    except ImportError as error:  # an extra is not installed
         raise UsageError(f"{path}: {error}") from None
     agent = script.make_agent(args, env.num_actions)
     obs = jnp.zeros((1, *env.obs_spec.shape), env.obs_spec.dtype)
@@ -91,4 +91,4 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
     try:
         return LoadedRun(load(saved, {"params": params})["params"], agent, env, args, saved.progress)
     except Damaged as error:
-        raise UsageError(f"{saved.path}: cannot be read ({error}); name another checkpoint") from None
+        raise UsageError(f"{saved.path}: cannot be read ({error}); choose another checkpoint") from None

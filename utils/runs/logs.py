@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard's file, Weights & Biases on demand, and a progress line on the
+"""Logs of a training run: metrics.jsonl, a TensorBoard file, Weights & Biases if requested, and a progress line on the
 terminal."""
 
 import collections
@@ -34,13 +34,13 @@ from utils.runs.flags import RunArgs
 from utils.runs.launch import one_line
 
 METRICS = "metrics.jsonl"
-LEARNING = "charts/learning_rate"  # what every update has, and no rollout that only fills a buffer
-PLAIN_LINE_SECONDS = 10.0  # between two lines where the output is not a terminal
-FLUSH_SECONDS = 10.0  # between two times at which all that was logged is on the disk
-STOPPING = ("losses/", "dreams/")  # prefixes of what stops a run if it is not finite
-UPDATES_SHOWN = 20  # the return on the progress line is that of the episodes of so many updates
+LEARNING = "charts/learning_rate"  # in every update; not in rollouts that only fill a replay buffer
+PLAIN_LINE_SECONDS = 10.0  # between progress lines if the output is not a terminal
+FLUSH_SECONDS = 10.0  # between flushes of the TensorBoard file
+STOPPING = ("losses/", "dreams/")  # prefixes of metrics that stop a run if they are not finite
+UPDATES_SHOWN = 20  # updates over which the progress line averages the return
 
-logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would say of every NaN what we say once
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it warns about every NaN; `Logger` warns once per metric
 
 
 @contextlib.contextmanager
@@ -48,23 +48,23 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = f"the log could not be written ({error.strerror}), and the run has stopped"
+        said = f"run stopped: the log could not be written ({error.strerror})"
         raise OSError(error.errno, said, str(path)) from None
 
 
 class EventFile:
-    """A TensorBoard file, written where it is called: a full disk is an error there, and not in a thread that nobody watches.
+    """A TensorBoard file that is written synchronously, so that a full disk raises an error in the caller, not in a thread.
 
     Args:
-        folder: the run's.
-        purge_step: that of a run which goes on; TensorBoard forgets what other files in the folder say from there on.
+        folder: the run's folder.
+        purge_step: first step of a resumed run; TensorBoard discards steps from here on in older files of the folder.
 
     Raises:
-        OSError: it cannot be written (from every method).
+        OSError: the file cannot be written (every method).
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        # TensorBoard reads a folder's files by name: this one's time must be later, whatever another machine's clock said
+        # TensorBoard reads files in order of name: the time in this one must be the latest, even if clocks differ
         times = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
         times = [int(seconds) + 1 for seconds in times if seconds.isdecimal()]
         self.path = folder / f"events.out.tfevents.{max(int(time.time()), *times, 0)}.{socket.gethostname()}.{os.getpid()}"
@@ -76,7 +76,7 @@ class EventFile:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, values: Any, step: int) -> None:
-        """Adds what a function of `tensorboardX.summary` made."""
+        """Add the output of a function of `tensorboardX.summary`."""
         self._write(Event(summary=values, step=step))
 
     def _write(self, event: Event) -> None:
@@ -88,12 +88,12 @@ class EventFile:
             self.flush()
 
     def flush(self) -> None:
-        """All is on the disk, or it is an error."""
+        """Write everything to disk."""
         with _explained(self.path):
             self.records.flush()
 
     def close(self) -> None:
-        """The same, and no more is added."""
+        """Write everything to disk and close the file."""
         try:
             self.flush()
         finally:
@@ -102,10 +102,10 @@ class EventFile:
 
 
 class MetricsFile:
-    """metrics.jsonl: a row of all numbers for each update, in JSON. What is not finite is null there.
+    """metrics.jsonl: a JSON row with all metrics of each update. Values that are not finite become null.
 
     Raises:
-        OSError: it cannot be written (from every method).
+        OSError: the file cannot be written (every method).
     """
 
     def __init__(self, folder: Path):
@@ -113,25 +113,25 @@ class MetricsFile:
         self.file = open(self.path, "a")
 
     def add(self, row: dict[str, float]) -> None:
-        """Adds a row; it outlives the process."""
+        """Add a row, which survives if the process is killed."""
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with _explained(self.path):
             self.file.write(json.dumps(finite, allow_nan=False) + "\n")
             self.file.flush()
 
     def flush(self) -> None:
-        """All is on the disk."""
+        """Write everything to disk."""
         with _explained(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """No more is added."""
+        """Close the file."""
         with _explained(self.path):
             self.file.close()
 
 
 def _steps(folder: Path) -> list[tuple[bytes, int | None]]:
-    """The rows of metrics.jsonl as they stand there, and the step of each; None of what is no row."""
+    """Return each line of metrics.jsonl and its step, or None if the line is not a valid row."""
 
     def step(line):
         try:
@@ -144,12 +144,12 @@ def _steps(folder: Path) -> list[tuple[bytes, int | None]]:
 
 
 def last_step(folder: Path) -> int:
-    """The last step in metrics.jsonl; 0 if there is none."""
+    """Return the last step in metrics.jsonl, or 0 if there is none."""
     return max((step for _, step in _steps(folder) if step is not None), default=0)
 
 
 def cut_back(folder: Path, step: int) -> int:
-    """Takes the rows after `step`, and what is no row, from metrics.jsonl. Returns how many rows are left."""
+    """Remove rows after `step` and invalid rows from metrics.jsonl. Return the number of rows left."""
     rows = _steps(folder)
     kept = [line for line, of in rows if of is not None and of <= step]
     if len(kept) < len(rows):
@@ -158,34 +158,34 @@ def cut_back(folder: Path, step: int) -> int:
 
 
 def check_shapes(metrics: dict[str, np.ndarray]) -> None:
-    """Checks that a metric is what the logs can show: a scalar, a histogram, a gray picture, or a trace of dreams.
+    """Check that each metric can be logged: a scalar, a histogram, a grayscale image, or a trace of dreams.
 
     Raises:
-        ValueError: it is not; the message names it.
+        ValueError: a metric has another shape; the message names it.
     """
     for name, value in metrics.items():
         shown = value.ndim in (0, 2) or value.shape == (len(EDGES) - 1,) or name.startswith(traces.PREFIX)
         if not shown:
-            kinds = f"a scalar, counts [{len(EDGES) - 1}] of utils/histograms.py, or a gray picture [H, W]"
+            kinds = f"a scalar, histogram counts [{len(EDGES) - 1}] (utils/histograms.py), or a grayscale image [H, W]"
             raise ValueError(f"metric {name} has shape {list(value.shape)}; it must be {kinds}")
 
 
 class Logger:
-    """Writes the metrics of a run, one set per update, while the device is already busy with the next one.
+    """Writes the metrics of a run, one set per update, while the device already computes the next update.
 
     Args:
         args: flags.
-        folder: the run's.
-        steps_per_iteration: environment steps of an update.
-        iteration: updates made before.
-        progress: what `progress` returned then; None of a run that has no checkpoint yet.
-        anew: there is nothing in the folder yet.
+        folder: the run's folder.
+        steps_per_iteration: environment steps per update.
+        iteration: updates done before.
+        progress: the return value of `progress` that the checkpoint stores; None without a checkpoint.
+        anew: True if the folder has no logs yet.
 
     Attributes:
         wandb: a `WandbRun`, or None.
 
     Raises:
-        OSError: the folder cannot be written (from every method that writes).
+        OSError: the folder cannot be written (every method that writes).
     """
 
     def __init__(
@@ -196,12 +196,12 @@ class Logger:
         self.step = iteration * steps_per_iteration
         self.total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
         self.reference = scores.reference(args.env_id, atari_protocol(args))
-        self.episodes = collections.deque(progress.get("episodes", []), UPDATES_SHOWN)  # number, mean return, of each update
-        self.warned = set(progress.get("warned", []))  # names of metrics that were no numbers
+        self.episodes = collections.deque(progress.get("episodes", []), UPDATES_SHOWN)  # (count, mean return) of each update
+        self.warned = set(progress.get("warned", []))  # names of metrics reported as not finite
         self.elapsed = progress.get("elapsed", 0.0)  # seconds of training
         self.pending = None
-        self.learned = False  # an update of this process, and no rollout that only fills a buffer, was taken
-        self.first = None  # when the first update of this process had ended
+        self.learned = False  # True once this process has logged an update, not only buffer prefill
+        self.first = None  # time at which the first update of this process ended
         self.wandb = None
         self.interactive = sys.stdout.isatty()
         self.metrics = MetricsFile(folder)
@@ -209,12 +209,12 @@ class Logger:
         self.bar = None
 
     def describe(self, flags: dict[str, Any]) -> None:
-        """The flags, for TensorBoard."""
+        """Log the flags to TensorBoard."""
         rows = "\n".join(f"|{k}|{v}|" for k, v in flags.items())
         self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), self.step)
 
     def start(self) -> None:
-        """From here on time counts, and there is a progress line."""
+        """Start the clock and the progress line."""
         self.started = self.last = self.printed = time.perf_counter()
         self.bar = tqdm(
             total=self.total_steps,
@@ -227,20 +227,19 @@ class Logger:
         )
 
     def progress(self) -> dict[str, Any]:
-        """What a run that goes on needs of this one, as JSON has it."""
+        """Return what a resumed run needs from this one, in JSON types."""
         return {"elapsed": self.elapsed, "episodes": list(self.episodes), "warned": sorted(self.warned)}
 
     def log(self, metrics: dict[str, jax.Array], results: list[str], finite: Bool[jax.Array, " results"]) -> list[str]:
-        """Takes the metrics of the update just dispatched (scalars, gray pictures, histograms, traces of dreams), and in which
-        of its results all numbers are finite; writes those of the one before, and returns what was not finite there."""
+        """Take the metrics of the update just dispatched (scalars, grayscale images, histograms, traces of dreams) and whether
+        each of its results is finite. Write the previous update, and return the names of what was not finite in it."""
         bad = self.flush()
         self.pending, self.results = (metrics, finite), results
         self.learned = self.learned or LEARNING in metrics
         return bad
 
     def flush(self) -> list[str]:
-        """Writes what was taken and not written yet; waits for it. Returns the names of losses, and of results, that are not
-        finite."""
+        """Wait for the metrics taken by `log` and write them. Return the names of losses and results that are not finite."""
         if self.pending is None:
             return []
         (values, finite), self.pending = jax.device_get(self.pending), None
@@ -250,7 +249,7 @@ class Logger:
         pictures = {name: value for name, value in values.items() if value.ndim == 2}
         histograms = {name: value for name, value in values.items() if value.ndim == 1}
         metrics = {name: float(value) for name, value in values.items() if value.ndim == 0}
-        # what is not bounded is no number to draw, and no mistake
+        # an infinite measurement of the monitor is valid, but cannot be plotted
         metrics = {k: v for k, v in metrics.items() if not (k.startswith(monitor.PREFIX) and math.isinf(v))}
         now = time.perf_counter()
         self.step += self.steps_per_iteration
@@ -258,7 +257,7 @@ class Logger:
             metrics["charts/SPS"] = (self.step - self.first_step) / (now - self.first)
             metrics["charts/SPS_update"] = self.steps_per_iteration / (now - self.last)
         elif LEARNING in metrics:
-            # the rate leaves out what came before the first update: compilation
+            # the rate excludes the time before the first update (compilation)
             self.first, self.first_step = now, self.step
             self.say(f"first update after {now - self.started:.1f} s")
         self.elapsed += now - self.last
@@ -278,8 +277,8 @@ class Logger:
             metrics |= traces.measures(dreams)
             try:
                 pictures[traces.PICTURE] = figure_to_image(traces.draw(dreams))
-            except Exception as error:  # of whatever kind: a picture is not worth a run
-                self.say(f"*** no picture of dreams at step {self.step:,}: {one_line(error)} ***")
+            except Exception as error:  # of any type: a failed figure must not stop the run
+                self.say(f"*** no figure of dreams at step {self.step:,}: {one_line(error)} ***")
         self._write(metrics, pictures, histograms)
         self._show(metrics, now)
         losses = [name for name, value in metrics.items() if name.startswith(STOPPING) and not math.isfinite(value)]
@@ -301,7 +300,7 @@ class Logger:
 
     def _show(self, metrics: dict[str, float], now: float) -> None:
         bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in self.warned]
-        if bad and not (self.stops and any(name.startswith(STOPPING) for name in bad)):  # or the run stops and says it
+        if bad and not (self.stops and any(name.startswith(STOPPING) for name in bad)):  # otherwise the run stops with an error
             self.warned.update(bad)
             self.say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
         sps = metrics.get("charts/SPS")
@@ -317,10 +316,10 @@ class Logger:
             print(f"{self.step:,}/{self.total_steps:,} steps, {shown}{left}", flush=True)
 
     def say(self, line: str) -> None:
-        """Prints a line, above the progress line."""
+        """Print a line above the progress line."""
         self.bar.write(line, file=sys.stdout) if self.interactive and self.bar is not None else print(line, flush=True)
 
     def to_disk(self) -> None:
-        """All that was written is on the disk."""
+        """Write everything logged so far to disk."""
         self.metrics.flush()
         self.events.flush()

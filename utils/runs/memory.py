@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Free memory of the device and of the host."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 
-UNLIMITED = 2**60  # cgroup v1 says so with a number near 2^63
+UNLIMITED = 2**60  # for "no limit" cgroup v1 prints a number near 2^63
 
 
 def free_memory() -> int:
-    """Bytes that JAX may still allocate on its device, as far as that says: the host's memory where it is the CPU."""
+    """Return the bytes that JAX may still allocate on its device, as far as that reports it. On the CPU this is host memory."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return free_host_memory()
@@ -20,10 +20,10 @@ def free_memory() -> int:
 
 
 def free_host_memory(root: Path = Path("/")) -> int:
-    """Bytes of the host's memory that are free, or fewer where a control group sets a limit (a container, a batch system's
-    job): its own, or that of any group that it is in.
+    """Return the bytes of free host memory, or less if a control group limits this process (in a container or a batch job):
+    its own group, or any group that contains it.
 
-    `root` is where /proc and /sys are.
+    `root` is the folder that contains /proc and /sys.
     """
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
@@ -34,13 +34,13 @@ def free_host_memory(root: Path = Path("/")) -> int:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """What the limits of the process's control groups leave, from its own group up to the topmost that can be seen.
+    """Yield the bytes left under each limit of the process's control groups, from its own group up to the topmost visible one.
 
-    Both versions of the kernel's interface; see the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    Reads cgroup v1 and v2; see the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return
     for line in lines:
         number, controllers, path = line.split(":", 2)
@@ -50,7 +50,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             mounts, names = ("sys/fs/cgroup/memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        # in a container the path may be the host's, of which only the end, or nothing, is mounted here; the rest is skipped
+        # in a container the path may be the host's, with only its end or nothing mounted here; missing folders are skipped
         group = Path(os.path.normpath("/" + path.lstrip("/")))
         for mount in mounts:
             for folder in (group, *group.parents):
@@ -60,10 +60,10 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 
 def _left_in_group(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:
-    """What one group's limit leaves; None where it sets none. Files that it has read are given up when memory is short."""
+    """Return the bytes left under one group's limit, or None without a limit. Reclaimable file cache counts as free."""
     try:
         most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-    except (OSError, ValueError):  # there is no such group here, or its limit is "max"
+    except (OSError, ValueError):  # no such group here, or its limit is "max"
         return None
     if most >= UNLIMITED:
         return None

@@ -1,16 +1,15 @@
-"""Before anything else is imported: Ctrl-C, SIGTERM and SIGHUP end the process at once and without a traceback, there is
-something to print to, and what is not installed is named in one line.
+"""Set up a script before its other imports. Ctrl-C, SIGTERM and SIGHUP then end the process immediately, without a traceback.
+Printing never fails, and a missing package is a one-line error.
 
-Called first, by a script that is started and not by one that is imported:
+A script calls this first, but only if it is executed, not imported:
 
     if __name__ == "__main__":
         from utils.runs.quiet_start import start_quietly
 
         start_quietly()
 
-From then on SIGINT raises no KeyboardInterrupt wherever Python happens to be. Until a `Run` has something to end properly,
-there is nothing to lose, and the process goes. (In the background of a shell SIGINT is ignored, and under nohup SIGHUP: they
-stay so.)
+After this, SIGINT no longer raises KeyboardInterrupt at an arbitrary place. Until a `Run` starts there is nothing to lose, so
+signals end the process. Signals that are ignored stay ignored: SIGINT in the background of a shell, SIGHUP under nohup.
 """
 
 import contextlib
@@ -24,13 +23,13 @@ HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 
 
 def leave_at_once(signum: int, *_) -> None:
-    """A handler of signals: no cleaning up, nothing said."""
-    os._exit(128 + signum)  # as a shell says of a process that a signal ended
+    """Signal handler: exit without cleanup or output."""
+    os._exit(128 + signum)  # the exit code that shells report for a process ended by a signal
 
 
 class Unbreakable:
-    """A standard stream whose reader may go away (`| head`, a closed terminal), whose disk may be full, and whose encoding may
-    lack a letter: a run goes on without it."""
+    """A standard stream that never fails. The run continues if the reader goes away (`| head`, a closed terminal), the disk is
+    full, or the encoding lacks a character."""
 
     def __init__(self, stream):
         if hasattr(stream, "reconfigure"):
@@ -38,22 +37,22 @@ class Unbreakable:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes if it can."""
+        """Write the text if possible."""
         self._attempt(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """Flushes if it can."""
+        """Flush if possible."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, action, *args):
         try:
             action(*args)
-        except BlockingIOError:  # a reader that is slow
+        except BlockingIOError:  # a slow reader
             pass
-        except (OSError, ValueError):  # ValueError: it is closed
+        except (OSError, ValueError):  # ValueError: the stream is closed
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                # what it still holds is written when Python exits: then to nowhere
+                # Python writes the rest of the buffer when it exits; discard it
                 os.dup2(nowhere.fileno(), self._stream.fileno())
 
     def __getattr__(self, name):
@@ -61,7 +60,7 @@ class Unbreakable:
 
 
 def guard_streams() -> None:
-    """Makes sys.stdout and sys.stderr `Unbreakable`; a closed one (`>&-`) becomes one that leads nowhere."""
+    """Make sys.stdout and sys.stderr `Unbreakable`. A closed one (`>&-`) is replaced with os.devnull."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -70,24 +69,24 @@ def guard_streams() -> None:
 
 
 def explain(kind, error, trace) -> None:
-    """What Python calls for an error that nobody handles: a traceback, but one line and exit code 2 for a missing package, or
-    for what JAX makes of an environment variable."""
+    """Handle an uncaught exception. For a missing package, or an environment variable that JAX rejects, print one line and exit
+    with code 2. For all other errors print a traceback."""
     package = (getattr(error, "name", None) or "").partition(".")[0]
     ours = Path(__file__).parents[2]
     frames = [frame for frame in traceback.extract_tb(trace) if not frame.filename.startswith("<")]
     if isinstance(error, ModuleNotFoundError) and not ((ours / package).exists() or (ours / f"{package}.py").exists()):
-        remedy = "start the script with `uv run`, or `pip install -r requirements.lock` first"
-        said = f"there is no package {error.name} in this Python ({sys.executable}): {remedy}"
+        remedy = "start the script with `uv run`, or first run `pip install -r requirements.lock`"
+        said = f"package {error.name} is not installed in {sys.executable}; {remedy}"
     elif isinstance(error, ValueError) and frames and Path(frames[-1].filename).parts[-3:] == ("jax", "_src", "config.py"):
-        said = f"JAX does not take an environment variable: {error}"
+        said = f"JAX rejects an environment variable: {error}"
     else:
         return sys.__excepthook__(kind, error, trace)
     print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(2)  # Python itself would say 1
+    os._exit(2)  # Python itself would exit with 1
 
 
 def start_quietly() -> None:
-    """See the head of this file."""
+    """Set up streams, the exception hook and signals; see the module docstring."""
     guard_streams()
     sys.excepthook = explain
     for s in HEEDED:

@@ -1,4 +1,4 @@
-"""A run: what a script does around its algorithm. It starts or goes on, logs, saves, and ends properly whatever happens.
+"""A run: everything a script does around its algorithm. It starts or resumes, logs, saves, and always shuts down cleanly.
 
     run = Run(args, "ppo", steps_per_iteration)
     env = make_env(args, run.iteration)
@@ -9,7 +9,7 @@
             state, metrics = learn(*rollout(state))
             run.log(state, metrics)
 
-The state may be donated to the next iteration as soon as it was logged.
+The state may be donated to the next iteration as soon as `run.log` returns.
 """
 
 import os
@@ -35,8 +35,8 @@ from utils.runs.signals import Interrupted, Signals
 from utils.runs.stored_flags import check_continued, stretched, to_store
 from utils.runs.wandb_run import WandbRun
 
-BEFORE = ".before"  # ends the name of a record that nothing goes on from
-REFILLED = "replay"  # a field of a script's state that only `--save-replay` saves
+BEFORE = ".before"  # suffix of the metrics file of an attempt that left no checkpoint
+REFILLED = "replay"  # the state field that is saved only with --save-replay
 
 
 @jax.jit
@@ -46,8 +46,8 @@ def _all_finite(trees: list[Any]) -> jax.Array:
 
 
 def finite_parts(params: Any, opt_state: Any) -> tuple[list[str], jax.Array]:
-    """The parameters of each network and the states of the optimizers, by name, and whether all numbers in each are finite."""
-    names = [f"the parameters of {name}" for name in params._fields] + ["the optimizer's state"]
+    """Return names for each network's parameters and for the optimizer state, and for each whether all values are finite."""
+    names = [f"the parameters of {name}" for name in params._fields] + ["the optimizer state"]
     return names, _all_finite([*params, opt_state])
 
 
@@ -55,31 +55,31 @@ track_params = jax.jit(lambda params: statistics(params, "params/"))
 
 
 class Run:
-    """One run of a script, new or continued.
+    """One run of a script, new or resumed.
 
-    A context manager. On leaving it, whether the run ended, failed or was asked to stop, all is written, the terminal says what
-    there is and how to go on, and W&B how it ended: once, and after the last thing that can fail.
+    A context manager. On exit, whether the run ended, failed or was stopped, it writes everything to disk and prints where the
+    results are and how to resume. W&B gets the exit code once, after the last step that can fail.
 
     Args:
         args: flags.
-        algorithm: part of a name that is not given.
-        steps_per_iteration: environment steps of an update.
+        algorithm: name of the algorithm; part of the default run name.
+        steps_per_iteration: environment steps per update.
 
     Attributes:
-        iteration: updates made so far.
-        num_iterations: updates of the whole run.
-        folder: its folder.
+        iteration: updates done so far.
+        num_iterations: updates of the full run.
+        folder: the run's folder.
 
     Raises:
-        UsageError: there is such a run and --resume does not say to continue it; it cannot be continued with these flags, or by
-            this code; another process is at work on it.
-        RunIsFinished: nothing is left to do.
+        UsageError: the run exists but --resume does not ask to resume it; these flags or this code cannot resume it; or another
+            process is using it.
+        RunIsFinished: the run is already finished.
     """
 
     def __init__(self, args: RunArgs, algorithm: str, steps_per_iteration: int):
         self.args, self.algorithm, self.steps_per_iteration = args, algorithm, steps_per_iteration
         self.num_iterations = args.total_timesteps // steps_per_iteration
-        self.saves_replay = getattr(args, "save_replay", False)  # not every script has a buffer
+        self.saves_replay = getattr(args, "save_replay", False)  # not every script has a replay buffer
         self.iteration, self.saved, self.damaged, self.said = 0, None, {}, []
         self.lock, self.made, self.complete, self.camera = None, False, False, None
         self.folder, named = folder.locate(args, algorithm)
@@ -88,7 +88,7 @@ class Run:
         if not self.new:
             require(
                 args.resume != "never",
-                f"--run-name {args.run_name}: {self.folder} exists already; --resume auto continues it, or choose another name",
+                f"--run-name {args.run_name}: {self.folder} already exists; resume with --resume auto, or choose another name",
             )
             try:
                 self._find(named)
@@ -98,58 +98,57 @@ class Run:
                 raise
 
     def _find(self, named: Path | None) -> None:
-        """Where the run stands, and whether it may go on."""
+        """Find the checkpoint to resume from, and check that the run may be resumed."""
         is_run = (self.folder / folder.RECORD).exists() or self.checkpoints.folder.exists()
-        require(is_run, f"{self.folder}: is no run's folder, and not empty; choose another --run-name")
+        require(is_run, f"{self.folder}: not empty, and not a run folder; choose another --run-name")
         self.lock = folder.claim(self.folder)
         if named is None:
             self.saved, self.damaged = self.checkpoints.newest()
             self.said += [
-                f"*** the checkpoint {path} is damaged ({what}): the one before it is used ***"
-                for path, what in self.damaged.items()
+                f"*** checkpoint {path} is damaged ({what}); using the one before it ***" for path, what in self.damaged.items()
             ]
         else:
             later = [path.name for path in self.checkpoints.steps().values() if int(path.name) > int(named.name)]
-            require(not later, f"--resume {named}: the run has later checkpoints ({', '.join(later)}): move them away first")
+            require(not later, f"--resume {named}: the run has later checkpoints ({', '.join(later)}); move them away first")
             try:
                 self.saved = find(named)
             except Damaged as error:
-                raise UsageError(f"--resume {named}: is damaged ({error}); name the run's folder to use another") from None
+                raise UsageError(f"--resume {named}: damaged ({error}); pass the run folder instead") from None
         self.record = folder.read_record(self.folder)
         if self.record is None:
             what = f"{self.folder / folder.RECORD} is missing or damaged"
             require(self.saved is not None, f"{what}, and there is no checkpoint; choose another --run-name")
             self.record = {name: self.saved.progress[name] for name in folder.IDENTITY} | {"sittings": []}
-            self.said.append(f"*** {what}: it is made anew from the checkpoint ***")
+            self.said.append(f"*** {what}; rebuilt from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record
-        check_continued(self.args, stored["flags"], f"the run {self.record['name']}")
+        check_continued(self.args, stored["flags"], f"run {self.record['name']}")
         done = self.record.get("finished_at", 0)
         if self.saved:
             self.iteration = stored["iteration"]
             done = max(done, stored["step"])
         if done >= self.num_iterations * self.steps_per_iteration:
-            if self.record.get("finished_at", 0) < done:  # it died between its last checkpoint and its end
+            if self.record.get("finished_at", 0) < done:  # the process died after its last checkpoint
                 write_json(self.folder / folder.RECORD, self.record | {"finished_at": done})
-            raise RunIsFinished(f"{self.folder}: finished, after {done:,} steps")
+            raise RunIsFinished(f"{self.folder}: already finished after {done:,} steps")
         if self.saved is None:
             gone = done or self.record["flags"].get("keep_checkpoints") == 0
-            require(not gone, f"{self.folder}: has no checkpoint to go on from; choose another --run-name")
-            self.said.append(f"there is no checkpoint yet: the run starts anew ({METRICS} of before becomes {METRICS}{BEFORE})")
+            require(not gone, f"{self.folder}: no checkpoint to resume from; choose another --run-name")
+            self.said.append(f"no checkpoint yet; starting from scratch (the old {METRICS} becomes {METRICS}{BEFORE})")
         else:
             self.said += [line for line in (stretched(self.args, stored["flags"], stored["step"]),) if line]
             now, before = folder.versions(), stored["versions"]
-            both = [name for name in now if name in before]  # an extra may have come since, or have gone
+            both = [name for name in now if name in before]  # optional packages may have been added or removed
             changed = [f"{name} {before[name]} -> {now[name]}" for name in both if before[name] != now[name]]
             if (devices := stored["flags"].get("num_devices", 1)) != self.args.num_devices:
                 changed.append(f"devices {devices} -> {self.args.num_devices}")
             if changed:
-                self.said.append(f"*** not as before: {', '.join(changed)}: the results may not be the same to the bit ***")
+                self.said.append(f"*** changed since the checkpoint: {', '.join(changed)}; results may not be bit-exact ***")
 
     def __enter__(self) -> "Run":
         self.signals = Signals()
         self.signals.raise_at_once()
         self.wandb, self.logger, self.logged = None, None, False
-        self.busy = threading.Lock()  # held where the main thread writes
+        self.busy = threading.Lock()  # held while the main thread writes
         try:
             self._begin()
         except BaseException:
@@ -177,7 +176,7 @@ class Run:
             os.replace(self.folder / METRICS, self.folder / (METRICS + BEFORE))
         rows = cut_back(self.folder, step)
         if rows < self.iteration:
-            self.said.append(f"*** {self.folder / METRICS} lacks {self.iteration - rows} rows of the past ***")
+            self.said.append(f"*** {self.folder / METRICS}: {self.iteration - rows} earlier rows are missing ***")
         progress = self.saved.progress["log"] if self.saved else None
         self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
@@ -190,11 +189,11 @@ class Run:
             write_json(self.folder / folder.RECORD, self.record)
         own = own_defaults(self.args)
         if own:
-            self.said.append(f"defaults of environments like {self.args.env_id}: {', '.join(own)}")
+            self.said.append(f"defaults for environments like {self.args.env_id}: {', '.join(own)}")
         for line in self.said:
             print(line)
         left = self.num_iterations - self.iteration
-        goes_on = f" goes on from step {step:,}" if self.saved else ""
+        goes_on = f" resumes from step {step:,}" if self.saved else ""
         steps = self.num_iterations * self.steps_per_iteration
         print(f"{name}{goes_on}: {steps - step:,} steps in {left:,} updates\n{describe_device()}\ncompiling ...", flush=True)
         self.logger.start()
@@ -205,33 +204,33 @@ class Run:
         named = self.args.run_name is not None or self.args.resume != "never"
         try:
             self.folder.mkdir(parents=True, exist_ok=named)
-        except FileExistsError:  # a run of the same flags that started in the same second
-            require(not named, f"--run-name {self.args.run_name}: {self.folder} is no folder; choose another name")
+        except FileExistsError:  # a run with the same flags started in the same second
+            require(not named, f"--run-name {self.args.run_name}: {self.folder} is not a folder; choose another name")
             self.folder = self.folder.with_name(f"{self.folder.name}_{os.getpid()}")
             self.folder.mkdir()
             self.checkpoints.folder = self.folder / folder.CHECKPOINTS
         self.lock = folder.claim(self.folder)
         if not folder.is_new(self.folder):
-            raise UsageError(f"{self.folder}: another run has just made it; choose another --run-name, or type this once more")
+            raise UsageError(f"{self.folder}: another run has just created it; choose another --run-name, or run this again")
         self.made = True
         folder.clear(self.folder)
         self.record = folder.describe_run(self.args, self.algorithm, self.folder.name) | {"sittings": []}
 
     def _first_signal(self, signum: int) -> None:
-        """In the thread that reads signals."""
+        """Handle the first signal, in a thread of its own."""
         if self.busy.acquire(blocking=False):
-            if self._nothing_to_lose():  # then neither compilation nor prefill is waited for
+            if self._nothing_to_lose():  # do not wait for compilation or prefill
                 self._leave_at_once(signum)
             self.busy.release()
-        self.logger.say("stopping after this update ... (once more: at once)")
+        self.logger.say("stopping after this update ... (a second signal stops immediately)")
 
     def _nothing_to_lose(self) -> bool:
         return not self.logger.learned and not self.saves_replay
 
     def _leave_at_once(self, signum: int) -> NoReturn:
-        """Closes what is open and ends the process: the main thread may be in the middle of anything but writing."""
+        """Close all files and end the process. The main thread may be doing anything except writing."""
         try:
-            self.logger.say("stopped before an update that could be saved")
+            self.logger.say("stopped before there was anything to save")
             self.logger.events.close()
             if self.wandb is not None:
                 self.wandb.finish(128 + signum)
@@ -243,7 +242,7 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         failure = error
 
-        def attempt(action, *args):  # all that follows is tried, whatever fails; what failed first is what is raised
+        def attempt(action, *args):  # run every step even if one fails; raise the first failure
             nonlocal failure
             try:
                 return action(*args)
@@ -253,7 +252,7 @@ class Run:
 
         with self.busy:
             attempt(self.logger.flush)
-            # an iteration may still be running, and the environments that it steps must not be freed before it ends
+            # an iteration may still be running: its environments must not be freed before it ends
             attempt(jax.effects_barrier)
             attempt(self.checkpoints.wait)
             attempt(self.logger.bar.close)
@@ -284,18 +283,18 @@ class Run:
         if not ended and self.args.keep_checkpoints:
             last = max(self.checkpoints.steps(), default=None)
             if last is not None:
-                print(f"to go on from step {last:,}: {folder.command_to_resume(self.args, self.folder)}", flush=True)
+                print(f"resume from step {last:,}: {folder.command_to_resume(self.args, self.folder)}", flush=True)
 
     def restore(self, state: Any, env: Any, agent: Any = None) -> Any:
-        """The state to go on from: the given one, of a run that starts, with what the checkpoint holds in its place.
+        """Return the state to train from: `state` itself in a new run, with the checkpoint's values in a resumed run.
 
         Args:
-            state: a script's, with fields `params`, `opt_state`, `env_state`, `obs` and others.
-            env: its environments; if they are not `saveable`, they start anew.
-            agent: its networks, which `--capture-video` plays with.
+            state: the script's initial state, with fields `params`, `opt_state`, `env_state`, `obs` and others.
+            env: the script's environments; they start from scratch unless they are `saveable`.
+            agent: the script's networks, which `--capture-video` uses.
 
         Raises:
-            UsageError: the checkpoint is not of this code.
+            UsageError: the checkpoint does not match this code, or cannot be read.
         """
         if self.args.capture_video:
             self.camera = Camera(self.args, agent, self.folder)
@@ -307,28 +306,26 @@ class Run:
             return state
         targets = self._split(state)
         for x in jax.tree.leaves(targets):
-            x.delete()  # a buffer for replay has no room for a second one beside it; shape, type and place are still known
+            x.delete()  # memory may not hold two replay buffers; shape, dtype and device stay known
         try:
             loaded = load(self.saved, targets)
         except Damaged as error:
-            raise UsageError(
-                f"{self.saved.path}: cannot be read ({error}); move it away, and the one before it is used"
-            ) from None
+            raise UsageError(f"{self.saved.path}: cannot be read ({error}); move it away to use the one before it") from None
         if not env.saveable:
-            self.logger.say("the environments start anew: there is no mean return before each of them has ended an episode")
+            self.logger.say("the environments restart: the mean return is hidden until each has finished an episode")
         started = {name: getattr(state, name) for name in self.left_out}
         return loaded["rest"]._replace(params=loaded["params"], **started)
 
     def _split(self, state: Any) -> Trees:
-        """What a checkpoint holds: the parameters, and the rest."""
+        """Return the trees that a checkpoint stores: the parameters, and the rest of the state."""
         return {"params": state.params, "rest": state._replace(params=None, **self.left_out)}
 
     def log(self, state: Any, metrics: dict[str, jax.Array]) -> None:
-        """Takes what the update just dispatched returns, and writes the metrics of the one before it. Saves when it is time,
-        after the last update, and when a signal asks the run to stop. The state may be donated after this.
+        """Take the results of the update just dispatched, and write the metrics of the previous one. Save when a checkpoint is
+        due, after the last update, and when a signal asks the run to stop. The state may be donated after this.
 
         Raises:
-            NotFinite: the update before (or this one, if it was to be saved) has no finite results.
+            NotFinite: results of the previous update (or of this one, if it was due to be saved) are not finite.
             Interrupted: a signal asked the run to stop.
             OSError: the log or the checkpoint could not be written.
         """
@@ -346,7 +343,7 @@ class Run:
                     self._save(state, last)
                     self.complete = last
                 elif not good:
-                    self.logger.say(f"*** not finite at step {self.logger.step:,}: nothing of it is saved ***")
+                    self.logger.say(f"*** not finite at step {self.logger.step:,}: this step is not saved ***")
                 self.next_save = time.monotonic() + self.args.save_every
             if stop and not last:
                 raise Interrupted(stop)
@@ -358,22 +355,22 @@ class Run:
         try:
             with on_one_device():
                 path, episodic_return = self.camera.take(jax.device_put(params, jax.devices()[0]), step)
-        except Exception as error:  # of whatever kind: a film is not worth a run
+        except Exception as error:  # of any type: a failed video must not stop the run
             return self.logger.say(f"*** no video at step {step:,}: {one_line(error)} ***")
         self.logger.say(f"video: {path} (return {'-' if episodic_return is None else f'{episodic_return:g}'})")
         if self.wandb is not None:
             self.wandb.log_video(step, path)
 
     def _check(self, bad: list[str]) -> bool:
-        """Whether the update that was written last has finite results; an error if it has not, and that is to stop the run."""
+        """Return True if `bad`, the names of what is not finite, is empty. If not, --stop-if-not-finite raises NotFinite."""
         if bad and self.args.stop_if_not_finite:
             self.checkpoints.wait()
             update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)
-            where = "there is no checkpoint before it" if last is None else f"the last checkpoint is of step {last:,}"
+            where = "there is no checkpoint" if last is None else f"the last checkpoint is from step {last:,}"
             command = folder.command_to_resume(self.args, self.folder, "--debug-nans")
             raise NotFinite(
                 f"not finite in update {update:,} (step {self.logger.step:,}): {', '.join(bad)}; {where}; "
-                f"try a lower --learning-rate, or look for the first NaN: {command}"
+                f"try a lower --learning-rate, or find the first NaN with: {command}"
             )
         return not bad
 
@@ -388,7 +385,7 @@ class Run:
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
         progress |= {"step": step, "iteration": self.iteration, "log": self.logger.progress()}
         trees = self._split(state)
-        if saves_model:  # before the checkpoint that says that the run is finished
+        if saves_model:  # before the checkpoint that marks the run as finished
             self.checkpoints.wait()
             begin_writing(self.folder / folder.MODEL, {"params": trees["params"]}, progress)()
         self.checkpoints.save(step, trees, progress)

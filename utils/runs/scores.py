@@ -1,4 +1,4 @@
-"""Scores of Atari's games, to put a return into proportion."""
+"""Reference scores of Atari games, to normalize returns."""
 
 import csv
 import functools
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from envs.atari import PLAIN, STOCHASTIC, AtariProtocol
 from envs.registry import family
 
-# human play of games that the table of 57 lacks: random, and the best score known
+# (random, human) scores of games missing from ale57_scores.csv; human is the best known score
 MORE_HUMANS = {
     "Kaboom": (2.49, 39101.0),
     "LaserGates": (139.55, 87511.0),
@@ -18,19 +18,19 @@ MORE_HUMANS = {
 
 
 class Reference(NamedTuple):
-    """Mean returns of a game (unclipped, undiscounted): random play, a human, and the baseline."""
+    """Mean returns of a game (unclipped, undiscounted) for random play, a human, and the baseline."""
 
     random: float
     human: float
     baseline: float | None
 
     def human_normalized(self, episodic_return: float) -> float:
-        """0 for random play, 1 for the human (Mnih et al., 2015)."""
+        """Return the human-normalized score: 0 for random play, 1 for the human (Mnih et al., 2015)."""
         return (episodic_return - self.random) / (self.human - self.random)
 
     def relative_improvement(self, episodic_return: float) -> float | None:
-        """By how much a return beats the baseline, over the baseline's absolute value: (score - baseline) / |baseline|, as in
-        the official code of Deep SPI. None where there is no baseline, or it is 0."""
+        """Return (score - baseline) / |baseline|, as in the official code of Deep SPI. None if there is no baseline, or if it
+        is 0."""
         if not self.baseline:
             return None
         return (episodic_return - self.baseline) / abs(self.baseline)
@@ -42,23 +42,23 @@ def _table(name: str) -> dict[str, dict[str, str]]:
 
 
 def ale57() -> list[str]:
-    """The 57 games."""
+    """Return the 57 games of ale57_scores.csv."""
     return list(_table("ale57_scores.csv"))
 
 
 def ale61() -> list[str]:
-    """The 57 games and the four of `MORE_HUMANS`: those of the paper."""
+    """Return the 61 games of the paper: the 57 games and the four of `MORE_HUMANS`."""
     return sorted([*ale57(), *MORE_HUMANS])
 
 
 @functools.cache
 def reference(env_id: str, protocol: AtariProtocol = PLAIN) -> Reference | None:
-    """The reference scores of an environment id such as `Breakout-v5`; None for a game of which no human score is known, and
-    for what only has an Atari game's name.
+    """Return the reference scores of an environment id such as `Breakout-v5`. None if no human score is known, or if the
+    environment only shares the name of an Atari game.
 
     Args:
         env_id: the environment.
-        protocol: sticky actions and no-ops of the games. Baselines are known for two protocols. `PLAIN`: the mean return of
+        protocol: sticky actions and no-ops. Baselines are known for two protocols. `PLAIN`: the mean return of
             CleanRL's PPO after 10M steps (57 games). `STOCHASTIC`: the best return of a PPO run, averaged over 3 runs (the
             official code's table, 61 games).
     """

@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: Ctrl-C, SIGTERM (of schedulers), and SIGHUP (of a terminal that closes).
+"""Signals that ask a run to stop: Ctrl-C, SIGTERM (from schedulers), and SIGHUP (from a terminal that closes).
 
-The first one is noted, so that a run can finish its update and save; a second one ends the process at once. Python itself heeds
-signals only between two of its own instructions, and neither while XLA compiles nor while a device computes: so a thread of
-their own reads them, from the pipe that Python's C code writes each signal to.
+The first signal is only noted, so that the run can finish its update and save. A second one ends the process immediately.
+Python calls signal handlers only between its own instructions, not while XLA compiles or a device computes. A separate thread
+therefore reads the signals, from the pipe to which Python's C code writes each of them.
 """
 
 import os
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from utils.runs.quiet_start import HEEDED
 
-ECHO_SECONDS = 0.5  # `uv run` passes on the SIGTERM that a scheduler sends to all processes of a job: that is no second one
+ECHO_SECONDS = 0.5  # `uv run` forwards a SIGTERM that the scheduler also sends to this process: one signal, not two
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,9 +26,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def heeded() -> list[int]:
-    """The signals to heed: not those that whoever started the process has set to be ignored (nohup, a shell's background).
+    """Return the signals to handle, without those that the parent process has ignored (nohup, a shell's background jobs).
 
-    None outside the main thread, which alone may say what a signal does.
+    The list is empty outside the main thread, the only thread that may set signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         return []
@@ -36,8 +36,8 @@ def heeded() -> list[int]:
 
 
 class Signals:
-    """From `raise_at_once` to `restore` signals raise `Interrupted`; after `watch`, the first one is noted and the second one
-    ends the process.
+    """Signal handling of a run. After `raise_at_once` signals raise `Interrupted`. After `watch` the first one is noted and the
+    second one ends the process. `restore` reinstates the previous handlers.
 
     Attributes:
         received: the first signal, or None.
@@ -49,7 +49,7 @@ class Signals:
         self.thread = None
 
     def raise_at_once(self) -> None:
-        """Where there is nothing to finish."""
+        """Make signals raise `Interrupted`, while there is nothing to finish."""
 
         def interrupt(signum, _):
             raise Interrupted(signum)
@@ -58,14 +58,14 @@ class Signals:
             signal.signal(s, interrupt)
 
     def watch(self, first: Callable[[int], None]) -> None:
-        """From now on signals are noted. `first` is called with the first one, in a thread of its own."""
+        """Note signals from now on. `first` is called with the first one, in a thread of its own."""
         if not self.before:
             return
         self.reading, self.writing = socket.socketpair()
         self.writing.setblocking(False)
         self.wakeup = signal.set_wakeup_fd(self.writing.fileno(), warn_on_full_buffer=False)
         for s in self.before:
-            signal.signal(s, lambda *_: None)  # or Python's C code would not write it
+            signal.signal(s, lambda *_: None)  # without a handler Python's C code would not write the signal
         self.thread = threading.Thread(target=self._read, args=(first,), daemon=True)
         self.thread.start()
 
@@ -77,13 +77,13 @@ class Signals:
                 continue
             if self.received is None:
                 self.received, noted = signum, time.monotonic()
-                # what it prints or closes may block, and a second signal is to be read all the same
+                # `first` may block, and a second signal must still be read
                 threading.Thread(target=first, args=(signum,), daemon=True).start()
             elif signum == signal.SIGINT or time.monotonic() - noted > ECHO_SECONDS:
                 os._exit(128 + signum)
 
     def restore(self) -> None:
-        """Signals do again what they did."""
+        """Restore the previous signal handlers."""
         if self.thread is not None:
             signal.set_wakeup_fd(self.wakeup)
         for s, handler in self.before.items():

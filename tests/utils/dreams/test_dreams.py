@@ -478,7 +478,7 @@ def test_traces_of_dreams_by_hand():
     assert_allclose(dreamed.get_ydata(), [(0 + 5) / 2, 2, 2])
     assert_allclose(figure.axes[-1].lines[0].get_ydata(), [1 / 2, 2 / 4, 3 / 6])
     columns = [axes for axes in figure.axes if axes.get_title().startswith("step")]
-    assert [axes.get_xlabel() for axes in columns] == ["reward 7\nthe end", "", ""]
+    assert [axes.get_xlabel() for axes in columns] == ["reward 7\nepisode ends", "", ""]
 
 
 def test_shares_of_real_data_and_dreams():

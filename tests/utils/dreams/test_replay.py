@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
     args = dream_spi.Args(num_envs=8, use_replay_buffer=True)
     env = make_pool("Breakout-v5", 2, 1)
     monkeypatch.setattr(replay, "free_memory", lambda: replay.KEPT_FREE + 2**20)
-    with pytest.raises(UsageError, match="--replay-capacity 500000: takes 3.3 GiB .* ask for 144 or less"):
+    with pytest.raises(UsageError, match="--replay-capacity 500000: needs 3.3 GiB .* use 144 or less"):
         replay.check_memory(env, args)
     replay.check_memory(env, replace(args, replay_capacity=144))
     with pytest.raises(UsageError, match="--replay-capacity 152"):
@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
     replay.check_memory(env, replace(args, use_replay_buffer=False))
     monkeypatch.undo()
     monkeypatch.setattr(replay, "free_memory", lambda: replay.KEPT_FREE)
-    with pytest.raises(UsageError, match="0.0 GiB for it; free some, or leave out --use-replay-buffer"):
+    with pytest.raises(UsageError, match="0.0 GiB are available; free some memory, or use --no-use-replay-buffer"):
         replay.check_memory(env, args)
 
 

@@ -49,8 +49,8 @@ def test_everything_comes_back_though_it_was_donated_at_once(tmp_path):
     [
         (lambda s: s._replace(obs=s.obs.astype(jnp.float16)), ["rest/obs", "float32[2, 3]", "float16[2, 3]"]),
         (lambda s: s._replace(obs=s.obs[:1]), ["rest/obs", "float32[1, 3]"]),
-        (lambda s: s._replace(replay=s.obs), ["rest/replay", "not there"]),
-        (lambda s: s._replace(env_state={"over": s.env_state["over"]}), ["rest/env_state/frame", "not there"]),
+        (lambda s: s._replace(replay=s.obs), ["rest/replay", "is missing"]),
+        (lambda s: s._replace(env_state={"over": s.env_state["over"]}), ["rest/env_state/frame", "expected nothing"]),
         (lambda s: s._replace(params=Params(s.params.encoder, {})), ["params/actor_critic/params/kernel"]),
         (lambda s: s._replace(key=jnp.zeros(2, jnp.uint32)), ["rest/key", "key<fry>"]),
     ],
@@ -143,7 +143,7 @@ def test_where_none_is_whole_the_run_does_not_start_over(tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
     for path in checkpoints.steps().values():
         (path / "progress.json").unlink()
-    with pytest.raises(UsageError, match="no checkpoint in .* is whole"):
+    with pytest.raises(UsageError, match="all checkpoints are damaged"):
         checkpoints.newest()
     assert list(checkpoints.steps()) == [1, 2]
     with pytest.raises(Damaged, match="progress.json is missing"):

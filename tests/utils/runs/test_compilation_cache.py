@@ -47,7 +47,7 @@ def test_the_second_start_finds_them_and_what_was_cut_off_is_made_anew(tmp_path)
     assert start(tmp_path) == "1296.0\n" and abs(cut.stat().st_size - whole) < 100
 
 
-@pytest.mark.parametrize("variables, said", [({}, "not kept"), ({"JAX_ENABLE_COMPILATION_CACHE": "0"}, "")])
+@pytest.mark.parametrize("variables, said", [({}, "not cached"), ({"JAX_ENABLE_COMPILATION_CACHE": "0"}, "")])
 def test_where_nothing_can_be_kept_one_line_says_so(variables, said, tmp_path):
     home = tmp_path / "file"
     home.touch()

@@ -62,12 +62,12 @@ MISTAKES = [
     (["--env-id=Breakout-MinAtar", "--overlap-rollout"], "--overlap-rollout", "leave it out"),
     (["--logdir=~nobodyatall/runs"], "--logdir", "no such user"),
     (["--resume=~nobodyatall/runs/a"], "--resume", "no such user"),
-    (["--resume=auto"], "--run-name", "the path of its folder"),
+    (["--resume=auto"], "--run-name", "the path of the run folder"),
     (["--resume=auto", "--run-name="], "--run-name", "must be a name"),
     (["--run-name=.."], "--run-name", "must be a name"),
     (["--run-name=a/b"], "--logdir", "must be a name"),
     (["--resume=auto", "--run-name=a", "--keep-checkpoints=0"], "--keep-checkpoints", "drop one"),
-    (["--resume=nowhere/at/all"], "--resume", "no folder of a run"),
+    (["--resume=nowhere/at/all"], "--resume", "neither a run folder"),
     (["--resume=nowhere", "--run-name=a"], "--run-name", "leave out"),
     (["--save-every=-1"], "--save-every", "0 or more"),
     (["--track-every=5"], "--track-every", "--track-params or --track-grads"),
@@ -116,7 +116,7 @@ DREAM_MISTAKES = [
     (["--replay-length=0"], "--replay-length", "at least 1"),
     (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4608"),
     (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
-    (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "ask for more"),
+    (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "use more"),
     (["--use-replay-buffer", "--replay-ratio=0"], "--replay-ratio", "the nearest is 0.25"),
     (["--use-replay-buffer", "--replay-ratio=5.6"], "--replay-ratio", "the nearest is 5.5"),
     (
@@ -129,7 +129,7 @@ DREAM_MISTAKES = [
     (["--discriminator-learning-rate=1e-3"], "--discriminator-learning-rate", "--wasserstein-discriminator"),
     (["--log-dreams-every=5"], "--log-dreams-every", "--log-dreams"),
     (["--decoupled-repr"], "--decoupled-repr", "--decoupled-layers"),
-    (["--use-replay-buffer", "--replay-ratio=1e300"], "--replay-ratio", "ask for less"),
+    (["--use-replay-buffer", "--replay-ratio=1e300"], "--replay-ratio", "use less"),
     (["--use-replay-buffer", "--replay-ratio=-1"], "--replay-ratio", "0 or more"),
     (
         ["--latent=categorical", "--wasserstein-discriminator", "--categorical-cost=hamming"],
@@ -221,7 +221,7 @@ def test_every_range_and_need_is_checked_on_its_own():
         "--count 0: must be at least 1": {"count": 0},
         "--share 1.5: must lie in [0, 1]": {"share": 1.5},
         "--sizes 1 0: sizes must be positive": {"sizes": (1, 0)},
-        "--needy 0.7: is read only with --mode b or c; leave it out": {"needy": 0.7},
+        "--needy 0.7: is used only with --mode b or c; leave it out": {"needy": 0.7},
         "--needy -1: must be 0 or more": {"mode": "b", "needy": -1},
         "--mode d: own check": {"mode": "d"},
     }
@@ -270,7 +270,7 @@ def test_an_environments_family_has_defaults_of_its_own():
     assert parse_flags(dream_spi.Args, ["--env-id=Breakout-MinAtar"]).learning_rate == 2 * game.learning_rate
     for script in (ppo, deep_mdp, deep_spi, dream_spi):
         check_flags(make_args(script.Args, env_id="Seaquest-MinAtar"))
-    with pytest.raises(UsageError, match="--decoupled-layers: is read only with dense layers, which --fc-layers names"):
+    with pytest.raises(UsageError, match="--decoupled-layers: is used only with dense layers .--fc-layers."):
         check_flags(make_args(ppo.Args, env_id="Seaquest-MinAtar", decoupled_layers=True))
     with pytest.raises(UsageError, match="--clip-reward-net-output: cannot predict the rewards of Seaquest-MinAtar"):
         check_flags(make_args(deep_spi.Args, env_id="Seaquest-MinAtar", clip_reward_net_output=True))
@@ -286,7 +286,7 @@ def test_a_default_of_the_family_is_no_value_of_ones_own():
 
     check_flags(make_args(Args, env_id="Breakout-MinAtar"))
     for env_id, width in (("Breakout-MinAtar", 2), ("Pong-v5", 3)):
-        with pytest.raises(UsageError, match=f"--width {width}: is read only with --track"):
+        with pytest.raises(UsageError, match=f"--width {width}: is used only with --track"):
             check_flags(Args(env_id=env_id, width=width))
     assert from_store(deep_spi.Args, {"enforce_neighbourhood": "backtrack"}).enforce_neighborhood == "backtrack"
     assert from_store(Args, {"env_id": "Breakout-MinAtar"}).width == 3 and from_store(Args, {"env_id": "Pong-v5"}).width == 2
@@ -298,20 +298,20 @@ def test_flags_of_a_benchmark_without_an_environment_are_checked_too():
         size: int = 3
 
     refuse_unread(Args(), ("size",), "--more")
-    with pytest.raises(UsageError, match="--size 4: is read only with --more; leave it out"):
+    with pytest.raises(UsageError, match="--size 4: is used only with --more; leave it out"):
         refuse_unread(Args(size=4), ("size",), "--more")
 
 
 def test_without_the_extra_its_environments_are_refused(monkeypatch):
     monkeypatch.setattr(minatar, "PACKAGES", ("pgx", "no_such_package"))
     with pytest.raises(
-        UsageError, match="--env-id Breakout-MinAtar: needs the packages pgx and pgx-minatar: uv run --extra minatar"
+        UsageError, match="--env-id Breakout-MinAtar: needs the packages pgx and pgx-minatar; use uv run --extra minatar"
     ):
         check_flags(make_args(ppo.Args, env_id="Breakout-MinAtar"))
 
 
 def test_a_word_that_is_no_boolean_is_refused():
-    with pytest.raises(UsageError, match="--norm-adv maybe: say True or False"):
+    with pytest.raises(UsageError, match="--norm-adv maybe: must be True or False"):
         parse_flags(ppo.Args, ["--norm-adv", "maybe"])
 
 
@@ -334,5 +334,5 @@ def test_the_sweep_file_of_the_docs():
 def test_an_environment_that_xla_cannot_step_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     check_flags(ppo.Args())
-    with pytest.raises(UsageError, match="--env-step xla: envpool has no such step on darwin"):
+    with pytest.raises(UsageError, match="--env-step xla: envpool does not support it on darwin"):
         check_flags(ppo.Args(env_step="xla"))

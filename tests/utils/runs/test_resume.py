@@ -103,7 +103,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_pa
             process.kill()
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), err
-    assert "goes on from step" in out
+    assert "resumes from step" in out
     assert len(json.loads((tmp_path / "killed" / "run.json").read_text())["sittings"]) == 3
     assert len(list((tmp_path / "killed").glob("events*"))) == 3
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
@@ -133,10 +133,10 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(script, flags, at, tmp_pa
     folder = tmp_path / "stopped"
     assert [int(path.name) for path in (folder / "checkpoints").iterdir()] == [at * 32]
     assert len(rows(folder)) == at and not (folder / "model").exists()
-    assert "to go on from step" in capsys.readouterr().out
+    assert "\nresume from step" in capsys.readouterr().out
     script.main(of(run_name="stopped", resume="auto"))
     assert_same_runs(tmp_path / "whole", folder)
-    with pytest.raises(RunIsFinished, match="finished, after 320 steps"):
+    with pytest.raises(RunIsFinished, match="already finished after 320 steps"):
         script.main(of(run_name="stopped", resume="auto"))
 
 
@@ -228,11 +228,11 @@ def stopped(tmp_path):
 
 def test_a_name_that_is_taken_and_flags_that_differ_are_refused_by_name(stopped, tmp_path):
     refused = {
-        "--run-name a: .* exists already; --resume auto continues it": {"resume": "never"},
-        r"--seed 2 \(it was 1\); --env-id Pong-v5 \(it was Breakout-v5\)|"
-        r"--env-id Pong-v5 \(it was Breakout-v5\); --seed 2 \(it was 1\)": {"seed": 2, "env_id": "Pong-v5"},
-        r"--total-timesteps 90 \(it was 100\)": {"total_timesteps": 90},
-        "is no folder of a run": {"run_name": None, "resume": str(tmp_path)},
+        "--run-name a: .* already exists; resume with --resume auto": {"resume": "never"},
+        r"--seed 2 \(was 1\); --env-id Pong-v5 \(was Breakout-v5\)|"
+        r"--env-id Pong-v5 \(was Breakout-v5\); --seed 2 \(was 1\)": {"seed": 2, "env_id": "Pong-v5"},
+        r"--total-timesteps 90 \(was 100\)": {"total_timesteps": 90},
+        "neither a run folder nor a checkpoint": {"run_name": None, "resume": str(tmp_path)},
         "the run has later checkpoints": {"run_name": None, "resume": str(tmp_path / "a/checkpoints/000000000020")},
     }
     before = contents(tmp_path)
@@ -241,7 +241,7 @@ def test_a_name_that_is_taken_and_flags_that_differ_are_refused_by_name(stopped,
             Run(replace(stopped, **flags), "test", 10)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="is no run's folder, and not empty"):
+    with pytest.raises(UsageError, match="not empty, and not a run folder"):
         Run(replace(stopped, run_name="other"), "test", 10)
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
     assert {path: data for path, data in before.items() if ".lock" not in str(path)}.items() <= contents(tmp_path).items()
@@ -276,7 +276,7 @@ def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, 
     run = Run(replace(stopped, total_timesteps=200, save_every=5, wandb_tags=("a",)), "test", 10)
     step_once(run)
     out = capsys.readouterr().out
-    assert "a goes on from step 30: 170 steps in 17 updates" in out
+    assert "a resumes from step 30: 170 steps in 17 updates" in out
     assert "--total-timesteps 200 instead of 100: nothing is annealed" in out
     args = args_of(ppo, [], tmp_path, total_timesteps=2_000_000)
     said = stretched(args, to_store(replace(args, total_timesteps=1_000_000)), 500_000)
@@ -305,7 +305,7 @@ def test_what_has_no_checkpoint_is_not_started_over_unless_none_was_due(stopped,
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     for change in ({"finished_at": 90}, {"flags": record["flags"] | {"keep_checkpoints": 0}}):
         (tmp_path / "a" / "run.json").write_text(json.dumps(record | change))
-        with pytest.raises(UsageError, match="has no checkpoint to go on from"):
+        with pytest.raises(UsageError, match="no checkpoint to resume from"):
             Run(stopped, "test", 10)
     assert len(rows(tmp_path / "a")) == 3
 
@@ -319,7 +319,7 @@ def test_a_damaged_record_is_made_anew_from_the_checkpoint(lost, stopped, tmp_pa
     else:
         path.write_text(json.dumps({name: value for name, value in record.items() if name != lost}))
     step_once(Run(stopped, "test", 10))
-    assert "is made anew from the checkpoint" in capsys.readouterr().out
+    assert "rebuilt from the checkpoint" in capsys.readouterr().out
     made = json.loads(path.read_text())
     assert [made[name] for name in ("name", "algorithm", "script", "seed")] == ["a", "test", "flags", 1]
     assert [sitting["from_step"] for sitting in made["sittings"]] == [30]
@@ -339,7 +339,7 @@ def test_a_name_whose_run_did_nothing_yet_is_free(tmp_path):
                 raise MemoryError
     step_once(Run(replace(args, seed=3), "test", 10))
     assert len(list((tmp_path / "a").glob("events*"))) == 1
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         Run(args, "test", 10)
 
 
@@ -385,7 +385,7 @@ def test_a_run_whose_end_is_not_finite_is_not_finished(tmp_path):
 
 def test_a_folder_in_use_is_refused(stopped):
     with Run(stopped, "test", 10):
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on .* is at work on it"):
+        with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "):
             Run(stopped, "test", 10)
     Run(stopped, "test", 10)
 
@@ -397,7 +397,7 @@ def test_a_process_that_died_left_its_folder_free(stopped):
         [sys.executable, "-c", code, f"{stopped.logdir}/a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "has it\n"
-    with pytest.raises(UsageError, match="is at work on it"):
+    with pytest.raises(UsageError, match="in use by process"):
         Run(stopped, "test", 10)
     holder.kill()
     holder.wait()
@@ -443,13 +443,13 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, monke
             learn()
         said = str(error.value)
         assert "update 3 (step 30): the parameters of encoder, the parameters of actor_critic" in said
-        assert "the last checkpoint is of step 20" in said and "--resume auto --debug-nans" in said and "\n" not in said
+        assert "the last checkpoint is from step 20" in said and "--resume auto --debug-nans" in said and "\n" not in said
         assert list(Run(replace(args, resume="auto"), "test", 10).checkpoints.steps()) == [10, 20]
     else:
         learn()
         assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["000000000020", "000000000050"]
         out = capsys.readouterr().out
-        assert "not finite at step 30: nothing of it is saved" in out and "step 40: nothing of it is saved" in out
+        assert "not finite at step 30: this step is not saved" in out and "step 40: this step is not saved" in out
 
 
 def test_a_script_whose_loss_is_not_finite_stops(tmp_path):
@@ -516,7 +516,7 @@ with Run(RunArgs(logdir=sys.argv[4], run_name=name, total_timesteps=100), "test"
             timeout=100,
         )
         assert (done.returncode, done.stderr) == (143, ""), done.stderr
-    assert "stopped before an update that could be saved" not in done.stdout
+    assert "stopped before there was anything to save" not in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["twice"]
 
 
@@ -562,8 +562,8 @@ def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, 
 
     typed = [f"--logdir={stopped.logdir}", "--run-name=a", "--save-every=0"]
     for flags, code, words in (
-        (["--resume=auto", "--total-timesteps=30"], 2, "--total-timesteps 30 (it was 100)"),
-        (["--total-timesteps=100"], 2, "exists already"),
+        (["--resume=auto", "--total-timesteps=30"], 2, "--total-timesteps 30 (was 100)"),
+        (["--total-timesteps=100"], 2, "already exists"),
     ):
         monkeypatch.setattr("sys.argv", ["script", *typed, *flags])
         with pytest.raises(SystemExit) as end:
@@ -575,4 +575,4 @@ def test_the_script_says_finished_and_refuses_in_one_line(stopped, monkeypatch, 
             run.log(make_state(k), metrics(1.0))
     monkeypatch.setattr("sys.argv", ["script", *typed, "--resume=auto", "--total-timesteps=100"])
     run_script(main, RunArgs)
-    assert "finished, after 100 steps" in capsys.readouterr().out
+    assert "already finished after 100 steps" in capsys.readouterr().out

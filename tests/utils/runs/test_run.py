@@ -361,7 +361,7 @@ def test_wandb_that_cannot_be_reached_ends_no_run(offline_too, tmp_path, monkeyp
         and "ended after 10 steps" in out
         and out.count("cannot be reached (no answer)") == 1
     )
-    assert ("goes on without it" in out) == offline_too and ("wandb sync w" in out) != offline_too
+    assert ("continues without it" in out) == offline_too and ("wandb sync w" in out) != offline_too
 
 
 @pytest.mark.parametrize("when", ["in the run", "at its end"])
