@@ -93,10 +93,10 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     dream_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches per epoch in dreams"""
     actor_after: Annotated[int, at_least(0), Default(atari=60_000)] = 0
-    """environment steps before the actor learns in dreams; until then, model and critic learn from the initial policy's data"""
+    """environment steps during which dreamed advantages are 0, so that the actor waits for the model"""
     bounded_dreams: bool = True
-    """in dreams, clip latents to the range of the encoder's activation, rewards to the environment's range, and values to what
-    these rewards allow"""
+    """clip predicted latents to the range of the encoder's activation, predicted rewards to the environment's range, and
+    dreamed values to the possible returns"""
     real_value_coef: NotNegative = 3.0
     """weight of the critic's loss on real returns where dreams start, relative to its loss in dreams (Hafner et al., 2023)"""
     slow_critic: Annotated[float, Range(lambda x: 0 <= x < 1, "must lie in [0, 1)"), Needs(clip_vloss=False)] = 0.0
@@ -156,8 +156,8 @@ class Params(NamedTuple):
 class Dreams(NamedTuple):
     """H steps of M dreams, indexed as in `Rollout`: `z[t + 1]` follows `action[t]` in `z[t]`.
 
-    `going_on[t]` is 1 if the dream continues after step t, else 0. `weight[t]` is 1 if the dream reached step t, else 0: steps
-    after its end do not count. With `--soft-done` both are probabilities.
+    `going_on[t]` is 1 if the dream continues after step t, else 0. `weight[t]` is 1 if a dream that started reached step t,
+    else 0: steps after its end do not count. With `--soft-done` both are probabilities.
     """
 
     z: Float[Array, "H M *z"]

@@ -91,8 +91,8 @@ class Args(NetworkArgs, RunArgs):
     target_kl: Positive | None = None
     """skip the remaining minibatches of an update once the approximate KL divergence exceeds this"""
     enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
-    """keep the ratios of all actions in [1 - eps, 1 + eps], which clipping does not ensure. early_stop: end the update at the
-    first minibatch with a ratio outside. backtrack: move the parameters back until all ratios in the rollout are inside"""
+    """what to do when the ratio of any action leaves [1 - eps, 1 + eps], which clipping does not prevent. early_stop: skip the
+    rest of the update (it may end outside). backtrack: move the parameters back until all ratios in the rollout are inside"""
 
     def check(self) -> None:
         """Raise UsageError if flags contradict each other. `check_flags` has already checked each flag by itself."""

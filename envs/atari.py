@@ -1,4 +1,4 @@
-"""envpool environments (Atari, and the small classic ones that the tests use) as pure, jittable steps."""
+"""envpool environments (Atari, and three small classic ones) as pure, jittable steps."""
 
 import functools
 import warnings

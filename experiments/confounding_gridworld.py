@@ -55,7 +55,7 @@ VALUE, DISTANCE, DISTINCT = "charts/init_value", "charts/representation_distance
 
 @dataclass
 class Args:
-    """Compare the algorithms on the confounding gridworld. All but the first three flags are passed to the scripts."""
+    """Compare the algorithms on the confounding gridworld. Flags after the first three go to the scripts that have them."""
 
     output: str = "confounding_gridworld"
     """path of the figure (.png) and its data (.json), without an extension"""

@@ -8,7 +8,7 @@ projects. The outputs are `OUTPUT.html`, one self-contained page; `OUTPUT.md` an
 runs, which can be an input again; and `OUTPUT_scores.csv`, the final scores. The same command writes the same bytes.
 
 The final score of a run is the mean over the episodes that ended in the last part of training. All intervals are 95%
-intervals: by stratified bootstrap over games (Agarwal et al., 2021), and by Student's t over seeds for learning curves.
+intervals: by bootstrap over seeds, stratified by game (Agarwal et al., 2021), and by Student's t for learning curves.
 """
 
 import sys
@@ -66,7 +66,7 @@ class Args:
     last: float = 0.05
     """final fraction of a run whose episodes count for its final score, rounded to whole bins"""
     scale: Scale | None = None
-    """common score scale (default: human if known for all games, else min-max); against divides by the mean of --against"""
+    """common score scale (default: for returns human, if known for all games, else min-max); against: over the mean of --against"""
     against: str | None = None
     """reference for the probability of improvement and --scale against (default: the first algorithm, usually ppo)"""
     seed: int = 0

@@ -64,7 +64,7 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     Args:
         module: the script.
         args: its flags.
-        runs: the flags that differ between runs: the seed, and a subset of `VARIABLE` that is the same for all.
+        runs: each run's seed, and its values of the varied flags (of `VARIABLE`); all runs vary the same flags.
     """
     env = make_env(args)
     agent, optimizer = module.make_agent(args, env.num_actions), module.make_optimizer(args)

@@ -45,7 +45,7 @@ class NetworkArgs:
     decoupled_repr: bool = False
     """separate encoder and dense layers for the critic: actor and critic share nothing"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """data type of the computations in encoder, actor and critic; parameters, world model and losses are always float32"""
+    """data type in which encoder, actor and critic multiply, except their output layers; all else is float32"""
 
 
 @dataclass

@@ -19,9 +19,8 @@ def product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[Array
 
 
 def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """Return a.T as a copy. A detour over three axes keeps XLA from reading `a` transposed in the product that follows.
-
-    With an odd number of columns, return a.T, which may not be a copy.
+    """Return a.T, copied if its number of columns is even. A detour over three axes keeps XLA from reading `a` transposed in
+    the product that follows.
     """
     m, n = a.shape
     return a.T if n % 2 else a.reshape(m, n // 2, 2).transpose(1, 2, 0).reshape(n, m)

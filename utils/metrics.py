@@ -14,8 +14,8 @@ from utils.occasionally import MEASURED
 
 
 def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """Run `jax.lax.scan`, storing the step's many small outputs (floats or flags) as one array. Stored separately, each takes a
-    GPU kernel, together a tenth of all kernels of PPO's update. Integers next to floats become float32, exact up to 2^24."""
+    """Run `jax.lax.scan`, storing the step's many small outputs (floats or flags) as one array. Separately,
+    each would take a GPU kernel, in total a tenth of PPO's update. Integers become float32, exact up to 2^24."""
     unravel = None
 
     def step_kept(carry, x):
@@ -29,7 +29,7 @@ def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, x
 
 
 def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"], num_minibatches: int) -> dict[str, Scalar]:
-    """Reduce the metrics of an update's K minibatches, without skipped ones, to their mean. `spi/ratio_*` and
+    """Average the metrics of an update over those of its K minibatches that ran. `spi/ratio_max` and `_min` (extremes) and
     `spi/outside_fraction` cover only the last `num_minibatches`, each measured before its own gradient step."""
     last = ran & (jnp.arange(ran.shape[0]) >= jnp.sum(ran) - num_minibatches)
     mean = jax.vmap(partial(masked_mean, valid=ran), in_axes=-1)  # over minibatches, for each bin of a histogram

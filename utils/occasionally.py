@@ -12,7 +12,7 @@ MEASURED = ":measured"  # suffix of a metric, or of a prefix of metrics ("a/b/")
 
 def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, Array]], prefix: str) -> dict[str, Array]:
     """Return `measure()`, whose names start with `prefix`, in iterations 0, `every`, 2 `every`, ... In the others, return zeros
-    marked as not measured, at no cost (see `only_measured`)."""
+    marked as not measured, without computing (except under vmap); see `only_measured`."""
     due = iteration % every == 0
     unmeasured = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measure))
     return jax.lax.cond(due, measure, lambda: unmeasured) | {prefix + MEASURED: due.astype(jnp.float32)}

@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison:
-    """Arrange runs in a grid of algorithms, games and seeds, and list the runs missing from the grid or from `planned`.
+    """Arrange runs in a grid of algorithms, games and seeds, and list missing runs that the grid or `planned` expects.
 
     Raises:
         UsageError: there are no runs, or two runs have the same place in the grid.

@@ -1,6 +1,6 @@
-"""The unconstrained world model of continuous latents: the networks of `lipschitz.py` with plain layers.
+"""The unconstrained world model of continuous latents: networks shaped like those of `lipschitz.py`.
 
-Their Lipschitz constants are not bounded. An optional gradient penalty (`utils/world_model.py`) acts only on average.
+Their Lipschitz constants are not bounded. An optional gradient penalty (`utils/world_model.py`) limits slopes only on average.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ class Transition(nn.Module):
 
 class DeepTransition(nn.Module):
     """A transition network of several layers: 3 x 3 convolutions of the given widths (dense layers if z is a 1x1 map), each
-    with a bias per action. The output is the change of z. It starts small, because consecutive frames differ little."""
+    with a bias per action. The last layer gives the change of z, small at first, because consecutive frames differ little."""
 
     num_actions: int
     density: str

@@ -111,7 +111,8 @@ def monitor(
 def model_terms(
     params: Any, agent: Any, steps: Any, key: jax.Array, args: Any, reward_range: tuple[float, float]
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"], dict[str, Array]]:
-    """Return |R - Rbar| and d(phi(s'), z') of each transition, 0 where it is not valid, and the Lipschitz constants.
+    """Return |R - Rbar| and d(phi(s'), z') of each transition, and the Lipschitz constants. Both are 0 where a step is
+    not valid; d is also 0 where the episode ends.
 
     Rbar is the reward network's output clipped to the reward range, which brings it closer to any reward. For continuous
     latents, d is the Euclidean distance to a sample z'. For categorical ones, d is 0 if the two are equal and 1 otherwise; the

@@ -66,7 +66,7 @@ class Default:
         self.families = families
 
 
-MAY_CHANGE = "a resumed run may change it: results do not depend on it"
+MAY_CHANGE = "a resumed run may change it: results are the same up to rounding"
 
 
 def as_typed(name: str, *values: Any) -> str:
@@ -109,8 +109,8 @@ class RunArgs:
     """Flags of every run, independent of the algorithm."""
 
     env_id: str = "Breakout-v5"
-    """environment id: an Atari game as named by envpool; a MinAtar game, which has its own defaults (--help
-    --env-id=Breakout-MinAtar shows them); ConfoundingGridworld-v0; or CartPole-v1, Acrobot-v1, Catch-v0"""
+    """environment id: an Atari game as named by envpool; a MinAtar game; ConfoundingGridworld-v0; or
+    CartPole-v1, Acrobot-v1, Catch-v0. Each family has its own defaults (--help --env-id=Breakout-MinAtar shows them)"""
     reward_clip: Annotated[bool, ATARI] = True
     """Atari: train on the sign of each reward (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
@@ -145,7 +145,7 @@ class RunArgs:
     """never: start a new run; auto: resume the run named --run-name from its last checkpoint, or start it if it does not
     exist; a path: resume from that run folder or checkpoint"""
     save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
-    """seconds between checkpoints (0: after every update); one is always written at the end and after a signal"""
+    """seconds between checkpoints (0: after every update); the end and a signal also write one, if there is anything to save"""
     keep_checkpoints: Annotated[int, at_least(0), MAY_CHANGE] = 2
     """number of most recent checkpoints to keep; 0 writes none"""
     save_model: Switch = True
@@ -155,9 +155,9 @@ class RunArgs:
     debug_nans: Switch = False
     """let JAX check for NaNs after every update and show in a traceback which part computed the first one (slow)"""
     track_params: bool = False
-    """log the norm and a histogram of each layer's parameters"""
+    """log the norm and a histogram of each parameter array"""
     track_grads: bool = False
-    """log the norm and a histogram of each layer's gradient, averaged over an update's minibatches, before clipping"""
+    """log the norm and a histogram of each parameter array's gradient: mean over an update's minibatches, before clipping"""
     track_every: Annotated[Count, WATCHED] = 100
     """updates between measurements of --track-params and --track-grads"""
     capture_video: Annotated[bool, MAY_CHANGE, DRAWN] = False

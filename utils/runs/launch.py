@@ -104,7 +104,7 @@ def check_run(args: Any) -> None:
 
 
 def describe_device() -> str:
-    """Return a line that describes JAX's device. On the CPU, add a warning that says how to use a GPU."""
+    """Return text that describes JAX's device. On the CPU, add a warning that says how to use a GPU."""
     device = jax.devices()[0]
     used = "one" if (mesh := jax.sharding.get_mesh()).empty else mesh.size
     if device.platform != "cpu":
