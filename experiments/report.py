@@ -66,7 +66,7 @@ class Args:
     last: float = 0.05
     """final fraction of a run whose episodes count for its final score, rounded to whole bins"""
     scale: Scale | None = None
-    """common score scale (default: for returns human, if known for all games, else min-max); against: over the mean of --against"""
+    """common score scale (default: for returns human, if known for all games; else min-max); against: share of its mean"""
     against: str | None = None
     """reference for the probability of improvement and --scale against (default: the first algorithm, usually ppo)"""
     seed: int = 0

@@ -41,9 +41,9 @@ class ReplayArgs:
     """save the buffer in checkpoints (takes its size on disk, and again in memory during writing); otherwise, a resumed run
     first refills the buffer, with steps that do not count toward the run"""
     off_policy: Annotated[Literal["vtrace", "clipped_ratio"], WANTED] = "vtrace"
-    """weight of a transition, where mu is the older policy that chose the action, and pi the policy before the update (the current
-    one with --dreams-from replay). vtrace: pi/mu, truncated at --vtrace-max-weight. clipped_ratio: the full pi/mu, unbiased but
-    unbounded (for a --replay-capacity of a few rollouts). Both use V-trace advantages and targets"""
+    """weight of a transition: mu is the older policy that chose the action, and pi the policy before the update (with
+    --dreams-from replay, the current one). vtrace: pi/mu, truncated at --vtrace-max-weight. clipped_ratio: the full pi/mu,
+    unbiased but unbounded (for a --replay-capacity of a few rollouts). Both use V-trace advantages and targets"""
     vtrace_max_weight: Annotated[Positive, WANTED] = 1.0
     """upper limit of pi/mu (V-trace's rho-bar and c-bar): 1 as in Espeholt et al. (2018); the paper's code uses e^3 = 20.1"""
 
