@@ -2,7 +2,7 @@
 
     python deep_mdp_ppo.py --env-id=Breakout-v5
 
-PPO with the losses of a latent world model added, which shape the representation. This is the baseline of Deep SPI, with the
+PPO plus the losses of a latent world model, which shape the representation. This is the baseline of Deep SPI, with the
 same networks and losses. Here the model losses are outside the clipped ratio, so the model is fitted where the data was
 collected, and a high model error does not lower the utility of an action. `diff deep_mdp_ppo.py deep_spi.py` shows only this.
 
@@ -55,7 +55,7 @@ from utils.world_model import gradient_penalty, penalizes_gradients, transition_
 
 @dataclass
 class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
-    """Flags of the algorithm."""
+    """Train DeepMDP."""
 
     # rollout
     num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
@@ -77,8 +77,8 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     num_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches per epoch"""
     minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
-    """what is shuffled into minibatches. env: whole environments; their T steps stay together, so each frame is encoded once
-    for a world model, not twice. transition: single transitions; better for few environments and many steps"""
+    """unit of shuffling. env: all T steps of an environment, so a world model needs each frame encoded once, not twice.
+    transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
     """clip the global norm of the gradient to this"""
     adam_eps: Positive = 1e-5
@@ -93,7 +93,7 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     clip_coef: InsideUnit = 0.1
     """eps: clip the probability ratio to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
-    """also clip the change of the value to eps"""
+    """also clip the value's change to [-eps, eps]"""
     use_huber: bool = False
     """use the Huber loss instead of the squared error for the value"""
     ent_coef: NotNegative = 0.01
@@ -103,8 +103,8 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     target_kl: Positive | None = None
     """skip the remaining minibatches of an update once the approximate KL divergence exceeds this"""
     enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
-    """what to do when the ratio of any action leaves [1 - eps, 1 + eps], which clipping does not prevent. early_stop: skip the
-    rest of the update (it may end outside). backtrack: move the parameters back until all ratios in the rollout are inside"""
+    """what to do when any action's ratio leaves [1 - eps, 1 + eps], which clipping does not prevent. early_stop: skip the rest
+    of the update (ratios may stay outside). backtrack: move the parameters back until all ratios in the rollout are inside"""
 
     def check(self) -> None:
         """Raise UsageError if flags contradict each other. `check_flags` has already checked each flag by itself."""
@@ -149,7 +149,7 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """N transitions: N / S sequences of S consecutive steps, time first. The observation after n is `obs[n + N / S]`."""
+    """N transitions: N / S sequences of S consecutive steps, time-major. Transition n leads to `obs[n + N / S]`."""
 
     obs: Num[Array, "N+N/S *obs"]
     action: Int[Array, " N"]
@@ -290,8 +290,8 @@ def loss_fn(
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
-    """Return the first step and the environment of each sequence in an update's K minibatches of R sequences. Every epoch has
-    its own shuffle. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
+    """Return the first step and the environment of each of the R sequences in each of an update's K minibatches. Every epoch
+    shuffles again. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
     runs = args.num_envs * (args.num_steps if args.minibatch_by == "transition" else 1)
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, runs))(jax.random.split(key, args.update_epochs))
     shuffled = shuffled.reshape(args.update_epochs * args.num_minibatches, -1)
@@ -310,7 +310,7 @@ def gather(
 
     taken = where(length)
     return Minibatch(
-        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look up the frame again for each pixel
+        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # otherwise XLA looks up the frame for each pixel
         action=steps.action[taken],
         log_probs=steps.log_probs[taken],
         value=steps.value[taken],
@@ -364,7 +364,7 @@ def update(
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
     """Return log pi'(a|s) - log pi(a|s) of all actions, 0 at reset steps; pi' has `params`, pi collected the rollout."""
 
-    def log_probs(t):  # one step at a time, as in a rollout without --overlap-rollout: an unchanged policy rounds the same
+    def log_probs(t):  # step by step, as in a rollout without --overlap-rollout: an unchanged policy has ratios of exactly 1
         obs = steps.obs[t]
         logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
@@ -376,7 +376,7 @@ def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, 
 def learn(
     state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """Update on a rollout. Return the new state and all metrics. Jitted separately, so the next run finds it in the cache."""
+    """Update on a rollout. Return the new state and all metrics. Jitted separately from `rollout`, to be cached on disk."""
     key, update_key = jax.random.split(state.key)
     old_params = state.params
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)

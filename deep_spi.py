@@ -3,8 +3,8 @@
     python deep_spi.py --env-id=Breakout-v5
 
 PPO with the utility U = A - c_R l_R - c_P l_P in place of the advantage A. The reward loss l_R and the transition loss l_P of a
-latent world model lower the utility of each transition. The clipped ratio multiplies U, so model and representation are fitted
-where the next policy will go. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows exactly what Deep SPI adds.
+latent world model lower the utility of each transition. The clipped ratio multiplies U, so world model and encoder are fitted
+where the next policy acts. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows exactly what Deep SPI adds.
 
 Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
 Shapes: T steps x B environments; a minibatch has N transitions.
@@ -57,7 +57,7 @@ from utils.world_model import gradient_penalty, penalizes_gradients, transition_
 
 @dataclass
 class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
-    """Flags of the algorithm."""
+    """Train Deep SPI."""
 
     # rollout
     num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
@@ -72,7 +72,7 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     piecewise_auxiliary_ratio: bool = True
     """lower each transition's utility by its own model losses; otherwise, by their mean over the minibatch"""
     drift_formulation: bool = False
-    """mirror learning: the unclipped ratio times the utility, minus a penalty for drifting out of the neighborhood"""
+    """unclipped ratio times utility, minus a penalty where the ratio leaves [1 - eps, 1 + eps] (mirror learning)"""
     drift_coef: Annotated[Share, Needs(drift_formulation=True)] = 1.0
     """weight of the drift penalty, in [0, 1]; at 1 the loss equals the clipped loss"""
     # optimization
@@ -85,8 +85,8 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     num_minibatches: Annotated[Count, Default(minatar=8)] = 4
     """minibatches per epoch"""
     minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
-    """what is shuffled into minibatches. env: whole environments; their T steps stay together, so each frame is encoded once
-    for a world model, not twice. transition: single transitions; better for few environments and many steps"""
+    """unit of shuffling. env: all T steps of an environment, so a world model needs each frame encoded once, not twice.
+    transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
     """clip the global norm of the gradient to this"""
     adam_eps: Positive = 1e-5
@@ -101,7 +101,7 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     clip_coef: InsideUnit = 0.1
     """eps: clip the probability ratio to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
-    """also clip the change of the value to eps"""
+    """also clip the value's change to [-eps, eps]"""
     use_huber: bool = False
     """use the Huber loss instead of the squared error for the value"""
     ent_coef: NotNegative = 0.01
@@ -111,8 +111,8 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     target_kl: Positive | None = None
     """skip the remaining minibatches of an update once the approximate KL divergence exceeds this"""
     enforce_neighborhood: Literal["none", "early_stop", "backtrack"] = "none"
-    """what to do when the ratio of any action leaves [1 - eps, 1 + eps], which clipping does not prevent. early_stop: skip the
-    rest of the update (it may end outside). backtrack: move the parameters back until all ratios in the rollout are inside"""
+    """what to do when any action's ratio leaves [1 - eps, 1 + eps], which clipping does not prevent. early_stop: skip the rest
+    of the update (ratios may stay outside). backtrack: move the parameters back until all ratios in the rollout are inside"""
 
     def check(self) -> None:
         """Raise UsageError if flags contradict each other. `check_flags` has already checked each flag by itself."""
@@ -157,7 +157,7 @@ class Rollout(NamedTuple):
 
 
 class Minibatch(NamedTuple):
-    """N transitions: N / S sequences of S consecutive steps, time first. The observation after n is `obs[n + N / S]`."""
+    """N transitions: N / S sequences of S consecutive steps, time-major. Transition n leads to `obs[n + N / S]`."""
 
     obs: Num[Array, "N+N/S *obs"]
     action: Int[Array, " N"]
@@ -252,8 +252,8 @@ def loss_fn(
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
     """Return Deep SPI's loss on a minibatch, and its metrics. `key` samples the next latents.
 
-    For `dream_spi.py`: `distance` measures how far a predicted next latent is from the actual one. `weight`, the ratio of the
-    policy before the update to the policy that acted, multiplies both the ratio and the clipped ratio.
+    For `dream_spi.py`: `distance` measures how far a predicted next latent is from the actual one. `weight`, the ratio of
+    the policy of `batch.log_probs` to the policy that acted, multiplies both the ratio and the clipped ratio.
     """
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
@@ -310,8 +310,8 @@ def loss_fn(
 
 
 def minibatch_indices(key: jax.Array, args: Args) -> tuple[Int[Array, "K R"], Int[Array, "K R"]]:
-    """Return the first step and the environment of each sequence in an update's K minibatches of R sequences. Every epoch has
-    its own shuffle. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
+    """Return the first step and the environment of each of the R sequences in each of an update's K minibatches. Every epoch
+    shuffles again. A sequence has T steps with `--minibatch-by env`, and one step with `--minibatch-by transition`."""
     runs = args.num_envs * (args.num_steps if args.minibatch_by == "transition" else 1)
     shuffled = jax.vmap(lambda key: jax.random.permutation(key, runs))(jax.random.split(key, args.update_epochs))
     shuffled = shuffled.reshape(args.update_epochs * args.num_minibatches, -1)
@@ -330,7 +330,7 @@ def gather(
 
     taken = where(length)
     return Minibatch(
-        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # or XLA would look up the frame again for each pixel
+        obs=jax.lax.optimization_barrier(steps.obs[where(length + 1)]),  # otherwise XLA looks up the frame for each pixel
         action=steps.action[taken],
         log_probs=steps.log_probs[taken],
         value=steps.value[taken],
@@ -384,7 +384,7 @@ def update(
 def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, "T B A"]:
     """Return log pi'(a|s) - log pi(a|s) of all actions, 0 at reset steps; pi' has `params`, pi collected the rollout."""
 
-    def log_probs(t):  # one step at a time, as in a rollout without --overlap-rollout: an unchanged policy rounds the same
+    def log_probs(t):  # step by step, as in a rollout without --overlap-rollout: an unchanged policy has ratios of exactly 1
         obs = steps.obs[t]
         logits, _ = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs), obs)
         return jax.nn.log_softmax(logits)
@@ -396,7 +396,7 @@ def policy_change(params: Params, steps: Rollout, agent: Agent) -> Float[Array, 
 def learn(
     state: TrainState, steps: Rollout, env: Env, agent: Agent, optimizer: optax.GradientTransformation, args: Args
 ) -> tuple[TrainState, dict[str, Scalar]]:
-    """Update on a rollout. Return the new state and all metrics. Jitted separately, so the next run finds it in the cache."""
+    """Update on a rollout. Return the new state and all metrics. Jitted separately from `rollout`, to be cached on disk."""
     key, update_key = jax.random.split(state.key)
     old_params = state.params
     advantages = compute_gae(steps, args.gamma, args.gae_lambda)

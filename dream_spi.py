@@ -63,8 +63,8 @@ from utils.runs.run import Run
 
 @dataclass
 class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamOptimizerArgs, deep_spi.Args):
-    """Flags of the algorithm, in addition to Deep SPI's, some of which have other defaults here. `learning_rate` applies to the
-    encoder and the world model, and `drift_formulation` only to the loss on real data."""
+    """Train DreamSPI. Some of Deep SPI's flags have other defaults here. --learning-rate applies to the encoder and the world
+    model, and --drift-formulation only to the loss on real data."""
 
     num_minibatches: Annotated[Count, Default(minatar=32)] = 8
     adam_eps: Positive = 1e-8
@@ -82,8 +82,8 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     predicted and the real next latent, except at terminations. Only the transition network learns from it"""
     # dreams
     dreams_from: Annotated[Literal["rollout", "replay"], Needs(use_replay_buffer=True)] = "rollout"
-    """where dreams start. rollout: from all latents of the rollout, after the update of the model. replay: from the latents of
-    each replayed minibatch, after each gradient step of the model"""
+    """where dreams start. rollout: at all latents of the rollout, after the world model's update. replay: at the latents of
+    each replayed minibatch, after each gradient step of the world model"""
     imagination_horizon: Count = 3
     """steps per dream (H)"""
     n_imagination_rollouts: Annotated[Count, Needs(dreams_from="rollout")] = 1
@@ -96,23 +96,23 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     """environment steps during which dreamed advantages are 0, so that the actor waits for the model"""
     bounded_dreams: bool = True
     """clip predicted latents to the range of the encoder's activation, predicted rewards to the environment's range, and
-    dreamed values to the possible returns"""
+    values in dreams to the range of possible returns"""
     real_value_coef: NotNegative = 3.0
     """weight of the critic's loss on real returns where dreams start, relative to its loss in dreams (Hafner et al., 2023)"""
     slow_critic: Annotated[float, Range(lambda x: 0 <= x < 1, "must lie in [0, 1)"), Needs(clip_vloss=False)] = 0.0
-    """decay of the slow critic, a moving average of the critic that is updated after each round of dreams and provides their
-    values; at 0, the critic itself provides them"""
+    """decay of a moving average of the critic, updated after each round of dreams, that estimates the values in dreams; 0: use
+    the critic itself"""
     norm_returns: bool = False
     """divide dreamed advantages by the range from the 5th to the 95th percentile of dreamed returns, if that exceeds 1 (Hafner
     et al., 2023); replaces --norm-adv in dreams"""
     soft_done: bool = False
-    """dreams never end; each step is weighted by the predicted probability of reaching it. Otherwise, ends are sampled"""
+    """weight each step of a dream by the predicted probability of reaching it, instead of sampling when the episode ends"""
     # real data for actor and critic
     dyna_style: bool = False
     """also train actor and critic on real data"""
     progressive: Literal["none", "linear", "exponential", "late"] = "none"
-    """shift actor and critic from real data to dreams: the fraction of their learning rate in dreams rises from 0 to 1 over the
-    run. linear: progress; exponential: (1 - 0.01^progress) / 0.99; late: 1e-8^(1 - progress). --anneal-heads-lr lowers both"""
+    """at progress p (0 to 1), dreams get this fraction of the learning rate of actor and critic, real data the rest. linear: p;
+    exponential: (1 - 0.01^p) / 0.99; late: 1e-8^(1 - p). --anneal-heads-lr lowers both"""
 
     def check(self) -> None:
         """Raise UsageError if flags contradict each other or have no effect here."""
@@ -137,7 +137,7 @@ class Agent(NamedTuple):
     reward: nn.Module
     end: nn.Module
     discriminator: nn.Module | None
-    slow_critic: bool = False  # True if there is one
+    slow_critic: bool = False  # True with --slow-critic
     reward_range: tuple[float, float] = (-math.inf, math.inf)  # the environment's; `learn` sets it
 
 
@@ -156,8 +156,8 @@ class Params(NamedTuple):
 class Dreams(NamedTuple):
     """H steps of M dreams, indexed as in `Rollout`: `z[t + 1]` follows `action[t]` in `z[t]`.
 
-    `going_on[t]` is 1 if the dream continues after step t, else 0. `weight[t]` is 1 if a dream that started reached step t,
-    else 0: steps after its end do not count. With `--soft-done` both are probabilities.
+    `going_on[t]` is 1 if the dream continues after step t, else 0. `weight[t]` is 1 if the dream reached step t, and 0
+    after its end or if it never started. With `--soft-done` both are probabilities.
     """
 
     z: Float[Array, "H M *z"]
@@ -263,7 +263,7 @@ def model_loss(
     params: Params, batch: Minibatch, ended: Bool[Array, " N"], weight: Float[Array, " N"] | float, key: jax.Array,
     agent: Agent, args: Args,
 ) -> tuple[Float[Scalar, ""], dict[str, Scalar]]:  # fmt: skip
-    """Return the loss on real data, with metrics. It combines Deep SPI's, the end predictor's and the value-aware loss."""
+    """Return the loss on real data (Deep SPI's combined with the end predictor's and the value-aware loss) and its metrics."""
     args = replace(args, clip_coef=args.model_clip_coef or args.clip_coef)
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
@@ -364,8 +364,8 @@ def update_model(
     state: TrainState, steps: Rollout, advantages: Float[Array, "T B"], key: jax.Array, agent: Agent, optimizers: Optimizers,
     args: Args,
 ) -> tuple[TrainState, dict[str, Scalar]]:  # fmt: skip
-    """Run all gradient steps on real data, which train actor and critic as well with `--dyna-style` or `--progressive`. With
-    `--dreams-from replay`, actor and critic also learn from dreams after each step."""
+    """Run all gradient steps on real data. With `--dyna-style` or `--progressive`, they also train actor and critic. With
+    `--dreams-from replay`, actor and critic learn from dreams after each step."""
     rates = learning_rates(state.iteration, args)
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:
@@ -385,7 +385,7 @@ def update_model(
 
     def minibatch_step(carry, drawn):
         draw, key = drawn
-        # clipping is relative to the policy before the update, or after it last learned from dreams
+        # ratios are relative to the policy before the update or, with --dreams-from replay, the current one
         batch, ended, weight = take(draw, carry[0] if args.dreams_from == "replay" else state.params)
         if args.wasserstein_discriminator:
             carry = update_discriminator(*carry, batch, jax.random.fold_in(key, 2), agent, optimizers, rates, args)

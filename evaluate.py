@@ -2,8 +2,8 @@
 
     python evaluate.py runs/my-run --episodes 100 --video game.mp4
 
-Each environment plays a number of games that is fixed in advance; a game includes all lives. Actions are sampled, as in
-training; with --greedy they are the most likely ones. The results are written to a table with one row per game.
+Each environment plays a fixed number of games; a game includes all lives. Actions are sampled, as in training; with --greedy
+they are the most likely ones. The results are written to a table with one row per game.
 """
 
 if __name__ == "__main__":
@@ -43,10 +43,10 @@ SAID_SECONDS = 10.0  # between two progress messages
 
 @dataclass
 class Args:
-    """Flags of the evaluation."""
+    """Play games with a trained policy."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """folder of a run (its final model, or else its last checkpoint), or of one checkpoint"""
+    """folder of a run (its model or last checkpoint, whichever is later), or of one checkpoint"""
     episodes: int = 100
     """number of games to play"""
     num_envs: int | None = None
@@ -57,7 +57,7 @@ class Args:
     greedy: bool = False
     """take the most likely action instead of sampling one"""
     seed: int = 1
-    """seed of environments and actions; the random numbers differ from those of training for every seed"""
+    """seed of environments and actions; no seed gives the random numbers of training"""
     output: Path | None = None
     """file of the table (default: evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv, ...)"""
     video: Path | None = None

@@ -26,7 +26,7 @@ from benchmarks.throughput import Setting, seconds  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 INSTRUCTION = re.compile(r"%(?P<name>[\w.-]+) = .*? (?P<kind>[\w-]+)\(.*?metadata=\{op_name=\"(?P<source>[^\"]*)\"")
-CONTAINERS = {"while", "call", "conditional"}  # their time is that of the operations inside
+CONTAINERS = {"while", "call", "conditional"}  # their operations are counted instead
 PASS = re.compile(r"(?P<gradient>transpose\()?jvp\((?P<network>[^()]+)\)\)?/(?P<layer>[^/]+)")
 
 

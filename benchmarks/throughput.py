@@ -98,7 +98,7 @@ class Args:
     torch: bool = False
     """also time PPO's computation on Atari in PyTorch, see benchmarks/torch_ppo.py (downloads several GB)"""
     rejax: bool = False
-    """also time another public JAX PPO, rejax, on the first game, one of MinAtar's; see benchmarks/rejax_ppo.py"""
+    """also time rejax, another public JAX PPO, on the first game (must be MinAtar's); see benchmarks/rejax_ppo.py"""
     output: str = "throughput.json"
     """path of the JSON file"""
 

@@ -8,7 +8,7 @@
 
     uv run --script benchmarks/torch_ppo.py [num_envs [num_steps [num_actions [rounds]]]]
 
-`benchmarks/throughput.py --torch` runs this script and prints its rows next to ours. The network is the one of our scripts,
+`benchmarks/throughput.py --torch` runs this script and prints its rows next to ours. The network is that of our scripts,
 CleanRL and Mnih et al. (2015). A rollout is one forward pass per step for all environments, on random frames. An update is four
 epochs of four minibatches of PPO's loss with Adam. The rows are PyTorch's usual layout, its hand-tuned layout (channels last),
 and channels last in bfloat16 (autocast, heads included). The benchmark uses a GPU if PyTorch finds one.

@@ -1,4 +1,4 @@
-"""envpool environments (Atari, and three small classic ones) as pure, jittable steps."""
+"""envpool environments (Atari and three small classic ones) with pure, jittable steps."""
 
 import functools
 import warnings
@@ -129,7 +129,7 @@ class Pool:
         """Reset every environment. Return the state to thread through `step`, and the first observations."""
         obs = np.concatenate([pool.reset()[0] for pool in self.pools])
         episode = EpisodeStats.zeros(self.num_envs, self.midway)
-        over, begins, lives = (jnp.full(self.num_envs, x) for x in (False, True, 0))  # separate, to be donated
+        over, begins, lives = (jnp.full(self.num_envs, x) for x in (False, True, 0))  # separate arrays, so all can be donated
         return PoolState(jnp.asarray(self.handle), over, begins, lives.astype(jnp.int32), episode), jnp.asarray(obs)
 
     def _callback_send(self, handle: UInt8[Array, " H"], action: Int[Array, " B"]) -> UInt8[Array, " H"]:
@@ -186,7 +186,7 @@ class Pool:
 
 
 def one_per_device(calls: Sequence[Callable]) -> Callable:
-    """Return a call in which each device makes its own of `calls`, with its part of the arguments. The results are joined."""
+    """Return a function that runs `calls[i]` on device i, with that device's part of the arguments, and joins the results."""
     if len(calls) == 1:
         return calls[0]
     own = lambda *x: jax.lax.switch(jax.lax.axis_index(DEVICES), calls, *x)  # noqa: E731
@@ -194,7 +194,7 @@ def one_per_device(calls: Sequence[Callable]) -> Callable:
 
 
 class FrameState(NamedTuple):
-    """A pool's state, the last frames of each game, and `age`: how many of these frames precede the newest one in its game."""
+    """A pool's state, each game's stack of frames, and `age`: the number of earlier frames in the stack from the same game."""
 
     pool: PoolState
     stack: UInt8[Array, "B S H W"]
@@ -202,16 +202,16 @@ class FrameState(NamedTuple):
 
 
 def in_order(state: PoolState | FrameState, earlier: PoolState | FrameState) -> PoolState | FrameState:
-    """Return `state` with the handle of `earlier`, so that its next call comes after the last call on the other pool. (A handle
-    only orders calls: the pool that is called is compiled into the program.)"""
+    """Give `state` the handle of `earlier`, so that its next call runs after that pool's last one. (A handle only orders calls:
+    which pool is called is compiled into the program.)"""
     if isinstance(state, FrameState):
         return state._replace(pool=in_order(state.pool, earlier.pool))
     return state._replace(handle=earlier.handle)
 
 
 class FramePool(Pool):
-    """A pool of games whose single frames are stacked on the device. The observations equal envpool's own stacks, with a
-    quarter of the traffic. A game's first stack repeats its first frame; a lost life does not start a new game.
+    """A pool of games whose single frames are stacked on the device. The observations equal envpool's own stacks, for a
+    quarter of the copied bytes. A game's first stack repeats its first frame; a lost life does not start a new game.
 
     Args: see `Pool`.
     """

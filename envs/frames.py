@@ -17,8 +17,8 @@ SMALLEST_FRAME = 36  # pixels along each axis, for the encoder of frames; a smal
 
 
 class Newest(NamedTuple):
-    """The stored part of a stack: its newest frame, and `age`: how many other frames of the stack belong to the same game. (The
-    first frame of a game fills the rest of the stack.)"""
+    """The stored part of a stack: its newest frame, and `age`: the number of earlier frames in the stack from the same game. (A
+    game's first frame fills the rest of the stack.)"""
 
     frame: UInt8[Array, "*batch H W"]
     age: Int8[Array, "*batch"]
@@ -58,7 +58,7 @@ class Stacks:
 
 
 def observations(first: Num[Array, "B *obs"], kept: Any, last: Any) -> Stacks | Num[Array, "R B *obs"]:
-    """Return a rollout's R = T + 1 observations, given the `first` one, and what was stored of T (`kept`) and of the `last`."""
+    """Return a rollout's R = T + 1 observations: from the `first` one, and what was stored of the first T and of the `last`."""
     kept = jax.tree.map(lambda x, after: jnp.concatenate([x, after[None]]), kept, last)
     if not isinstance(kept, Newest):
         return kept

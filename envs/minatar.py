@@ -35,10 +35,10 @@ class Game(NamedTuple):
 
 
 GAMES = {
-    "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # no two objects share a row
+    "Asterix-MinAtar": Game("minatar-asterix", (0.0, 1.0)),  # one object per row: at most 1 point
     "Breakout-MinAtar": Game("minatar-breakout", (0.0, 1.0)),
     "Freeway-MinAtar": Game("minatar-freeway", (0.0, 1.0)),
-    # up to 9 for oxygen, or -1 without any; at most two bullets fly at a time, here and below
+    # 9 for oxygen (-1 if there is none), plus 1 for each of 2 bullets; below: 2 bullets
     "Seaquest-MinAtar": Game("minatar-seaquest", (-1.0, 11.0)),
     "SpaceInvaders-MinAtar": Game("minatar-space_invaders", (0.0, 2.0)),
 }

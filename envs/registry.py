@@ -11,7 +11,7 @@ from envs.minatar import MinAtar
 from envs.protocol import Env
 from envs.scan import Halves
 
-UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # flags for playing, not training
+UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # flags for playing instead of training
 
 
 def env_ids() -> list[str]:

@@ -4,7 +4,7 @@ returns, and the true improvement of every update next to the improvement that t
     uv run experiments/guarantees.py --output docs/guarantees_gridworld
 
 The script trains with the hyperparameters of `experiments/confounding_gridworld.py` and writes a figure (.png) and its data
-(.json). All terms are exact, because environment and latent model are small tables (2 variables of 4 classes give 16 codes).
+(.json). All terms are exact, because environment and latent model are small tables (2 variables of 4 classes have 16 values).
 """
 
 import json
@@ -58,7 +58,7 @@ class Args:
 
 
 def words(flags: Any) -> np.ndarray:
-    """Return all codes of the categorical latent, one-hot, [Z, V, C]."""
+    """Return all values (codes) of the categorical latent, one-hot, [Z, V, C]."""
     indices = np.indices((flags.num_classes,) * flags.num_categories).reshape(flags.num_categories, -1).T
     return np.eye(flags.num_classes, dtype=np.float32)[indices]
 

@@ -42,7 +42,7 @@ from experiments.study.comparison import (  # noqa: E402
 from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
 from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
 from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.statistics import RESAMPLINGS  # noqa: E402
 
@@ -66,13 +66,32 @@ class Args:
     last: float = 0.05
     """final fraction of a run whose episodes count for its final score, rounded to whole bins"""
     scale: Scale | None = None
-    """common score scale (default: for returns human, if known for all games; else min-max); against: share of its mean"""
+    """common score scale (default: human for returns if known for all games, else min-max); against: divide by its mean"""
     against: str | None = None
     """reference for the probability of improvement and --scale against (default: the first algorithm, usually ppo)"""
+    published: tuple[str, ...] = ()
+    """published scores to draw as dotted lines, each ENV_ID=SCORE, for example Pong-v5=20.5"""
     seed: int = 0
     """seed of the bootstrap"""
     allow_incomplete: bool = False
     """compute aggregates even if runs are missing or unfinished, with a warning on their figures"""
+
+
+def published_scores(typed: tuple[str, ...], env_ids: list[str]) -> dict[str, float]:
+    """Return the published score of each environment in `typed`, where each is ENV_ID=SCORE.
+
+    Raises:
+        UsageError: one is malformed, or no run has that environment.
+    """
+    found = {}
+    for text in typed:
+        env_id, _, score = text.rpartition("=")
+        require(env_id in env_ids, f"--published {text}: must be ENV_ID=SCORE, where ENV_ID is one of {', '.join(env_ids)}")
+        try:
+            found[env_id] = float(score)
+        except ValueError:
+            raise UsageError(f"--published {text}: {score!r} is not a number") from None
+    return found
 
 
 def score_table(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray]) -> Table:
@@ -137,7 +156,8 @@ def main(args: Args) -> None:
     written: dict[str, bytes] = {}
 
     what = args.metric.rpartition("/")[2].replace("_", " ")
-    draws = [figures.curves(comparison, env_id, args.points, what) for env_id in comparison.env_ids]
+    published = published_scores(args.published, comparison.env_ids)
+    draws = [figures.curves(comparison, env_id, args.points, what, published.get(env_id)) for env_id in comparison.env_ids]
     svgs = [figures.svg(draw, SIZE, env_id) for draw, env_id in zip(draws, comparison.env_ids, strict=True)]
     written["_curves.png"] = figures.png(comparison, draws, SIZE, 3)
     share = f"{last / args.points:.3g}"
@@ -149,6 +169,8 @@ def main(args: Args) -> None:
         sections.append(Section("Aggregates", [Warned("No aggregates: the grid is incomplete (see --allow-incomplete).")]))
         args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # from an earlier report
     words = f"Mean and 95% interval over seeds of {args.metric}, in {args.points} bins of steps."
+    words += " Circle: end of an unfinished run." if any(not run.is_finished for run in runs) else ""
+    words += f" Dotted line: published score ({', '.join(args.published)})." if published else ""
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_curves.png", "learning curves")
     sections += [
         Section("Learning curves", [words, drawn]),

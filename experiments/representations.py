@@ -6,7 +6,7 @@ The script reads finished runs (folders of runs or of studies), lets their final
 
 - `effective_rank` of the latents: the number of directions that they use (Roy & Vetterli, 2007);
 - `dormant`: the fraction of latent units with almost no activity (Sokar et al., 2023);
-- `probe`: the fraction of the variance of observations (of frames, the newest at 12 x 12) that a linear map of the latents
+- `probe`: the fraction of the variance of observations (for frames: the newest, at 12 x 12) that a linear map of the latents
   explains, in environments that were not used to fit the map;
 - `moves`: the mean squared change of a latent in one step, divided by the latents' variance;
 - `transition_skill`: 1 - (squared error of the predicted mean) / (squared change): 1 is perfect, 0 equals predicting no change;
@@ -73,7 +73,7 @@ class Args:
     skip: int = 2000
     """steps per environment to discard first, so that games are at different stages"""
     seed: int = 1
-    """seed of environments and sampling; the random numbers differ from those of training for every seed"""
+    """seed of environments and sampling; no seed gives the random numbers of training"""
 
 
 def play(script: ModuleType, run: LoadedRun, skip: int, key: jax.Array) -> Any:

@@ -99,7 +99,7 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) -> list[tuple[int, float | None, int]]:
-    """Return for each bin of a run its last step, and the mean return (None if there are none) and number of its episodes."""
+    """Return, for each bin of a run, its last step, its mean return (None without episodes) and its number of episodes."""
     rows = []
     for stretch in np.array_split(np.arange(len(returns)), min(points, len(returns))):
         count = int(episodes[stretch].sum())
@@ -178,7 +178,7 @@ def columns_of(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
-    """Return mean and standard deviation over runs of the final return: that of the last bin in which an episode ended."""
+    """Return mean and standard deviation over runs of the return in the last bin in which an episode ended."""
     ended = [row for row in rows if columns_of(row) in runs and row["episodic_return"]]
     last = list({columns_of(row): float(row["episodic_return"]) for row in ended}.values())
     if not last:

@@ -31,8 +31,8 @@ FLOAT32 = jnp.dtype("float32")
 STEEPEST = {"relu": 1.0, "elu": 1.0, "gelu": 1.13, "silu": 1.1, "tanh": 1.0}  # Lipschitz constants, rounded up
 
 
-# Layers with a `dtype` multiply in it but add the bias in float32. The bias gradient sums over a batch and its maps, and in
-# bfloat16 such a sum stops growing after a few hundred terms.
+# Layers with a `dtype` multiply in it but add the bias in float32. The bias gradient is a sum over samples and pixels, and
+# in bfloat16 such a sum stops growing after a few hundred terms.
 class Conv(nn.Module):
     """A VALID convolution with square kernels and orthogonal initialization. Inputs are maps with channels last, or,
     with `of_frames`, frames with channels first."""

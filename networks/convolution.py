@@ -1,7 +1,7 @@
 """Convolutions, and how each platform computes them.
 
-On every platform, a stride becomes 1 by moving blocks of pixels into the channels. Fast convolutions, on GPUs too, expect many
-channels and few taps, but frames have few channels. Bytes of frames move as 32-bit words; on a CPU, so do pairs of bfloat16.
+A convolution of stride s is computed with stride 1: each block of s x s pixels becomes one pixel with more channels. It is then
+faster, on GPUs too, because frames have few channels. Bytes move four at a time, and on a CPU, bfloat16 values two at a time.
 
 On a GPU or TPU, `lax.conv` with stride 1 is the best choice, forward and for gradients. On a CPU, XLA computes the gradient of
 a convolution inside `lax.scan` tens of times slower than outside: in a loop, only the plain forward layout is fast. The CPU
@@ -22,7 +22,7 @@ from networks.products import transposed
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAMPLES = 16  # samples per matrix product at most, in the kernel gradient on a CPU
-BORDER = 1.5  # a map is small if it has more than this many times the pixels of its output; decides its gradients on a CPU
+BORDER = 1.5  # small map: pixels > BORDER x output pixels; selects the gradient used on a CPU
 
 
 def conv2d(
@@ -168,7 +168,7 @@ def _forward(x, kernel):
 def _backward(residuals, g):
     x, kernel = residuals
     in_bfloat16 = x.dtype == jnp.bfloat16
-    # a full convolution and shifts along whole rows also multiply the zeros around g, too many for small maps
+    # the gradients for large maps also multiply zeros around g, which costs too much on small maps
     small = not in_bfloat16 and x.shape[1] * x.shape[2] > BORDER * g.shape[1] * g.shape[2]
     # XLA drops the gradient of x if it is unused, as for pixels
     if in_bfloat16 or small:
@@ -203,7 +203,7 @@ def _input_gradient_by_products(g: Float[Array, "N h w O"], kernel: Float[Array,
 
 def _kernel_gradient_by_conv(x: Float[Array, "N H W C"], g: Float[Array, "N h w O"]) -> Float[Array, "kh kw C O"]:
     """Compute the kernel gradient as the convolution of x with g, with samples as channels and channels as samples."""
-    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # a layout that stays fast in the loop
+    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))  # this layout is fast inside `lax.scan`
     return cpu_conv(x, g).transpose(1, 2, 0, 3)
 
 

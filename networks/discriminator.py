@@ -1,4 +1,4 @@
-"""Critics f(z, a, z') that discriminate real from predicted next latents. Their largest mean difference is a distance."""
+"""Critics f(z, a, z') that score next latents. The largest mean gap between real and predicted ones is a distance."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ class WassersteinCritic(nn.Module):
     """For continuous latents: 1-Lipschitz in z' for each (z, a) and every parameter value.
 
     Over all 1-Lipschitz functions, the largest mean of f(z, a, z') - f(z, a, z'') is the mean over (z, a) of the 1-Wasserstein
-    distance between z' and z'' (Kantorovich and Rubinstein). Over these networks it is a lower bound. What z adds to the first
-    layer is the same for all z', so it is unconstrained.
+    distance between z' and z'' (Kantorovich and Rubinstein). Over these networks it is a lower bound. The layer that adds z is
+    unconstrained: what it adds is the same for all z'.
     """
 
     num_actions: int

@@ -69,15 +69,15 @@ class WorldModelArgs:
     use_wgan_gp: Annotated[bool, CONTINUOUS, PENALIZED] = False
     """penalty of (gradient norm - 1)^2 instead of the squared norm; pulls slopes toward 1 instead of 0"""
     transition_layers: Annotated[Sizes, CONTINUOUS] = ()
-    """layer widths of a deeper, residual transition network (even numbers for Lipschitz networks); without a number, the
-    paper's two-layer network"""
+    """layer widths of a deeper, residual transition network (even numbers for Lipschitz networks); empty: the paper's two-layer
+    network"""
     # categorical latents
     world_model: Annotated[Literal[*CATEGORICAL], CODES] = "fc"
-    """categorical latents: transition network"""
+    """categorical latents: type of transition network"""
     categorical_cost: Annotated[Literal[*CATEGORICAL_COSTS], CODES] = "l2"
     """categorical latents: distance of the next latent to a sample (l2, hamming) or to the predicted probabilities (others)"""
     use_gumbel_softmax: Annotated[bool, CODES, SAMPLES] = False
-    """categorical latents: gradient of the Gumbel-softmax for the one-hot samples, instead of the probabilities' gradient"""
+    """categorical latents: one-hot samples have the gradient of the Gumbel-softmax, not of the probabilities"""
     gumbel_temperature: Annotated[Positive, CODES, SAMPLES, Needs(use_gumbel_softmax=True)] = 1.0
     """temperature of the Gumbel-softmax"""
     # both

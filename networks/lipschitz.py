@@ -17,8 +17,8 @@ projections, so the bound also holds for the padded map.
 The certificates hold for the exact map. The orthogonalization is computed in full float32 everywhere. The layers' own products
 and convolutions use the platform's default precision, which on recent GPUs rounds each product to about 1e-3.
 
-Layout. Matrix axes come first and batch axes last, `[m, n, *batch]`, to suit `[N, m] @ [m, n]`: rows are inputs, columns are
-outputs.
+Layout. Matrix axes come first and batch axes last, `[m, n, *batch]`. Rows are inputs and columns are outputs, as in
+`[N, m] @ [m, n]`.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from networks.convolution import conv2d
 
-# of p, lowest degree first: minimizes max |1 - s p(s^2)| over [0.3, 1] (a linear program), then scaled
+# of p, lowest degree first; before scaling, they minimize max |1 - s p(s^2)| on [0.3, 1] (a linear program)
 COEFFICIENTS = (4.45026, -17.37977, 38.29629, -38.94814, 14.58135)
 
 
@@ -97,8 +97,8 @@ def orthogonal(kernel: Float[Array, "m n *batch"]) -> Float[Array, "m n *batch"]
 
 
 def orthogonal_all(*kernels: Float[Array, "_ _ *batch"]) -> list[Float[Array, "_ _ *batch"]]:
-    """Apply `orthogonal` to each kernel. Kernels of one shape form a batch (wide ones are transposed): on a GPU, a few small
-    products take as long as one."""
+    """Apply `orthogonal` to each kernel. Kernels of one shape form a batch (wide ones are transposed): on a GPU, a batch of
+    small products takes as long as one."""
     tall = [k if k.shape[0] >= k.shape[1] else transpose(k) for k in kernels]
     made = {}
     for shape in dict.fromkeys(k.shape for k in tall):

@@ -1,11 +1,11 @@
 """Convolutions with one kernel per action, computed only for the action taken.
 
-Each sample gathers its action's kernels, and a few sums of products follow. Computing all A actions to select one would cost A
-times as much time and memory.
+Each sample gathers its action's kernels and applies them as sums of products. Computing all A actions to select one would cost
+A times as much time and memory.
 
 The convolutions are grouped, and groups are the last axis of a map: channel k * G + g is the k-th of group g. The groups fill a
-CPU's vector registers. So the tiny products of kernels and pixels need no rearrangement, and no batched matrix products, which
-are several times slower there.
+CPU's vector registers, so the small products of kernels and pixels need neither a rearrangement nor batched matrix products,
+which are several times slower there.
 """
 
 import jax

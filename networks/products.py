@@ -12,15 +12,15 @@ from jaxtyping import Array, Float
 
 
 def product(x: Float[Array, "*b d"], kernel: Float[Array, "d k"]) -> Float[Array, "*b k"]:
-    """Compute x @ kernel in their type, in the fastest way of the platform."""
+    """Compute x @ kernel in their type, the fastest way on each platform."""
     if kernel.dtype != jnp.bfloat16:
         return x @ kernel
     return lax.platform_dependent(x, kernel, cpu=cpu_product, default=jnp.matmul)
 
 
 def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """Return a.T, copied if its number of columns is even. A detour over three axes keeps XLA from reading `a` transposed in
-    the product that follows.
+    """Return a.T, as a copy if `a` has an even number of columns. A detour over three axes keeps XLA from reading `a`
+    transposed in the product that follows.
     """
     m, n = a.shape
     return a.T if n % 2 else a.reshape(m, n // 2, 2).transpose(1, 2, 0).reshape(n, m)

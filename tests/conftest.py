@@ -39,6 +39,19 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         os.sched_setaffinity(0, cores[first::workers])
 
 
+def pytest_collection_modifyitems(items):
+    """Skip the tests of MinAtar where its games (GPL-3) are not installed."""
+    from envs.minatar import is_installed
+
+    if is_installed():
+        return
+    skip = pytest.mark.skip(reason="needs MinAtar: uv run --group minatar-tests pytest")
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.get_closest_marker("minatar") or "MinAtar" in str(params):
+            item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def heeding():
     """Signals as Python has them, whatever starts the tests; a script that ends ignores them, the next test does not."""

@@ -17,6 +17,8 @@ from envs.registry import make_env
 from experiments import seeds
 from utils.runs.flags import UsageError, check_flags, make_args
 
+pytestmark = pytest.mark.minatar
+
 SMALL = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128}
 
 

@@ -12,7 +12,7 @@ from utils.occasionally import occasionally
 SMALLEST, LARGEST = -30, 10  # exponents of the smallest and the largest bin edge
 _POWERS = 2.0 ** np.arange(SMALLEST, LARGEST + 1)
 EDGES = np.concatenate([-_POWERS[::-1], _POWERS])
-"""Bin edges: powers of 2 and their negatives. Smaller values fall into the middle bin, larger ones into the outermost bins."""
+"""Bin edges: powers of 2 and their negatives. Values near 0 fall into the middle bin, large ones into the outermost bins."""
 
 
 def histogram(x: Num[Array, "..."]) -> Int[Array, " bins"]:

@@ -14,8 +14,8 @@ from utils.occasionally import MEASURED
 
 
 def scan_with_metrics(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """Run `jax.lax.scan`, storing the step's many small outputs (floats or flags) as one array. Separately,
-    each would take a GPU kernel, in total a tenth of PPO's update. Integers become float32, exact up to 2^24."""
+    """Run `jax.lax.scan`, and store the step's many small outputs (floats or flags) as one array. Stored
+    separately, each takes a GPU kernel, in total a tenth of PPO's update. Integers become float32, exact up to 2^24."""
     unravel = None
 
     def step_kept(carry, x):

@@ -1,5 +1,5 @@
 """The neighborhood N^C of a policy, C = 1 + eps: all policies with ratios to it in [2 - C, C] = [1 - eps, 1 + eps] for *every*
-action. PPO's loss only stops rewarding the taken action's ratio outside of it; it does not keep any ratio inside."""
+action. PPO's loss does not reward the taken action's ratio for moving further outside, but keeps no ratio inside."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-MEASURED = ":measured"  # suffix of a metric, or of a prefix of metrics ("a/b/"): 0 if they were not measured; never logged
+MEASURED = ":measured"  # name + this is 0 if that metric (or all under a prefix "a/b/") was not measured; never logged
 
 
 def occasionally(iteration: Array, every: int, measure: Callable[[], dict[str, Array]], prefix: str) -> dict[str, Array]:

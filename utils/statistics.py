@@ -34,7 +34,7 @@ def interquartile_mean(scores: Scores) -> Float[np.ndarray, "*resamplings"]:
 
 
 def optimality_gap(scores: Scores, target: float = 1.0) -> Float[np.ndarray, "*resamplings"]:
-    """Return how far runs fall short of the target, as a mean over games; excess does not count. Lower is better."""
+    """Return the mean over games of how far runs fall short of the target (0 above it). Lower is better."""
     return np.asarray(target - mean([np.minimum(x, target) for x in scores]))
 
 

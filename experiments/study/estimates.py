@@ -59,7 +59,7 @@ def disk_bytes(run: PlannedRun) -> int | None:
 
 
 def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
-    """Return lines that print the estimates and their source."""
+    """Return the estimates and their source, as lines."""
     states: dict[str, Progress] = {run.name: state_of(logdir, run) for run in runs}
     finished = sum(state.kind == "finished" for state in states.values())
     sizes = {}  # one environment represents its family

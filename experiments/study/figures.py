@@ -40,7 +40,7 @@ Draw = Callable[[Axes], None]
 
 
 def styled() -> AbstractContextManager:
-    """The style of all figures, whatever the user's matplotlib configuration is."""
+    """Return a context with the style of all figures, which ignores the user's configuration."""
     default = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
     return matplotlib.rc_context(default | STYLE | {"axes.prop_cycle": cycler(color=COLORS)})
 
@@ -70,9 +70,10 @@ def filled(values: np.ndarray) -> np.ndarray:
     return values[last]
 
 
-def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str) -> Draw:
+def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str, published: float | None = None) -> Draw:
     """Return a function that draws the learning curves in one game: a thin line per run, and the mean with its interval up to
-    the end of the shortest run. A bin without a finished episode repeats the previous value."""
+    the end of the shortest run. A bin without a finished episode repeats the previous value. A circle marks the end of an
+    unfinished run, and a dotted line the `published` score."""
 
     def draw(axes):
         seen = []
@@ -84,11 +85,18 @@ def curves(comparison: Comparison, env_id: str, points: int, name_of_value: str)
             shade, all_values = color(comparison, name), [filled(run.value) for run in runs]
             for run, value in zip(runs, all_values, strict=True):
                 axes.plot(run.step, value, color=shade, linewidth=0.6, alpha=0.5)
+                if not run.is_finished:
+                    axes.plot(run.step[-1], value[-1], "o", color=shade, markersize=4, fillstyle="none")
+                    axes.annotate("unfinished", (run.step[-1], value[-1]), (5, 0), textcoords="offset points", fontsize=7)
             shortest = min(runs, key=lambda run: len(run.step))
             mean, half = mean_curve(np.stack([value[: len(shortest.step)] for value in all_values]))
             axes.plot(shortest.step, mean, dashes(comparison, name), color=shade, linewidth=1.8)
             axes.fill_between(shortest.step, mean - half, mean + half, color=shade, alpha=0.2, linewidth=0)
             seen.append(np.concatenate(all_values))
+        if published is not None:
+            axes.axhline(published, color=INK, linewidth=0.8, linestyle=":")
+            seen.append(np.array([published]))
+            axes.set_xlim(right=whole)  # as far as the published run went
         low, high = np.nanmin(np.concatenate(seen)), np.nanmax(np.concatenate(seen))
         margin = 0.06 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)  # of the runs only: the interval of two seeds is huge

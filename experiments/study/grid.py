@@ -204,7 +204,7 @@ def log_path(logdir: Path, name: str) -> Path:
 
 
 def tail(path: Path) -> list[str]:
-    """Return the last lines of a file, of which the first may be truncated; none if there is no file."""
+    """Return the last lines of a file (the first may be truncated), or none if there is no file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))

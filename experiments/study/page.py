@@ -39,7 +39,7 @@ class Table(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """Figures: separate SVGs for the HTML page, and one image file of all for Markdown."""
+    """Figures: separate SVGs for the HTML page, and one image with all for Markdown."""
 
     legend: str
     svgs: list[str]

@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float, Num
 
-SILENT = 0.025  # fraction of the mean activity of a layer's units
+SILENT = 0.025  # fraction of the mean activity of all units
 RIDGES = 10.0 ** np.arange(-4, 3)  # ridge coefficients, in units of the mean variance of the latents' elements
 SIDE = 12  # size of an image that the probe predicts
 

@@ -29,8 +29,8 @@ SCALE_SHARE = 0.1  # fraction of K for the scales; the locations get the rest
 
 
 def dense_init(key: jax.Array, shape: tuple[int, ...], components: int) -> Float[Array, "c o A maps G"]:
-    """Return initial kernels. The first `components` maps, the locations, take the hidden (-z, z) back to z, plus some noise
-    that makes them differ. The maps of the scales are random."""
+    """Return initial kernels. The first `components` maps (locations) turn the hidden (-z, z) back into z, plus noise that
+    makes them differ. The maps of the scales are random."""
     eye = jnp.eye(shape[1])
     back = jnp.concatenate([-eye, eye]).reshape(*shape[:2], 1, 1, 1)
     noise = orthogonal_init(key, shape)
@@ -49,11 +49,10 @@ class Transition(nn.Module):
     The mixture's weights depend only on the action: weights that depend on z would multiply unbounded components by varying
     factors, and the map would not be Lipschitz. Averaging near-orthogonal maps also lets this network contract where it should.
 
-    It starts near z' = 0.9 K z (K z without scales) for z >= 0, as relu gives it; other activations start with |z|.
+    Initially, z' is near 0.9 K z (K z without scales) if z >= 0, as after a relu; after other activations |z| replaces z.
     Consecutive frames differ little, so this is nearly right from the first step. A random map of nearly full norm would be
     worse than no prediction, and the encoder could then lower the loss most easily by giving up its features. Nothing is
-    shifted at the start, and at first the shifts learn only from the noise on the locations' kernels: with an exact identity
-    after it, a shift would have no gradient.
+    shifted at first. The noise on the location kernels gives the shifts a gradient; with an exact identity it would be 0.
     """
 
     num_actions: int

@@ -1,8 +1,8 @@
 """World model of categorical latents with soft mixture-of-experts layers (Puigcerver et al., 2024).
 
 Each variable of z is a token. Every slot of every expert reads a weighted average of all tokens (weights: a softmax over the
-tokens). Every token gets a weighted average of all slots (a softmax over the slots). So no token is dropped or routed, and
-everything is differentiable. The action is added to each token.
+tokens). Every token gets a weighted average of all slots (a softmax over the slots). So no token is dropped, and everything
+is differentiable. The action is added to each token.
 """
 
 import flax.linen as nn

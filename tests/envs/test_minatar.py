@@ -13,6 +13,8 @@ from envs.minatar import GAMES, MinAtar
 from tests.states import same
 from utils.runs.checkpoints import begin_writing, find, load
 
+pytestmark = pytest.mark.minatar
+
 NAMES = {env_id: game.name.removeprefix("minatar-") for env_id, game in GAMES.items()}
 MINIMAL = {  # what the actions of each minimal set are called in the original
     "asterix": "nlurd", "breakout": "nlr", "freeway": "nud", "seaquest": "nlurdf", "space_invaders": "nlrf"

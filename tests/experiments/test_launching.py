@@ -16,6 +16,8 @@ from experiments.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan
 from tests.commands import ROOT, command
 from utils.runs.flags import UsageError
 
+pytestmark = pytest.mark.minatar
+
 SHORT = str(ROOT / "tests" / "short_script.py")
 GAMES = ("Breakout-MinAtar", "Asterix-MinAtar")
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from scipy import stats
 
 from experiments import report
 from experiments.study.comparison import aggregate, compare, normalized, raw_scores
-from experiments.study.figures import filled, mean_curve
+from experiments.study.figures import curves, filled, mean_curve
 from experiments.study.grid import PlannedRun
 from experiments.study.records import (
     RunRecord,
@@ -318,3 +319,22 @@ def test_a_curve_has_the_interval_of_student():
     low, high = stats.t.interval(0.95, 2, values.mean(axis=0), stats.sem(values, axis=0))
     assert_allclose([mean - half, mean + half], [low, high], atol=1e-9)
     assert np.all(np.isnan(mean_curve(values[:1])[1]))
+
+
+def test_published_scores_and_unfinished_runs_are_marked(tmp_path, monkeypatch):
+    runs = write_grid(tmp_path / "runs", seeds=(1,))
+    write_run(runs / "more", "deep_spi", "Asterix-MinAtar", 2, [(1.0, 1)] * 5, updates=20)
+    comparison = compare(read_runs([str(runs)], RETURN).runs)
+    axes = Figure().subplots()
+    curves(comparison, "Asterix-MinAtar", 20, "return", published=123.0)(axes)
+    assert any(line.get_linestyle() == ":" and set(line.get_ydata()) == {123.0} for line in axes.lines)
+    assert axes.get_ylim()[1] > 123
+    assert [text.get_text() for text in axes.texts] == ["unfinished"]
+    assert axes.texts[0].xy == (5 * BATCH, 1.0)
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete", "--published", "Breakout-MinAtar=50")
+    text = (tmp_path / "r.md").read_text()
+    assert "Circle: end of an unfinished run." in text and "published score (Breakout-MinAtar=50)" in text
+    for wrong, said in (("Pong-v5=20", "must be ENV_ID=SCORE"), ("Breakout-MinAtar=x", "'x' is not a number")):
+        with pytest.raises(UsageError, match=f"--published {wrong}: {said}"):
+            run_report(monkeypatch, "runs", "--output", "r", "--published", wrong)

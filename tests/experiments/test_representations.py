@@ -88,6 +88,7 @@ def test_predictions_by_hand():
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.minatar
 def test_runs_are_measured_and_what_cannot_be_is_named(tmp_path, capsys):
     """A run of three updates, beside one that is not finished, one without a model, and one of a script that is not there."""
     flags = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 3 * 128, "save_every": 1e9}

@@ -1,4 +1,4 @@
-"""The optimizers of DreamSPI: each updates one group of networks and leaves the others bit-exact."""
+"""The optimizers of DreamSPI: each updates one group of networks and leaves the others unchanged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ class DreamOptimizerArgs:
     learning_rate: Annotated[Positive, Default(minatar=2e-3)] = 2.5e-4
     """learning rate of AdamW, for encoder and world model"""
     encoder_learning_rate: Positive | None = None
-    """learning rate of the encoder; if not given, --learning-rate"""
+    """learning rate of the encoder (default: --learning-rate)"""
     weight_decay: NotNegative = 0.01
     """weight decay of AdamW, for encoder and world model"""
     heads_learning_rate: Annotated[Positive, Default(minatar=2e-3)] = 2.5e-4
     """learning rate of Adam, for actor and critic"""
     critic_learning_rate: Annotated[Positive | None, APART] = None
-    """learning rate of the critic; if not given, --heads-learning-rate"""
+    """learning rate of the critic (default: --heads-learning-rate)"""
     anneal_heads_lr: bool = True
     """anneal the learning rates of actor and critic linearly to 0 over the run"""
     clip_apart: bool = False
-    """clip the gradient of each network separately to --max-grad-norm (also those of actor and critic), instead of the joint
-    gradient of encoder and world model, and of actor and critic"""
+    """clip the gradient of each network to --max-grad-norm (actor and critic too), instead of two joint gradients: of encoder
+    and world model, and of actor and critic"""
 
 
 class Optimizers(NamedTuple):

@@ -103,7 +103,7 @@ def prefill_iterations(args: Any) -> int:
 def go_on(state: Any, prefill: Callable, iteration: int, env: Env, args: Any) -> Any:
     """Return the state of a run resumed at `iteration`, with a usable buffer.
 
-    A buffer that was not saved is refilled by `prefill`, with as many rollouts as before the first update (or `iteration`).
+    An unsaved buffer is refilled by `prefill`, with as many rollouts as before the first update (at most `iteration`).
     They do not count toward the run. A saved buffer is kept, but if the environments restart, the last stored step of each is
     masked: the step stored next does not follow from it.
     """
@@ -202,8 +202,8 @@ def sample(replay: Any, key: jax.Array, args: Any) -> Replayed:
 def for_policy(
     params: Any, steps: Replayed, agent: Any, args: Any
 ) -> tuple[dict[str, Array], Bool[Array, " N"], Float[Array, " N"]]:
-    """Return the fields of a script's `Minibatch` for the replayed steps, with the policy and critic of these parameters; which
-    steps terminated; and the weight of each step (`--off-policy`)."""
+    """Return, for the replayed steps, the fields of a script's `Minibatch` with the policy and critic of `params`; which steps
+    terminated; and the weight of each step (`--off-policy`)."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     obs = flat(steps.obs[jnp.arange(len(steps.obs))])
     logits, value = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, obs))
@@ -226,7 +226,7 @@ def vtrace(
     and the step's value.
 
     A[t] = error[t] + gamma lambda weight[t + 1] A[t + 1], and the target is value[t] + weight[t] A[t]. `weight` is their rho
-    and c (the truncated pi/mu), and lambda is that of their remark 2. A[t] is not multiplied by weight[t]; the policy's loss
+    and c (the truncated pi/mu), and lambda is from their remark 2. A[t] is not multiplied by weight[t]; the policy's loss
     does that. If all weights are 1, A is the generalized advantage estimate.
     """
     steps = jax.tree.map(lambda x: x[:-1], steps)

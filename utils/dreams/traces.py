@@ -29,7 +29,7 @@ class DreamTraceArgs:
 
     log_dreams: bool = False
     """log a figure that compares dreams with the real rollout, given the same actions: one dream frame by frame, and means over
-    all dreams of rewards, terminations and latent errors. It covers the horizon of a dream, or a shorter rollout"""
+    all dreams of rewards, terminations and latent errors. It covers a dream's steps, or a shorter rollout's"""
     log_dreams_every: Annotated[Count, Needs(log_dreams=True)] = 100
     """updates between two figures"""
 
@@ -37,10 +37,10 @@ class DreamTraceArgs:
 def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any, dream_step: Callable) -> dict[str, Array]:
     """Return the arrays of a figure: dreams from the first latents of a rollout, with its actions, next to the rollout.
 
-    H is the horizon of a dream, or the length of the rollout if that is less. `alive` [H, B] is 1 until the real episode ends,
-    after which there is nothing to compare with. `error` is the distance of the dreamed next latent from the real next latent,
-    and `no_change` that of the first latent. Distances are Euclidean for continuous latents, and the fraction of variables that
-    differ for categorical ones. One dream, with the most rewards and terminations, is returned step by step: its
+    H is the shorter of a dream's horizon and the rollout's length. `alive` [H, B] is 1 until the real episode ends, after which
+    there is nothing to compare with. `error` is the distance from the dreamed to the real next latent, and `no_change` the
+    distance from the first latent to it. Distances are Euclidean for continuous latents; for categorical ones, they are the
+    fraction of variables that differ. One dream, with the most rewards and terminations, is returned step by step: its
     environment `example`, its actions `taken` [H], and the real observations `frames` [H+1, *obs]. For each of its latents,
     `like` [H+1, *obs] is the observation of the whole rollout whose latent is nearest.
 
@@ -102,8 +102,8 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
 def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
     """Return metrics for comparing runs from the arrays of `trace_dreams`, over all steps before the real episode ends.
 
-    `dreams/latent_error` is the latent error divided by that of predicting no change. `dreams/explained_reward` is 1 - mean
-    squared reward error / variance of the real rewards. Undefined metrics are omitted.
+    `dreams/latent_error` is the latent error divided by the error of predicting no change. `dreams/explained_reward` is 1 -
+    mean squared reward error / variance of the real rewards. Undefined metrics are omitted.
     """
     of = {name.removeprefix(PREFIX): x for name, x in traces.items()}
     alive = of["alive"] > 0

@@ -105,7 +105,7 @@ def aged_bound(
     `episodic_bound`. If gamma D > 1, the mean may be infinite, and a sample mean is then not informative.
 
     Args:
-        errors: ratio times f of each transition, or D f; f for pi_b itself (D = 1).
+        errors: per transition, ratio * f or D * f; for pi_b itself (D = 1), f.
         ages: number of steps of the episode before each transition.
         valid: which transitions count.
         ratio_max: D.
@@ -121,7 +121,7 @@ def episodic_bound(
     gamma: Number,
     episode_length: Number,
 ) -> Float[Array, ""]:
-    """Return D * AEL * mean_error, the bound by averages only (equation 8); inf unless gamma D <= 1.
+    """Return D * AEL * mean_error, the bound from averages (equation 8); inf unless gamma D <= 1.
 
     Args:
         mean_error: mean of f over the transitions of pi_b, which is at most L_R + gamma K_V L_P.

@@ -133,7 +133,7 @@ def model_terms(
         distance = jnp.linalg.norm((predicted.sample(key) - next_z).reshape(n, -1), axis=-1)
         certified = jnp.asarray(args.lipschitz_constant if args.lipschitz_nets else jnp.inf)
         policy = agent.actor_critic.policy_lipschitz(params.actor_critic)
-        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # assumes that ends do not depend on z
+        k_value = value_lipschitz(certified, certified, policy, args.gamma, span)  # assumes terminations independent of z
         constants = {"k_reward": certified, "k_transition": certified, "k_policy": policy, "k_value": k_value}
     going_on = steps.valid & ~(steps.terminated | steps.truncated)
     reward_error = jnp.where(steps.valid, jnp.abs(steps.reward - predicted_reward.reshape(shape)), 0.0)

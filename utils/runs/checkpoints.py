@@ -44,7 +44,7 @@ class Saved(NamedTuple):
 
 
 class Damaged(Exception):
-    """Part of a checkpoint is missing or differs from what was written. The message says which."""
+    """Part of a checkpoint is missing or differs from what was written. The message names it."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -81,8 +81,8 @@ def structure(trees: Trees) -> dict[str, str]:
 
 
 def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callable[[], None]:
-    """Copy the arrays, which may be donated after this, and start writing them. Return a function that finishes the work, from
-    any thread. When that function returns, `path` exists and is intact.
+    """Copy the arrays (they may then be donated) and start writing them. Return a function that finishes the work; any thread
+    may call it. When it returns, `path` exists and is intact.
 
     Raises:
         OSError: it cannot be written (also raised by the returned function).
@@ -112,7 +112,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
             for written in (*partial.rglob("*"), partial):
                 _to_disk(written)
             shutil.rmtree(old, ignore_errors=True)
-            if path.exists():  # the model of a run that was extended since
+            if path.exists():  # the model of a run that was extended
                 os.replace(path, old)
             os.replace(partial, path)
             _to_disk(path.parent)
@@ -213,7 +213,7 @@ class Checkpoints:
         return dict(sorted(found.items()))
 
     def newest(self) -> tuple[Saved | None, dict[Path, str]]:
-        """Return the last intact checkpoint, or None, and the damaged ones after it, each with what is wrong.
+        """Return the last intact checkpoint, or None, and the damage found in each later one.
 
         Raises:
             UsageError: all checkpoints are damaged, or another version of this code wrote them.
@@ -238,7 +238,7 @@ class Checkpoints:
             os.replace(path, aside)
 
     def save(self, step: int, trees: Trees, progress: dict[str, Any]) -> None:
-        """Start writing a checkpoint, after waiting for the previous one. Once it is intact, the oldest is removed. The arrays
+        """Wait for the previous checkpoint, and start writing this one. Once it is written, the oldest is removed. The arrays
         may be donated after this.
 
         Raises:

@@ -11,7 +11,7 @@ UNLIMITED = 2**60  # for "no limit" cgroup v1 prints a number near 2^63
 
 
 def free_memory() -> int:
-    """Return the bytes that JAX may still allocate on its device, as far as that reports it. On the CPU this is host memory."""
+    """Return the bytes that JAX may still allocate on its device (2^62 if unknown). On the CPU this is free host memory."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return free_host_memory()

@@ -46,7 +46,7 @@ def _all_finite(trees: list[Any]) -> jax.Array:
 
 
 def finite_parts(params: Any, opt_state: Any) -> tuple[list[str], jax.Array]:
-    """Return names for each network's parameters and for the optimizer state, and for each whether all values are finite."""
+    """Return a name for each network's parameters and for the optimizer state, and whether all values of each are finite."""
     names = [f"the parameters of {name}" for name in params._fields] + ["the optimizer state"]
     return names, _all_finite([*params, opt_state])
 
@@ -306,7 +306,7 @@ class Run:
             return state
         targets = self._split(state)
         for x in jax.tree.leaves(targets):
-            x.delete()  # memory may not hold two replay buffers; shape, dtype and device stay known
+            x.delete()  # to free memory for a replay buffer; shapes, dtypes and devices stay known
         try:
             loaded = load(self.saved, targets)
         except Damaged as error:
@@ -362,7 +362,7 @@ class Run:
             self.wandb.log_video(step, path)
 
     def _check(self, bad: list[str]) -> bool:
-        """Return True if `bad`, the names of what is not finite, is empty. If not, --stop-if-not-finite raises NotFinite."""
+        """Return True if `bad` (names of what is not finite) is empty. Otherwise, raise NotFinite if --stop-if-not-finite."""
         if bad and self.args.stop_if_not_finite:
             self.checkpoints.wait()
             update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)

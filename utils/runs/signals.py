@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from utils.runs.quiet_start import HEEDED
 
-ECHO_SECONDS = 0.5  # `uv run` forwards a SIGTERM that the scheduler also sends to this process: one signal, not two
+ECHO_SECONDS = 0.5  # a SIGTERM from the scheduler may arrive again, forwarded by `uv run`: one signal, not two
 
 
 class Interrupted(KeyboardInterrupt):
@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def heeded() -> list[int]:
-    """Return the signals to handle, without those that the parent process has ignored (nohup, a shell's background jobs).
+    """Return the signals to handle: all that are not ignored already (by nohup, or for a shell's background jobs).
 
     The list is empty outside the main thread, the only thread that may set signal handlers.
     """

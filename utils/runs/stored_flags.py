@@ -9,7 +9,7 @@ from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, m
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags whose schedules span the whole run
 
 RENAMED = {"enforce_neighbourhood": "enforce_neighborhood"}  # flags of older runs and their names today
-# values for runs that are older than the flag, where they differ from its default
+# values for runs older than the flag, if its default changes their results
 BEFORE = {"transition_layers": (), "value_aware_coef": 0.0, "real_value_coef": 0.0, "bounded_dreams": False}
 
 
@@ -21,7 +21,7 @@ def to_store(args: Any) -> dict[str, Any]:
 
 
 def from_store(args_type: type, stored: dict[str, Any]) -> Any:
-    """Return the flags that `to_store` stored. Flags declared since take their value in `BEFORE` or the default.
+    """Return the flags that `to_store` stored. Newer flags get their value in `BEFORE`, or their default.
 
     Raises:
         UsageError: a stored flag is no longer declared.
@@ -59,7 +59,7 @@ def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
 
 
 def stretched(args: Any, stored: dict[str, Any], step: int) -> str | None:
-    """Return a line on how a larger --total-timesteps affects a run at `step`, or None if it is not larger."""
+    """Return a line on what a larger --total-timesteps changes in a run at `step`; None if it is not larger."""
     before = stored["total_timesteps"]
     if args.total_timesteps <= before:
         return None

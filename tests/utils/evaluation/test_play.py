@@ -134,6 +134,7 @@ def test_names_of_videos(tmp_path, monkeypatch):
     assert check_path(tmp_path / "a.mp4") == tmp_path / "a.gif"
 
 
+@pytest.mark.minatar
 def test_pictures():
     env = ConfoundingGridworld(2, 0)
     picture = env.render(env.reset()[0])

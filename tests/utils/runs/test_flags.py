@@ -46,7 +46,7 @@ MISTAKES = [
     (["--gridworld-n-path=3"], "--gridworld-n-path", "ConfoundingGridworld-v0"),
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
-    (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "between 0 and 1"),
+    (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "in (0, 1)"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
     (["--wandb-group=a"], "--wandb-group", "--track"),
@@ -84,9 +84,9 @@ WORLD_MODEL_MISTAKES = [
     (["--lambda-gp=1"], "--lambda-gp", "--no-lipschitz-nets"),
     (["--use-wgan-gp"], "--use-wgan-gp", "--no-lipschitz-nets"),
     (["--no-lipschitz-nets", "--lipschitz-constant=2"], "--lipschitz-constant", "leave it out"),
-    (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "above 0"),
-    (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop one"),
-    (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "leave it out"),
+    (["--no-lipschitz-nets", "--use-wgan-gp", "--lambda-gp=0"], "--lambda-gp", "positive"),
+    (["--clip-reward-net-output", "--no-reward-clip"], "--no-reward-clip", "drop it or"),
+    (["--clip-reward-net-output", "--env-id=ConfoundingGridworld-v0"], "--clip-reward-net-output", "drop it"),
     (["--w-balancing=2"], "--w-balancing", "[0, 1]"),
     (["--transition-loss-coef=-1"], "--transition-loss-coef", "0 or more"),
     (["--monitor-every=5"], "--monitor-every", "--monitor-guarantee"),
@@ -251,6 +251,7 @@ def test_booleans_as_sweeps_pass_them(typed, expected):
     assert (args.norm_adv, args.seed, args.learning_rate) == (expected, 3, 0.5)
 
 
+@pytest.mark.minatar
 def test_an_environments_family_has_defaults_of_its_own():
     """Whatever is typed overrides them; in other environments those behind the flags hold."""
     atari, game = parse_flags(ppo.Args, []), parse_flags(ppo.Args, ["--env-id=Breakout-MinAtar"])
@@ -277,6 +278,7 @@ def test_an_environments_family_has_defaults_of_its_own():
     check_flags(make_args(deep_spi.Args, env_id="Breakout-MinAtar", clip_reward_net_output=True))
 
 
+@pytest.mark.minatar
 def test_a_default_of_the_family_is_no_value_of_ones_own():
     """Neither where nothing reads the flag, nor in a run that was stored before there was one."""
 

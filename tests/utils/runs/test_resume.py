@@ -150,7 +150,7 @@ def test_a_run_of_emulators_goes_on_with_new_games(tmp_path, monkeypatch):
     ppo.main(of(run_name="a", resume="auto"))
     found = rows(tmp_path / "a")
     assert [row["step"] for row in found] == list(range(32, 961, 32))
-    np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 2.5e-4 * (1 - np.arange(30) / 30), rtol=1e-5)
+    np.testing.assert_allclose([row["charts/learning_rate"] for row in found], 1e-3 * (1 - np.arange(30) / 30), rtol=1e-5)
     times = [json.loads(line)["elapsed"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert np.all(np.diff(times) > 0) and stopped_at == times[6]
     last = find(tmp_path / "a" / "checkpoints" / "000000000960")
