@@ -49,7 +49,7 @@ def test_loss_gradients_and_a_gradient_step_are_those_of_the_script():
     ours = simplified.Agent(simplified.Encoder(), simplified.ActorCritic(NUM_ACTIONS), *networks)
     n, keys = 16, iter(jax.random.split(jax.random.key(0), 20))
     obs = jax.random.bernoulli(next(keys), 0.2, (2 * n, 10, 10, 4)).astype(jnp.uint8)
-    params = deep_spi.init_params(next(keys), agent, obs)
+    params = jax.jit(deep_spi.init_params, static_argnums=1)(next(keys), agent, obs)
     leaves, tree = jax.tree.flatten(params)
     noisy = [
         x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, jax.random.split(next(keys), len(leaves)), strict=True)
@@ -60,13 +60,14 @@ def test_loss_gradients_and_a_gradient_step_are_those_of_the_script():
     value, advantage, reward = (jax.random.normal(k, (n,)) for k in (next(keys), next(keys), next(keys)))
     key = next(keys)
     batch = deep_spi.Minibatch(obs, action, log_probs, value, advantage, advantage + value, reward, jnp.ones(n, bool))
-    grads, _ = jax.grad(deep_spi.loss_fn, has_aux=True)(params, batch, key, agent, args)
-    loss, _ = deep_spi.loss_fn(params, batch, key, agent, args)
+    loss_fn = partial(deep_spi.loss_fn, agent=agent, args=args)
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, key)
 
     log_prob = jnp.take_along_axis(log_probs, action[:, None], axis=1)[:, 0]
     simple = simplified.Batch(obs[:n], action, log_prob, value, reward, jnp.zeros(n, bool), obs[n:], advantage)
     noise = clipped_normal(key, (n, 1, 1, 128), 1.0).reshape(n, 128)
-    found, found_grads = jax.value_and_grad(simplified.loss_fn)(simplify(params), simple, noise, ours, config)
+    loss_fn = partial(simplified.loss_fn, agent=ours, config=config)
+    found, found_grads = jax.jit(jax.value_and_grad(loss_fn))(simplify(params), simple, noise)
     assert_allclose(found, loss, rtol=1e-5)
     close = lambda a, b: assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-7)  # noqa: E731
     jax.tree.map(close, found_grads, simplify(grads))
