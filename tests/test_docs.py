@@ -1,0 +1,59 @@
+"""The docs name every metric, no flag that does not exist, and no file that is not there."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import dream_spi
+import evaluate
+import ppo_atari_envpool_xla_jax_scan as ppo
+from benchmarks import gpu_kernels, profile_update, throughput
+from experiments import confounding_gridworld, guarantees, report, representations, run, seeds
+from tests.commands import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [path for folder in (".", "utils", "networks", "envs") for path in sorted((ROOT / folder).glob("**/*.py"))]
+PROGRAMS = (dream_spi, ppo, evaluate, report, run, seeds, representations, confounding_gridworld, guarantees)
+PROGRAMS += (throughput, profile_update, gpu_kernels)
+# of other programs (uv, pytest, ruff, chromium), and of examples
+OTHERS = {"extra", "group", "no-project", "with-requirements", "with", "check", "write", "resume", "my-coef", "logdir", "help"}
+
+
+def names_of_metrics():
+    text = "\n".join(path.read_text() for path in SOURCES if ".venv" not in path.parts and "tests" not in path.parts)
+    found = set(re.findall(r'"((?:losses|charts|spi|dreams)/[a-z_]+)"', text))
+    assert len(found) > 35
+    return found
+
+
+def test_every_metric_is_documented():
+    page = (ROOT / "docs/logging.md").read_text()
+    assert not [name for name in names_of_metrics() if f"`{name}`" not in page]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_exist(page):
+    declared = {field.name for program in PROGRAMS for field in dataclasses.fields(program.Args)}
+    declared |= {"transition_loss_coef", "monitor_guarantee", "game", "seeds", "total_timesteps"}
+    typed = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]*)", page.read_text())) - OTHERS
+    typed = {flag.replace("-", "_") for flag in typed if not flag.startswith("xla_")}
+    assert not [flag for flag in typed if flag not in declared and flag.removeprefix("no_") not in declared]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_scripts_in_commands_exist():
+    for page in PAGES:
+        for script in re.findall(r"uv run (?:--\S+ (?!\S+\.py)\S+ )*(?:--\S+ \S+ )*([\w/]+\.py)", page.read_text()):
+            assert (ROOT / script).exists() or script == "my_spi.py", f"{page.name}: {script}"
+
+
+def test_the_readme_is_short():
+    assert len(Path(ROOT / "README.md").read_text().splitlines()) <= 120
