@@ -127,9 +127,11 @@ def plan(
     found = []
     for text in scripts:
         try:
-            word, *own = shlex.split(text)
+            words = shlex.split(text)
         except ValueError as error:
-            raise UsageError(f"--scripts {text!r}: {str(error).lower() or 'is empty'}") from None
+            raise UsageError(f"--scripts {text!r}: {str(error).lower()}") from None
+        require(len(words) > 0, f"--scripts {text!r}: is empty; name a script")
+        word, *own = words
         path = script_path(word)
         for given in (*own, *flags):
             given = given.replace("_", "-").partition("=")[0]

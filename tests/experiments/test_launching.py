@@ -78,6 +78,7 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
         (("tests/commands.py",), GAMES, [], "has no class Args"),
         (("ppo", "ppo"), GAMES, [], "names ppo twice"),
         (("ppo 'a",), GAMES, [], "no closing quotation"),
+        (("",), GAMES, [], "is empty; name a script"),
         (("",), GAMES, [], "--scripts ''"),
         ((), GAMES, [], "--scripts: name at least one"),
         (("ppo",), (), [], "--env-ids: name at least one"),
