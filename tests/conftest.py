@@ -1,22 +1,24 @@
 """Shapes are checked in every test: jaxtyping's import hook wraps all functions of the helper packages."""
 
-import atexit
 import os
 import shutil
 import signal
 import sys
-import tempfile
+from pathlib import Path
 
-# most of the suite's time is compilation, of the slow tests' it is not; tests/test_command_line.py trains on Atari with what
-# users have (the first process decides, and its workers inherit it)
+# Optimizing the small programs of the default tests takes longer than running them. The first process decides for its workers.
+# tests/test_command_line.py trains on Atari with the optimizations that users have.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sys.argv)))
 
+CACHE, CACHE_BYTES = Path(__file__).parent.parent / ".pytest_cache" / "compiled", 2**30
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="deep-spi-tests-")  # once for the whole suite
+    # most of the suite's time is compilation; a second run finds its programs, keyed by their content
+    if sum(file.stat().st_size for file in CACHE.rglob("*") if file.is_file()) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: there are thousands
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # modules too: each script that is started would take 3 s longer
-        os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(compiled, "modules")
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE / "modules")
 
 import jax
 import pytest
