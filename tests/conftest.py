@@ -10,15 +10,15 @@ from pathlib import Path
 # tests/test_command_line.py trains on Atari with the optimizations that users have.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sys.argv)))
 
-CACHE, CACHE_BYTES = Path(__file__).parent.parent / ".pytest_cache" / "compiled", 2**30
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # most of the suite's time is compilation; a second run finds its programs, keyed by their content
-    if sum(file.stat().st_size for file in CACHE.rglob("*") if file.is_file()) > CACHE_BYTES:
-        shutil.rmtree(CACHE)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+    cache = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+    if sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) > 2**30:
+        shutil.rmtree(cache)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # small programs too: there are thousands
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # modules too: each script that is started would take 3 s longer
-        os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE / "modules")
+        os.environ["PYTHONPYCACHEPREFIX"] = str(cache / "modules")
 
 import jax
 import pytest
