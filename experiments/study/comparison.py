@@ -1,6 +1,5 @@
 """Compare algorithms x games x seeds: find missing runs, normalize scores, and aggregate them over games."""
 
-import re
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 from envs.atari import AtariProtocol
 from envs.registry import atari_protocol
 from experiments.study.grid import PlannedRun
-from experiments.study.records import RunRecord, final_score, labels
+from experiments.study.records import RunRecord, final_score, labels, split_flags
 from utils import statistics
 from utils.runs.flags import require
 from utils.runs.scores import reference
@@ -74,7 +73,7 @@ def compare(runs: list[RunRecord], planned: list[PlannedRun] = ()) -> Comparison
 
 def run_protocol(run: RunRecord) -> AtariProtocol:
     """Return the sticky-action probability and the maximum number of no-ops; they apply only to Atari."""
-    typed = dict(word.removeprefix("--").partition(" ")[::2] for word in re.split(r" (?=--)", run.flags) if word)
+    typed = dict(word.removeprefix("--").partition(" ")[::2] for word in split_flags(run.flags))
     number = lambda flag, kind: kind(typed[flag]) if flag in typed else None  # noqa: E731
     flags = number("repeat-action-probability", float), number("noop-max", int)
     return atari_protocol(SimpleNamespace(stochastic_env="stochastic-env" in typed, **AtariProtocol(*flags)._asdict()))

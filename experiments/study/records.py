@@ -78,6 +78,11 @@ def typed_flags(script: str, flags: dict[str, Any]) -> str:
     return " ".join(said)
 
 
+def split_flags(flags: str) -> list[str]:
+    """Split the flags of a `RunRecord` into one string per flag, each with its values."""
+    return [word for word in re.split(r" (?=--)", flags) if word]
+
+
 def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple]) -> RunRecord:
     batch = flags["num_envs"] * flags["num_steps"]
     planned = flags["total_timesteps"] // batch * batch
@@ -209,7 +214,7 @@ def labels(runs: list[RunRecord]) -> list[str]:
     Raises:
         UsageError: two runs have the same name, environment and seed.
     """
-    words = [[word for word in re.split(r" (?=--)", run.flags) if word] for run in runs]
+    words = [split_flags(run.flags) for run in runs]
     flag = lambda word: re.sub(r"^--(no-)?", "", word).split()[0]  # noqa: E731
     # compare within an environment: different defaults between families do not make another algorithm
     seen: dict[tuple[str, str], list[set[str]]] = {}

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from experiments import report
-from experiments.study.comparison import aggregate, compare, normalized, raw_scores
+from experiments.study.comparison import aggregate, compare, normalized, raw_scores, run_protocol
 from experiments.study.figures import curves, filled, mean_curve
 from experiments.study.grid import PlannedRun
 from experiments.study.records import (
@@ -338,3 +338,17 @@ def test_published_scores_and_unfinished_runs_are_marked(tmp_path, monkeypatch):
     for wrong, said in (("Pong-v5=20", "must be ENV_ID=SCORE"), ("Breakout-MinAtar=x", "'x' is not a number")):
         with pytest.raises(UsageError, match=f"--published {wrong}: {said}"):
             run_report(monkeypatch, "runs", "--output", "r", "--published", wrong)
+
+
+def test_a_baseline_is_of_one_protocol():
+    """Flags of the protocol are read off a run's flags, and runs of two protocols have no baseline in common."""
+    plain, sticky = record([1.0], env_id="Pong-v5"), "--stochastic-env --total-timesteps 9000"
+    assert run_protocol(plain) == (0.0, 30)
+    assert run_protocol(plain._replace(flags=sticky)) == (0.3, 60)
+    assert run_protocol(plain._replace(flags="--gamma 0.9 --repeat-action-probability 0.25 --noop-max 7")) == (0.25, 7)
+    other = plain._replace(script="deep_spi", flags=sticky)
+    comparison = compare([plain, other])
+    raw = raw_scores(comparison, 1, 1)
+    with pytest.raises(UsageError, match="--scale baseline: runs of Pong-v5 differ in their protocol"):
+        normalized(comparison, raw, "baseline", "ppo")
+    assert len(normalized(comparison, raw, "min-max", "ppo")["ppo"]) == 1
