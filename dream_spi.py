@@ -44,19 +44,8 @@ from utils.histograms import track_gradients
 from utils.losses import decayed_sums, masked_mean, masked_normalize, smooth_l1_loss, weighted_mean, weighted_quantiles
 from utils.metrics import rollout_metrics, scan_with_metrics, summarize
 from utils.occasionally import occasionally
-from utils.runs.flags import (
-    Count,
-    Default,
-    InsideUnit,
-    Needs,
-    NotNegative,
-    Positive,
-    Range,
-    Sizes,
-    at_least,
-    refuse_unread,
-    require,
-)
+from utils.runs.flag_types import Count, Default, InsideUnit, Needs, NotNegative, Positive, Range, Sizes, at_least
+from utils.runs.flags import refuse_unread, require
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
 

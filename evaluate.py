@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from envs.atari import make_machado_pool
+from envs.atari_scores import reference
 from envs.protocol import Env
 from envs.registry import atari_protocol, family, make_env
 from utils.evaluation.camera import MOST_FRAMES
@@ -33,7 +34,6 @@ from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL
 from utils.runs.launch import describe_device, run_main
 from utils.runs.load_run import LoadedRun, read_run
-from utils.runs.scores import reference
 from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")

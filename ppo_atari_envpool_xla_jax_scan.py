@@ -32,16 +32,8 @@ from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighborhood import backtrack, gradient_steps, ratio_metrics
-from utils.runs.flags import (
-    Count,
-    Default,
-    InsideUnit,
-    NotNegative,
-    Positive,
-    RunArgs,
-    Share,
-    check_minibatches,
-)
+from utils.runs.flag_types import Count, Default, InsideUnit, NotNegative, Positive, Share
+from utils.runs.flags import RunArgs, check_minibatches
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
 

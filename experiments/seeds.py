@@ -30,7 +30,8 @@ import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
 from experiments.study.records import COLUMNS  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
-from utils.runs.flags import UsageError, as_typed, check_flags, parse_flags, require  # noqa: E402
+from utils.runs.flag_types import as_typed  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}

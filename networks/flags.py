@@ -10,7 +10,8 @@ from envs.registry import pays_beyond_one
 from networks.architectures import ACTIVATIONS
 from networks.world_models import CATEGORICAL
 from utils.distributions import DENSITIES, INITIAL_SCALE
-from utils.runs.flags import LAYERS, Count, Default, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least, require
+from utils.runs.flag_types import Count, Default, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least
+from utils.runs.flags import LAYERS, require
 from utils.world_model import CATEGORICAL_COSTS
 
 WITH_SCALE = tuple(name for name, density in DENSITIES.items() if density.has_scale)

@@ -6,12 +6,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from envs.atari import AtariProtocol
+from envs.atari_scores import reference
 from envs.registry import atari_protocol
 from experiments.study.grid import PlannedRun
 from experiments.study.records import RunRecord, final_score, labels, split_flags
 from utils import statistics
 from utils.runs.flags import require
-from utils.runs.scores import reference
 
 FIRST = ("ppo", "deep_mdp_ppo", "deep_spi", "dream_spi")  # order of algorithms in figures and tables
 Scale = Literal["human", "baseline", "min-max", "against"]

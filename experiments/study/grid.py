@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import filelock
 
+from envs.atari_scores import ale57, ale61
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.minatar import GAMES as MINATAR
 from envs.registry import family
@@ -24,7 +25,6 @@ from utils.runs import folder
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.logs import METRICS
-from utils.runs.scores import ale57, ale61
 from utils.runs.stored_flags import check_continued
 
 SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # short names of scripts, for run names and tables

@@ -16,7 +16,8 @@ from experiments.study.grid import LOGS, SHORT, PlannedRun, read_plan
 from experiments.study.grid import RECORD as STUDY
 from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
-from utils.runs.flags import MAY_CHANGE, RunArgs, UsageError, annotations_of, as_typed, defaults, require
+from utils.runs.flag_types import MAY_CHANGE, as_typed
+from utils.runs.flags import RunArgs, UsageError, annotations_of, defaults, require
 from utils.runs.folder import RECORD, read_record
 from utils.runs.logs import METRICS
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from utils.dreams.optimizers import Optimizers, descend
 from utils.losses import masked_mean
-from utils.runs.flags import Count, Needs, Positive, refuse_unread
+from utils.runs.flag_types import Count, Needs, Positive
+from utils.runs.flags import refuse_unread
 from utils.world_model import transition_loss
 
 WANTED = Needs(wasserstein_discriminator=True)

@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from utils.losses import smooth_l1_loss
-from utils.runs.flags import NotNegative, require
+from utils.runs.flag_types import NotNegative
+from utils.runs.flags import require
 
 
 @dataclass

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Int, Scalar
 
 from utils.dreams.replay import prefill_iterations
-from utils.runs.flags import Default, Needs, NotNegative, Positive
+from utils.runs.flag_types import Default, Needs, NotNegative, Positive
 
 GROUPS = {"encoder": "model", "transition": "model", "reward": "model", "end": "model"}
 GROUPS |= {"actor_critic": "heads", "critic": "heads", "discriminator": "discriminator", "slow_critic": "none"}

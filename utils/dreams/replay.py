@@ -14,8 +14,9 @@ from envs.protocol import Env
 from envs.registry import family
 from utils.devices import make_split
 from utils.losses import decayed_sums
-from utils.runs.flags import LARGEST, Count, Default, Needs, NotNegative, Positive, refuse_unread, require
-from utils.runs.memory import free_memory
+from utils.memory import free_memory
+from utils.runs.flag_types import LARGEST, Count, Default, Needs, NotNegative, Positive
+from utils.runs.flags import refuse_unread, require
 
 WANTED = Needs(use_replay_buffer=True)
 KEPT_FREE = 3 * 2**30  # bytes reserved for training itself

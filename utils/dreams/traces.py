@@ -11,7 +11,7 @@ from jaxtyping import Array, Num
 
 from envs.frames import SMALLEST_FRAME
 from envs.minatar import in_colors
-from utils.runs.flags import Count, Needs
+from utils.runs.flag_types import Count, Needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

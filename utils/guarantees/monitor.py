@@ -13,7 +13,8 @@ from utils.guarantees.bounds import aged_bound, episodic_bound, is_vacuous, loca
 from utils.losses import masked_mean
 from utils.neighborhood import ratio_metrics
 from utils.occasionally import occasionally
-from utils.runs.flags import Count, Needs, require
+from utils.runs.flag_types import Count, Needs
+from utils.runs.flags import require
 
 PREFIX = "spi/bound/"  # prefix of all names; inf means unbounded or unknown, and is not logged
 

@@ -18,9 +18,9 @@ import io
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
     Raises:
         OSError: it cannot be written (also raised by the returned function).
     """
-    partial, old = (path.with_name(path.name + ending) for ending in (INCOMPLETE, ".old" + INCOMPLETE))
+    partial = path.with_name(path.name + INCOMPLETE)
 
     def explained(error):
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,12 +111,9 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
             write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in files})
             for written in (*partial.rglob("*"), partial):
                 _to_disk(written)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():  # the model of a run that was extended
-                os.replace(path, old)
+            shutil.rmtree(path, ignore_errors=True)  # the model of a run that was extended: its checkpoint is there
             os.replace(partial, path)
             _to_disk(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
         except Exception as error:
             raise explained(error) from error
 
@@ -205,7 +202,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
-        self.thread = self.error = None
+        self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def steps(self) -> dict[int, Path]:
         """Return the path of each checkpoint by its step, in ascending order."""
@@ -250,17 +247,13 @@ class Checkpoints:
         end = begin_writing(self.folder / f"{step:012d}", trees, progress)
 
         def work():
-            try:
-                end()
-                for path in list(self.steps().values())[: -self.keep]:
-                    going = path.with_name(path.name + INCOMPLETE)
-                    os.replace(path, going)
-                    shutil.rmtree(going, ignore_errors=True)
-            except Exception as error:
-                self.error = error
+            end()
+            for path in list(self.steps().values())[: -self.keep]:
+                going = path.with_name(path.name + INCOMPLETE)
+                os.replace(path, going)
+                shutil.rmtree(going, ignore_errors=True)
 
-        self.thread = threading.Thread(target=work)
-        self.thread.start()
+        self.writing = self.thread.submit(work)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -268,13 +261,11 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        self.check()
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def check(self) -> None:
         """Raise OSError if writing the last checkpoint is known to have failed."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        if self.writing is not None and self.writing.done():
+            self.wait()

@@ -1,16 +1,7 @@
-"""Flags: those that every run has, annotations that constrain a flag, and the pass that checks all of them.
+"""Flags: those that every run has, and the pass that checks all of them.
 
-A flag's annotation declares its valid range, the flags it depends on, and whether a resumed run may change it:
-
-    gae_lambda: Share = 0.95
-    num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
-    save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
-
-`check_flags` reads these annotations. `defaults` reads defaults that are specific to a family of environments:
-
-    num_envs: Annotated[Count, Default(minatar=64)] = 128
-
-Constraints between several flags are checked by the `check` method of the class that declares them.
+A flag's annotations (`utils.runs.flag_types`) declare its valid range and the flags it depends on. Constraints between several
+flags are checked by the `check` method of the class that declares them.
 """
 
 import dataclasses
@@ -18,82 +9,37 @@ import difflib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from envs import minatar
 from envs.registry import GRIDWORLD, check_gridworld, env_ids, family
-
-LARGEST = 2**31 - 1  # JAX integers have 32 bits
+from utils.runs.flag_types import (
+    ANY,
+    LARGEST,
+    MAY_CHANGE,
+    Count,
+    Default,
+    Needs,
+    NotNegative,
+    Range,
+    Seed,
+    Share,
+    Steps,
+    Switch,
+    as_typed,
+    at_least,
+)
 
 
 class UsageError(Exception):
     """A mistake of the user. The message is one line that names the flag and the remedy."""
 
-
-class Range(NamedTuple):
-    """The values that a flag may have. If a flag takes several values, each of them is checked."""
-
-    holds: Callable[[Any], bool]
-    remedy: str
-    limit: int = LARGEST  # largest integer
-
-
-class Needs:
-    """The values of other flags that a flag depends on. Without them it has no effect, and setting it is an error.
-
-    Args:
-        text: describes the condition in messages; by default made from `flags`.
-        when: predicate of all flags, for conditions that `flags` cannot express.
-        flags: the required value of each flag, or a tuple of allowed values.
-    """
-
-    def __init__(self, text: str | None = None, when: Callable[[Any], bool] | None = None, **flags: Any):
-        self.flags = {name: value if isinstance(value, tuple) else (value,) for name, value in flags.items()}
-        self.when = when or (lambda args: all(getattr(args, name) in values for name, values in self.flags.items()))
-        self.text = text or " ".join(as_typed(name, *values) for name, values in self.flags.items())
-
-
-class Default:
-    """The default of a flag in these families of environments (`envs.registry.family`); overrides the field's default."""
-
-    def __init__(self, **families: Any):
-        self.families = families
-
-
-MAY_CHANGE = "a resumed run may change it: results are the same up to rounding"
-
-
-def as_typed(name: str, *values: Any) -> str:
-    """Format a flag as on the command line; alternative values are joined with "or"."""
-    name = name.replace("_", "-")
-    if isinstance(values[0], tuple):
-        return " ".join(map(str, (f"--{name}", *(values[0] or ("(none)",)))))
-    if isinstance(values[0], bool):
-        return f"--{'' if values[0] else 'no-'}{name}"
-    return f"--{name} {' or '.join(map(str, values))}"
-
-
-def at_least(n: int) -> Range:
-    """Return the range of integers from n on."""
-    return Range(lambda x: x >= n, f"must be at least {n}")
-
-
-ANY = Range(lambda x: True, "")
-Count = Annotated[int, at_least(1)]
-Positive = Annotated[float, Range(lambda x: x > 0, "must be positive")]
-NotNegative = Annotated[float, Range(lambda x: x >= 0, "must be 0 or more")]
-Share = Annotated[float, Range(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
-InsideUnit = Annotated[float, Range(lambda x: 0 < x < 1, "must lie between 0 and 1")]
-Sizes = Annotated[tuple[int, ...], Range(lambda x: x > 0, "sizes must be positive")]
-Seed = Annotated[int, Range(lambda x: x >= 0, "must be 0 or more", 2**32 - 1)]  # larger seeds would be truncated to 32 bits
-Steps = Annotated[int, Range(lambda x: x >= 1, "must be at least 1", 2**53)]
-Switch = Annotated[bool, MAY_CHANGE]
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
 POOL = Needs("an envpool environment", lambda args: family(args.env_id) in ("atari", "classic"))
@@ -232,24 +178,22 @@ def check_minibatches(args: Any) -> None:
     Raises:
         UsageError: it does not; the message names the flags to change.
     """
-    steps = args.num_envs * args.num_steps
-    require(
-        args.minibatch_by == "env" or steps % args.num_minibatches == 0,
-        f"--num-envs {args.num_envs} x --num-steps {args.num_steps} = {steps} transitions are not "
-        f"divisible by --num-minibatches {args.num_minibatches}; change one of the three",
+    steps, shares, by_env = (
+        args.num_envs * args.num_steps,
+        args.num_devices * (1 + args.overlap_rollout),
+        args.minibatch_by == "env",
     )
+    rows, what = (args.num_envs, "environments") if by_env else (steps, "transitions")
+    sizes = f"--num-envs {args.num_envs}" + ("" if by_env else f" x --num-steps {args.num_steps} = {steps} transitions")
     require(
-        args.minibatch_by == "transition" or args.num_envs % args.num_minibatches == 0,
-        f"--minibatch-by env: --num-envs {args.num_envs} is not divisible by --num-minibatches {args.num_minibatches}; "
-        "change one of the two",
+        rows % args.num_minibatches == 0,
+        f"{sizes}: not divisible by --num-minibatches {args.num_minibatches}; change one of them",
     )
-    shares = args.num_devices * (1 + args.overlap_rollout)
     require(
         args.num_envs % shares == 0,
         f"--num-envs {args.num_envs}: not divisible into {shares} equal parts (--num-devices {args.num_devices}"
         f"{', two halves each' if args.overlap_rollout else ''}); change one of them",
     )
-    rows, what = (args.num_envs, "environments") if args.minibatch_by == "env" else (steps, "transitions")
     rows //= args.num_minibatches
     require(
         rows % args.num_devices == 0,

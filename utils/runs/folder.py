@@ -24,19 +24,18 @@ from utils.runs.logs import METRICS
 from utils.runs.stored_flags import to_store
 
 RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy")
-EXTRAS = ("pgx", "pgx-minatar")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy", "pgx", "pgx-minatar")
 ROOT = Path(__file__).parents[2]
 IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `describe_run` that every checkpoint stores too
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on, with extras if they are installed."""
-    installed = {name: metadata.version(name) for name in PACKAGES}
-    for name in EXTRAS:
+    """Return the versions of Python and of the installed packages that results depend on."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             installed[name] = metadata.version(name)
-    return {"python": platform.python_version()} | installed
+    return installed
 
 
 def git_commit() -> dict[str, Any]:

@@ -23,12 +23,12 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.utils import figure_to_image
 from tqdm import tqdm
 
+from envs import atari_scores
 from envs.registry import atari_protocol
 from utils.dreams import traces
 from utils.guarantees import monitor
 from utils.histograms import EDGES
 from utils.occasionally import only_measured
-from utils.runs import scores
 from utils.runs.checkpoints import write_whole
 from utils.runs.flags import RunArgs
 from utils.runs.launch import one_line
@@ -43,91 +43,31 @@ UPDATES_SHOWN = 20  # updates over which the progress line averages the return
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it warns about every NaN; `Logger` warns once per metric
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        said = f"run stopped: the log could not be written ({error.strerror})"
-        raise OSError(error.errno, said, str(path)) from None
-
-
 class EventFile:
     """A TensorBoard file that is written synchronously, so that a full disk raises an error in the caller, not in a thread.
 
     Args:
         folder: the run's folder.
         purge_step: first step of a resumed run; TensorBoard discards steps from here on in older files of the folder.
-
-    Raises:
-        OSError: the file cannot be written (every method).
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
         # TensorBoard reads files in order of name: the time in this one must be the latest, even if clocks differ
         times = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
         times = [int(seconds) + 1 for seconds in times if seconds.isdecimal()]
-        self.path = folder / f"events.out.tfevents.{max(int(time.time()), *times, 0)}.{socket.gethostname()}.{os.getpid()}"
-        with _explained(self.path):
-            self.records = RecordWriter(str(self.path))
-        self.flushed = 0.0
-        self._write(Event(file_version="brain.Event:2"))
+        name = f"events.out.tfevents.{max(int(time.time()), *times, 0)}.{socket.gethostname()}.{os.getpid()}"
+        self.records, self.flushed = RecordWriter(str(folder / name)), 0.0
+        self.add(file_version="brain.Event:2")
         if purge_step is not None:
-            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+            self.add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
-    def add(self, values: Any, step: int) -> None:
-        """Add the output of a function of `tensorboardX.summary`."""
-        self._write(Event(summary=values, step=step))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with _explained(self.path):
-            self.records.write(event.SerializeToString())
-        if event.wall_time - self.flushed > FLUSH_SECONDS:
-            self.flushed = event.wall_time
-            self.flush()
-
-    def flush(self) -> None:
-        """Write everything to disk."""
-        with _explained(self.path):
+    def add(self, **content: Any) -> None:
+        """Write an event: fields of TensorBoard's `Event`, such as `step`, and `summary` (from `tensorboardX.summary`)."""
+        now = time.time()
+        self.records.write(Event(wall_time=now, **content).SerializeToString())
+        if now - self.flushed > FLUSH_SECONDS:
+            self.flushed = now
             self.records.flush()
-
-    def close(self) -> None:
-        """Write everything to disk and close the file."""
-        try:
-            self.flush()
-        finally:
-            with _explained(self.path):
-                self.records.close()
-
-
-class MetricsFile:
-    """metrics.jsonl: a JSON row with all metrics of each update. Values that are not finite become null.
-
-    Raises:
-        OSError: the file cannot be written (every method).
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / METRICS
-        self.file = open(self.path, "a")
-
-    def add(self, row: dict[str, float]) -> None:
-        """Add a row, which survives if the process is killed."""
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        with _explained(self.path):
-            self.file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self.file.flush()
-
-    def flush(self) -> None:
-        """Write everything to disk."""
-        with _explained(self.path):
-            os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        with _explained(self.path):
-            self.file.close()
 
 
 def _steps(folder: Path) -> list[tuple[bytes, int | None]]:
@@ -195,7 +135,7 @@ class Logger:
         self.steps_per_iteration, self.stops = steps_per_iteration, args.stop_if_not_finite
         self.step = iteration * steps_per_iteration
         self.total_steps = args.total_timesteps // steps_per_iteration * steps_per_iteration
-        self.reference = scores.reference(args.env_id, atari_protocol(args))
+        self.reference = atari_scores.reference(args.env_id, atari_protocol(args))
         self.episodes = collections.deque(progress.get("episodes", []), UPDATES_SHOWN)  # (count, mean return) of each update
         self.warned = set(progress.get("warned", []))  # names of metrics reported as not finite
         self.elapsed = progress.get("elapsed", 0.0)  # seconds of training
@@ -204,14 +144,24 @@ class Logger:
         self.first = None  # time at which the first update of this process ended
         self.wandb = None
         self.interactive = sys.stdout.isatty()
-        self.metrics = MetricsFile(folder)
-        self.events = EventFile(folder, None if anew else self.step + 1)
-        self.bar = None
+        self.folder, self.bar = folder, None
+        with self._explained():
+            self.metrics = open(folder / METRICS, "a")
+            self.events = EventFile(folder, None if anew else self.step + 1)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            said = f"run stopped: the log could not be written ({error.strerror})"
+            raise OSError(error.errno, said, str(self.folder)) from None
 
     def describe(self, flags: dict[str, Any]) -> None:
         """Log the flags to TensorBoard."""
         rows = "\n".join(f"|{k}|{v}|" for k, v in flags.items())
-        self.events.add(summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), self.step)
+        with self._explained():
+            self.events.add(summary=summary.text("hyperparameters", f"|flag|value|\n|-|-|\n{rows}"), step=self.step)
 
     def start(self) -> None:
         """Start the clock and the progress line."""
@@ -285,16 +235,20 @@ class Logger:
         return losses + [name for name, is_finite in zip(self.results, finite, strict=True) if not is_finite]
 
     def _write(self, metrics: dict[str, float], pictures: dict[str, np.ndarray], histograms: dict[str, np.ndarray]) -> None:
-        self.metrics.add({"step": self.step, "elapsed": self.elapsed} | metrics)
-        for name, value in metrics.items():
-            self.events.add(summary.scalar(name, value), self.step)
+        row = {"step": self.step, "elapsed": self.elapsed} | metrics
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        shown = [summary.scalar(name, value) for name, value in metrics.items()]
         for name, value in pictures.items():
-            self.events.add(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"), self.step)
+            shown.append(summary.image(name, value, dataformats="HW" if value.ndim == 2 else "CHW"))
+        centers, limits = (EDGES[1:] + EDGES[:-1]) / 2, EDGES[1:].tolist()
         for name, counts in histograms.items():
-            centers = (EDGES[1:] + EDGES[:-1]) / 2
             sums = float(counts.sum()), float(counts @ centers), float(counts @ centers**2)
-            drawn = summary.histogram_raw(name, float(EDGES[0]), float(EDGES[-1]), *sums, EDGES[1:].tolist(), counts.tolist())
-            self.events.add(drawn, self.step)
+            shown.append(summary.histogram_raw(name, float(EDGES[0]), float(EDGES[-1]), *sums, limits, counts.tolist()))
+        with self._explained():
+            self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self.metrics.flush()  # a killed process loses no row
+            for one in shown:
+                self.events.add(summary=one, step=self.step)
         if self.wandb is not None:
             self.wandb.log(self.step, metrics, pictures, histograms)
 
@@ -321,5 +275,12 @@ class Logger:
 
     def to_disk(self) -> None:
         """Write everything logged so far to disk."""
-        self.metrics.flush()
-        self.events.flush()
+        with self._explained():
+            os.fsync(self.metrics.fileno())
+            self.events.records.flush()
+
+    def close(self) -> None:
+        """Write everything to disk, and close the files and the progress line."""
+        self.bar.close()
+        with self._explained(), contextlib.closing(self.metrics), contextlib.closing(self.events.records):
+            self.events.records.flush()

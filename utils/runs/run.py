@@ -231,7 +231,7 @@ class Run:
         """Close all files and end the process. The main thread may be doing anything except writing."""
         try:
             self.logger.say("stopped before there was anything to save")
-            self.logger.events.close()
+            self.logger.close()
             if self.wandb is not None:
                 self.wandb.finish(128 + signum)
             if self.made and not self.logged:
@@ -255,9 +255,7 @@ class Run:
             # an iteration may still be running: its environments must not be freed before it ends
             attempt(jax.effects_barrier)
             attempt(self.checkpoints.wait)
-            attempt(self.logger.bar.close)
-            attempt(self.logger.metrics.close)
-            attempt(self.logger.events.close)
+            attempt(self.logger.close)
             ended = failure is None and self.iteration == self.num_iterations
             if ended and self.complete:
                 self.record["finished_at"] = self.logger.step

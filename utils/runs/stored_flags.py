@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any, get_type_hints
 
-from utils.runs.flags import MAY_CHANGE, UsageError, annotations_of, as_typed, make_args
+from utils.runs.flag_types import MAY_CHANGE, as_typed
+from utils.runs.flags import UsageError, annotations_of, make_args
 
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags whose schedules span the whole run
 

@@ -15,22 +15,8 @@ import ppo_atari_envpool_xla_jax_scan as ppo
 from envs import minatar
 from envs.atari import env_seeds
 from tests.commands import ROOT, run
-from utils.runs.flags import (
-    Count,
-    Default,
-    Needs,
-    NotNegative,
-    RunArgs,
-    Share,
-    Sizes,
-    UsageError,
-    check_flags,
-    make_args,
-    own_defaults,
-    parse_flags,
-    refuse_unread,
-    require,
-)
+from utils.runs.flag_types import Count, Default, Needs, NotNegative, Share, Sizes
+from utils.runs.flags import RunArgs, UsageError, check_flags, make_args, own_defaults, parse_flags, refuse_unread, require
 from utils.runs.launch import run_script
 from utils.runs.stored_flags import from_store
 

@@ -365,7 +365,7 @@ def test_a_checkpoint_that_could_not_be_written_stops_the_run_an_update_later(st
             state = run.restore(make_state(), SAVEABLE)
             monkeypatch.setattr("utils.runs.checkpoints.checksum", full)
             run.log(state, metrics(1.0))
-            run.checkpoints.thread.join()
+            wait_for(run.checkpoints.writing.done)
             run.next_save = float("inf")
             run.log(state, metrics(1.0))
             raise AssertionError("not reached")

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from envs import atari_scores
 from tests.commands import ROOT
 from tests.event_files import scalars
 from tests.wandb_files import exit_codes, history, records
 from utils.dreams import traces
 from utils.occasionally import MEASURED
-from utils.runs import scores
 from utils.runs.flags import RunArgs, UsageError
 from utils.runs.run import Run
 from utils.runs.signals import Interrupted, Signals
@@ -83,7 +83,7 @@ def test_scalars_are_written_once_each_at_their_step(tmp_path):
     assert not any(MEASURED in name for name in written)
     assert written["losses/policy_loss"] == [(10, 0.0), (20, 1.0), (30, 2.0)]
     assert written["charts/episodic_return"] == [(20, 1.0)]
-    breakout = scores.reference("Breakout-v5")
+    breakout = atari_scores.reference("Breakout-v5")
     assert written["charts/human_normalized_score"][0][1] == pytest.approx(breakout.human_normalized(1.0))
     assert len(written["charts/SPS"]) == 2
     assert "30/30 steps" in out.getvalue() and "\r" not in out.getvalue()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT
-from utils.runs import memory
-from utils.runs.memory import free_host_memory, free_memory
+from utils.memory import free_host_memory, free_memory
+from utils import memory
 
 MIB = 2**20
 
@@ -95,7 +95,7 @@ def test_a_real_group():
     else:
         pytest.skip("no control group can be made here")
     code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-    code += "from utils.runs.memory import free_host_memory; print(free_host_memory())"
+    code += "from utils.memory import free_host_memory; print(free_host_memory())"
     try:
         done = subprocess.run([sys.executable, "-c", code, str(group)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
 import pytest
 
 from envs.atari import STOCHASTIC, AtariProtocol
-from utils.runs.scores import MORE_HUMANS, reference
+from envs.atari_scores import MORE_HUMANS, reference
 
 
 def test_human_normalized():
