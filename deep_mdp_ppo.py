@@ -254,6 +254,8 @@ def loss_fn(
     transition_losses = transition_loss(predict_z(z), next_z, key, args)
     reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
     model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
+    model_metrics["losses/weighted_transition_loss"] = args.transition_loss_coef * model_metrics["losses/transition_loss"]
+    model_metrics["losses/weighted_reward_loss"] = args.reward_loss_coef * model_metrics["losses/reward_loss"]
     policy_loss = mean(jnp.maximum(-advantage * ratio, -advantage * clipped_ratio))
     entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
 

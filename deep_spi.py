@@ -266,9 +266,12 @@ def loss_fn(
     transition_losses = distance(predict_z(z), next_z, key, args)
     reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
     model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
+    model_metrics["losses/weighted_transition_loss"] = args.transition_loss_coef * model_metrics["losses/transition_loss"]
+    model_metrics["losses/weighted_reward_loss"] = args.reward_loss_coef * model_metrics["losses/reward_loss"]
     if not args.piecewise_auxiliary_ratio:
         transition_losses, reward_losses = mean(transition_losses), mean(reward_losses)
     utility = advantage - args.reward_loss_coef * reward_losses - args.transition_loss_coef * transition_losses
+    model_metrics["losses/utility"] = mean(utility)
 
     if args.drift_formulation:
         drift = nn.relu((ratio - clipped_ratio) * utility)

@@ -336,7 +336,7 @@ def dream_and_learn(
     def minibatch_step(carry, indices):
         minibatch = jax.tree.map(lambda x: x[by_device(indices)], batch)
         grads, metrics = jax.grad(heads_loss, has_aux=True)(carry[0], minibatch, agent, args)
-        metrics |= track_gradients(grads, iteration, args, "grads/dreams/")
+        metrics |= track_gradients(grads, iteration, args, "dreams")
         return descend("heads", grads, rates, *carry, optimizers), metrics
 
     (params, opt_state), metrics = scan_with_metrics(minibatch_step, (params, opt_state), shuffled)

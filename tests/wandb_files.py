@@ -1,35 +1,21 @@
 """What an offline run wrote for W&B."""
 
 from pathlib import Path
+from typing import Any
 
-from wandb.proto.wandb_internal_pb2 import Record
-
-BLOCK = 2**15
-HEADER = 7  # of the file and of each piece
+from utils.runs import wandb_file
 
 
-def records(folder: Path) -> list[Record]:
-    """The records of the one run under the folder, or of the run whose folder it is. The file is LevelDB's log: pieces that
-    never cross a block of 32 KiB."""
+def records(folder: Path) -> list[Any]:
+    """The records of the one run under the folder, or of the run whose folder it is."""
     (path,) = [*folder.glob("**/offline-run-*/run-*.wandb"), *folder.glob("run-*.wandb")]
-    data, found, parts, at = path.read_bytes(), [], b"", HEADER
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + HEADER : at + HEADER + size]
-        at += HEADER + size
-        if kind in (1, 4):  # whole, or the last piece
-            found.append(Record.FromString(parts))
-            parts = b""
-    return found
+    return list(wandb_file.records(path))
 
 
-def history(folder: Path) -> list[dict[str, str]]:
-    """What was logged, an entry for each time, values in JSON."""
-    rows = [record.history.item for record in records(folder)]
-    return [{item.key or "/".join(item.nested_key): item.value_json for item in row} for row in rows if row]
+def history(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, an entry for each time."""
+    (path,) = [*folder.glob("**/offline-run-*/run-*.wandb"), *folder.glob("run-*.wandb")]
+    return wandb_file.history(path)
 
 
 def exit_codes(folder: Path) -> list[int]:

@@ -17,9 +17,9 @@ from envs.protocol import DEVICES
 
 def use_devices(num_devices: int, among: Sequence[jax.Device] | None = None) -> AbstractContextManager:
     """Compute on the first `num_devices` of all devices (or of `among`) in this thread from now on; in a `with` statement, only
-    until its end. Do nothing if `num_devices` is 1."""
+    until its end. If `num_devices` is 1, only undo an earlier call."""
     if num_devices == 1:
-        return nullcontext()
+        return nullcontext() if jax.sharding.get_mesh().empty else jax.set_mesh(None)
     devices = (among or jax.devices())[:num_devices]
     return jax.set_mesh(jax.make_mesh((num_devices,), (DEVICES,), axis_types=(AxisType.Auto,), devices=devices))
 

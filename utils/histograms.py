@@ -1,10 +1,11 @@
 """Norms and histograms of the layers of parameters or gradients."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Int, Num
 
 from utils.occasionally import occasionally
@@ -34,8 +35,11 @@ def statistics(tree: Any, prefix: str) -> dict[str, Array]:
     return found
 
 
-def track_gradients(grads: Any, iteration: Array, args: Any, prefix: str = "grads/") -> dict[str, Array]:
-    """Return the gradient statistics of a minibatch every `--track-every` updates; empty without `--track-grads`."""
+def track_gradients(grads: Any, iteration: Array, args: Any, part: Literal["losses", "dreams"] = "losses") -> dict[str, Array]:
+    """Return the norm of a minibatch's gradient over all parameters, before clipping. With `--track-grads`, every
+    `--track-every` updates, add the statistics of each array. `part` is the loss: on real data, or in dreams."""
+    norm = {f"{part}/grad_norm": optax.global_norm(grads)}
     if not args.track_grads:
-        return {}
-    return occasionally(iteration, args.track_every, lambda: statistics(grads, prefix), prefix)
+        return norm
+    prefix = "grads/" if part == "losses" else f"grads/{part}/"
+    return norm | occasionally(iteration, args.track_every, lambda: statistics(grads, prefix), prefix)

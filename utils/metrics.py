@@ -42,14 +42,17 @@ def summarize(metrics: dict[str, Float[Array, "K ..."]], ran: Bool[Array, " K"],
 
 
 def rollout_metrics(params: Any, steps: Any, advantages: Float[Array, "T B"], env: Any, agent: Any) -> dict[str, Array]:
-    """Return the metrics of a rollout, and exact ones of the policy with `params` if the environment's dynamics are known."""
+    """Return the metrics of a rollout (of advantages before normalization), and exact ones of the policy with `params` if the
+    environment's dynamics are known."""
 
     def policy(obs):
         z = agent.encoder.apply(params.encoder, obs)
         return z, jax.nn.softmax(agent.actor_critic.apply(params.actor_critic, z, obs)[0])
 
-    episode = steps.episode
+    episode, mean = steps.episode, partial(masked_mean, valid=steps.valid)
     return env.exact_metrics(policy) | explained_variance(advantages, advantages + steps.value[:-1], steps.valid) | {
+        "losses/mean_value": mean(steps.value[:-1]),
+        "losses/advantage_std": jnp.sqrt(mean((advantages - mean(advantages)) ** 2)),
         "charts/episodic_return": masked_mean(episode.episode_return, episode.to_count()),
         "charts/episodic_length": masked_mean(episode.episode_length, episode.to_count()),
         "charts/episodes": jnp.sum(episode.to_count()),

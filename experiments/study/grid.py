@@ -5,11 +5,9 @@ Only the run folders and the logs store the progress of a study; `state_of` read
 
 import ast
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -25,7 +23,7 @@ from utils.runs import folder
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.logs import METRICS
-from utils.runs.stored_flags import check_continued
+from utils.runs.stored_flags import check_continued, slug
 
 SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # short names of scripts, for run names and tables
 ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Aitchison et al. (2023), arXiv 2210.02019
@@ -36,7 +34,6 @@ RECORD = "study.json"
 LOGS = "logs"
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
 TAIL_BYTES = 20_000
-LONGEST = 120  # characters of flags in a run name; file systems allow 255 in all
 
 
 class PlannedRun(NamedTuple):
@@ -100,12 +97,6 @@ def args_of(path: Path) -> type:
     return args_type
 
 
-def slug(flags: list[str]) -> str:
-    """Return the flags as part of a file name. Long text is truncated, and a digest keeps it unique."""
-    text = re.sub(r"[^A-Za-z0-9.+-]+", "-", " ".join(flags).replace("_", "-")).strip("-")
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def plan(
     scripts: tuple[str, ...], env_ids: tuple[str, ...], seeds: list[int], flags: list[str], logdir: Path
 ) -> list[PlannedRun]:
@@ -159,8 +150,8 @@ def plan(
                 batch = args.num_envs * args.num_steps
                 steps = args.total_timesteps // batch * batch
                 given = [f"--{flag.replace('_', '-')}={value}" for flag, value in of_run.items()]
-                if args.track and args.wandb_group is None and "WANDB_RUN_GROUP" not in os.environ:
-                    given.append(f"--wandb-group={env_id}__{script}")
+                one = "WANDB_RUN_ID: would make all runs of the study one W&B run; unset it, or leave out --track"
+                require(not args.track or "WANDB_RUN_ID" not in os.environ, one)
                 runs.append(PlannedRun(name, script, env_id, seed, steps, [sys.executable, str(path), *given, *more]))
     return runs
 

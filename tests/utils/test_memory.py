@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT
-from utils.memory import free_host_memory, free_memory
 from utils import memory
+from utils.memory import free_host_memory, free_memory
 
 MIB = 2**20
 

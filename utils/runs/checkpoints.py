@@ -98,7 +98,9 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
     progress = progress | {"format": FORMAT, "structure": structure(trees)}
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        path.parent.mkdir(exist_ok=True)  # without its parents: the folder of a run must not appear anew
+        partial.mkdir()
+        write_json(partial / "progress.json", progress)
         writing = ocp.save_checkpointables_async((partial / "arrays").absolute(), trees)
     except Exception as error:
         raise explained(error) from error
@@ -106,7 +108,7 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
     def end() -> None:
         try:
             writing.result()
-            write_json(partial / "progress.json", progress)
+            (partial / "progress.json").stat()  # orbax makes a folder anew that was moved while it writes
             files = sorted(f for f in partial.rglob("*") if f.is_file())
             write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in files})
             for written in (*partial.rglob("*"), partial):

@@ -99,7 +99,7 @@ class RunArgs:
     stop_if_not_finite: Switch = True
     """stop when a loss or a parameter is NaN or infinite; such an update is never saved, whether or not the run stops"""
     debug_nans: Switch = False
-    """let JAX check for NaNs after every update and show in a traceback which part computed the first one (slow)"""
+    """let JAX check for NaNs after every update; with JAX_DISABLE_JIT=1, the traceback shows the operation (very slow)"""
     track_params: bool = False
     """log the norm and a histogram of each parameter array"""
     track_grads: bool = False
@@ -117,9 +117,11 @@ class RunArgs:
     wandb_entity: Annotated[str | None, TRACKED] = None
     """W&B team; default: WANDB_ENTITY, or your own account"""
     wandb_group: Annotated[str | None, TRACKED] = None
-    """W&B group of runs to average; default: WANDB_RUN_GROUP, or environment and algorithm"""
+    """W&B group of runs to average; default: WANDB_RUN_GROUP, or environment, algorithm and changed flags"""
     wandb_tags: Annotated[tuple[str, ...], TRACKED] = ()
     """W&B tags; default: WANDB_TAGS"""
+    upload_model: Annotated[bool, MAY_CHANGE, Needs(track=True, save_model=True)] = False
+    """also save the final model in W&B, as an artifact"""
 
     def check(self) -> None:
         """Raise UsageError if the environment does not exist, or flags of this class contradict each other. The check of the
@@ -184,9 +186,10 @@ def check_minibatches(args: Any) -> None:
         args.minibatch_by == "env",
     )
     rows, what = (args.num_envs, "environments") if by_env else (steps, "transitions")
+    replayed = getattr(args, "use_replay_buffer", False)  # its minibatches are not parts of a rollout
     sizes = f"--num-envs {args.num_envs}" + ("" if by_env else f" x --num-steps {args.num_steps} = {steps} transitions")
     require(
-        rows % args.num_minibatches == 0,
+        replayed or rows % args.num_minibatches == 0,
         f"{sizes}: not divisible by --num-minibatches {args.num_minibatches}; change one of them",
     )
     require(
@@ -195,8 +198,14 @@ def check_minibatches(args: Any) -> None:
         f"{', two halves each' if args.overlap_rollout else ''}); change one of them",
     )
     rows //= args.num_minibatches
+    transitions = rows * args.num_steps if by_env else rows
     require(
-        rows % args.num_devices == 0,
+        replayed or transitions > 1 or not args.norm_adv,
+        "--norm-adv: a minibatch of one transition normalizes its advantage to 0, so nothing is learned; use --no-norm-adv, or "
+        f"fewer --num-minibatches than {args.num_minibatches}",
+    )
+    require(
+        replayed or rows % args.num_devices == 0,
         f"--num-devices {args.num_devices}: does not divide a minibatch of {rows} {what}; use fewer "
         "--num-minibatches or more --num-envs",
     )

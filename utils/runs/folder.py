@@ -26,6 +26,7 @@ from utils.runs.stored_flags import to_store
 RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy", "pgx", "pgx-minatar")
 ROOT = Path(__file__).parents[2]
+CODE = ("envs", "networks", "utils")  # packages that scripts import
 IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `describe_run` that every checkpoint stores too
 
 
@@ -71,6 +72,13 @@ def describe_run(args: Any, algorithm: str, name: str) -> dict[str, Any]:
     """Return the entries of run.json for a new run."""
     script = Path(getfile(type(args))).stem
     return {"name": name, "algorithm": algorithm, "script": script, "seed": args.seed, "flags": to_store(args)}
+
+
+def code_files(args_type: type) -> dict[str, Path]:
+    """Return the code of a run, by name: the script that declares `args_type`, and this project's modules and lock file."""
+    script = Path(getfile(args_type))
+    paths = [*ROOT.glob("*.py"), *(path for name in CODE for path in (ROOT / name).rglob("*.py")), ROOT / "requirements.lock"]
+    return {script.name: script} | {str(path.relative_to(ROOT)): path for path in paths if path.is_file()}
 
 
 def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
@@ -122,6 +130,15 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return record if whole else None
     except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def copied_from(wandb: dict[str, Any], folder: Path) -> Path | None:
+    """Return the run folder of which this one is a copy, or None: the W&B run in its record belongs to a folder that still
+    exists elsewhere."""
+    other = Path(wandb.get("folder", folder))
+    record = None if other.absolute() == folder.absolute() else read_record(other)
+    same = record is not None and (record.get("wandb") or {}).get("id") == wandb["id"]
+    return other if same and not os.path.samefile(other, folder) else None
 
 
 def claim(folder: Path) -> filelock.BaseFileLock:

@@ -21,8 +21,15 @@ REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose an
 OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
 
 
+debugs_nans = False  # True while --debug-nans of a run is in force
+
+
 class NotFinite(Exception):
     """A loss or a parameter is NaN or infinite. The message is one line that says where, and how to investigate."""
+
+
+class FolderLost(Exception):
+    """The folder of a run was moved or deleted while the run wrote to it. The message is one line that says where it is."""
 
 
 class RunIsFinished(Exception):
@@ -46,7 +53,7 @@ def run_main(main: Callable[[], None]) -> None:
         fail(str(error), 2)
     except RunIsFinished as finished:
         print(finished)
-    except NotFinite as error:
+    except (NotFinite, FolderLost) as error:
         fail(str(error), 1)
     except KeyboardInterrupt as stop:
         sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
@@ -84,8 +91,10 @@ def check_run(args: Any) -> None:
         UsageError: the first mistake found.
     """
     check_flags(args)
-    if args.debug_nans:
-        jax.config.update("jax_debug_nans", True)
+    global debugs_nans
+    if args.debug_nans or debugs_nans:  # by this run, or by an earlier one in this process
+        jax.config.update("jax_debug_nans", args.debug_nans)
+        debugs_nans = args.debug_nans
     require(not jax.config.jax_enable_x64, "JAX_ENABLE_X64: not supported, the scripts compute in 32 bits; unset it")
     asked = jax.config.jax_platforms
     try:

@@ -31,7 +31,7 @@ from utils.histograms import EDGES
 from utils.occasionally import only_measured
 from utils.runs.checkpoints import write_whole
 from utils.runs.flags import RunArgs
-from utils.runs.launch import one_line
+from utils.runs.launch import FolderLost, one_line
 
 METRICS = "metrics.jsonl"
 LEARNING = "charts/learning_rate"  # in every update; not in rollouts that only fill a replay buffer
@@ -39,6 +39,7 @@ PLAIN_LINE_SECONDS = 10.0  # between progress lines if the output is not a termi
 FLUSH_SECONDS = 10.0  # between flushes of the TensorBoard file
 STOPPING = ("losses/", "dreams/")  # prefixes of metrics that stop a run if they are not finite
 UPDATES_SHOWN = 20  # updates over which the progress line averages the return
+SCORE_BINS = 40  # parts of a run; the last two are the last 5%
 
 logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it warns about every NaN; `Logger` warns once per metric
 
@@ -88,13 +89,27 @@ def last_step(folder: Path) -> int:
     return max((step for _, step in _steps(folder) if step is not None), default=0)
 
 
-def cut_back(folder: Path, step: int) -> int:
-    """Remove rows after `step` and invalid rows from metrics.jsonl. Return the number of rows left."""
+def cut_back(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Remove rows after `step` and invalid rows from metrics.jsonl. Return the rows left."""
     rows = _steps(folder)
     kept = [line for line, of in rows if of is not None and of <= step]
     if len(kept) < len(rows):
         write_whole(folder / METRICS, b"".join(kept))
-    return len(kept)
+    return [json.loads(line) for line in kept]
+
+
+def final_return(folder: Path, planned: int) -> float | None:
+    """Return the final score of a run of `planned` steps, as experiments/report.py computes it: the mean return of the episodes
+    that ended in its last 5%, or if none did, in the last 40th that has some. Return None if no episode ended."""
+    ended: dict[int, list[tuple[float, float]]] = {}
+    for row in (json.loads(line) for line, step in _steps(folder) if step is not None):
+        if row.get("charts/episodic_return") is not None:
+            counted = row["charts/episodic_return"], row["charts/episodes"]
+            ended.setdefault(min((row["step"] - 1) * SCORE_BINS // planned, SCORE_BINS - 1), []).append(counted)
+    if not ended:
+        return None
+    last = [pair for k, pairs in ended.items() if k >= SCORE_BINS - 2 for pair in pairs] or ended[max(ended)]
+    return sum(value * count for value, count in last) / sum(count for _, count in last)
 
 
 def check_shapes(metrics: dict[str, np.ndarray]) -> None:
@@ -126,6 +141,7 @@ class Logger:
 
     Raises:
         OSError: the folder cannot be written (every method that writes).
+        FolderLost: the folder was moved or deleted (every method that writes metrics).
     """
 
     def __init__(
@@ -156,6 +172,25 @@ class Logger:
         except OSError as error:
             said = f"run stopped: the log could not be written ({error.strerror})"
             raise OSError(error.errno, said, str(self.folder)) from None
+
+    def check_in_place(self) -> None:
+        """Raise FolderLost if metrics.jsonl is no longer in the run's folder."""
+        opened, path = os.fstat(self.metrics.fileno()), self.folder / METRICS
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            # some file systems have no stable inode numbers
+            if os.path.samestat(found, opened) or found.st_size == opened.st_size:
+                return
+        try:
+            now = os.readlink(f"/proc/self/fd/{self.metrics.fileno()}")  # Linux knows where an open file is
+        except OSError:
+            now = ""
+        at = f"run stopped at step {self.step:,}"
+        moved = Path(now).parent
+        if Path(now).name == METRICS and moved != self.folder.resolve():
+            raise FolderLost(f"{self.folder}: was moved to {moved} during the run; {at}; resume it with --resume {moved}")
+        what = f"{METRICS} was replaced or deleted" if self.folder.exists() else "was deleted"
+        raise FolderLost(f"{self.folder}: {what} during the run; {at}; leave the folder of a run in place until it ends")
 
     def describe(self, flags: dict[str, Any]) -> None:
         """Log the flags to TensorBoard."""
@@ -215,6 +250,9 @@ class Logger:
 
         episodes = metrics["charts/episodes"]
         self.episodes.append((episodes, metrics["charts/episodic_return"]))
+        count = sum(n for n, _ in self.episodes)
+        if count:
+            metrics["charts/avg_episodic_return"] = sum(n * value for n, value in self.episodes) / count
         if episodes == 0:
             del metrics["charts/episodic_return"], metrics["charts/episodic_length"]
         elif self.reference is not None:
@@ -244,6 +282,7 @@ class Logger:
         for name, counts in histograms.items():
             sums = float(counts.sum()), float(counts @ centers), float(counts @ centers**2)
             shown.append(summary.histogram_raw(name, float(EDGES[0]), float(EDGES[-1]), *sums, limits, counts.tolist()))
+        self.check_in_place()
         with self._explained():
             self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
             self.metrics.flush()  # a killed process loses no row
@@ -258,8 +297,7 @@ class Logger:
             self.warned.update(bad)
             self.say(f"*** not finite at step {self.step:,}: {', '.join(bad)}; try a lower --learning-rate ***")
         sps = metrics.get("charts/SPS")
-        count = sum(n for n, _ in self.episodes)
-        mean = sum(n * value for n, value in self.episodes) / count if count else None
+        mean = metrics.get("charts/avg_episodic_return")
         shown = f"{'-' if sps is None else f'{sps:,.0f}'} steps/s, return {'-' if mean is None else f'{mean:.1f}'}"
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update(self.steps_per_iteration)

@@ -12,6 +12,7 @@
 The state may be donated to the next iteration as soon as `run.log` returns.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -23,19 +24,21 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from envs.registry import GRIDWORLD
 from utils.devices import distribute, on_one_device
 from utils.evaluation.camera import Camera
 from utils.histograms import statistics
 from utils.runs import folder
 from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
 from utils.runs.flags import RunArgs, UsageError, own_defaults, require
-from utils.runs.launch import NotFinite, RunIsFinished, describe_device, one_line
-from utils.runs.logs import METRICS, Logger, cut_back, last_step
+from utils.runs.launch import FolderLost, NotFinite, RunIsFinished, describe_device, one_line
+from utils.runs.logs import METRICS, Logger, cut_back, final_return, last_step
 from utils.runs.signals import Interrupted, Signals
-from utils.runs.stored_flags import check_continued, stretched, to_store
+from utils.runs.stored_flags import changed_flags, check_continued, slug, stretched, to_store
 from utils.runs.wandb_run import WandbRun
 
 BEFORE = ".before"  # suffix of the metrics file of an attempt that left no checkpoint
+WANDB_LONGEST = 128  # characters of a group
 REFILLED = "replay"  # the state field that is saved only with --save-replay
 
 
@@ -166,6 +169,10 @@ class Run:
         name, flags = self.record["name"], to_store(self.args)
         step = self.iteration * self.steps_per_iteration
         known = self.record.get("wandb")
+        if known and (original := folder.copied_from(known, self.folder)):
+            self.said.append(f"*** copied from {original}: with --track, this copy gets a W&B run of its own ***")
+            known, name = None, self.folder.name
+            self.record |= {"wandb": None, "name": name}
         if known and self.record["flags"]["track"]:
             known["logged_to"] = max(known["logged_to"], last_step(self.folder))
         self.record["flags"] = flags
@@ -175,18 +182,20 @@ class Run:
         if self.saved is None and not self.new and (self.folder / METRICS).exists():
             os.replace(self.folder / METRICS, self.folder / (METRICS + BEFORE))
         rows = cut_back(self.folder, step)
-        if rows < self.iteration:
-            self.said.append(f"*** {self.folder / METRICS}: {self.iteration - rows} earlier rows are missing ***")
+        if len(rows) < self.iteration:
+            self.said.append(f"*** {self.folder / METRICS}: {self.iteration - len(rows)} earlier rows are missing ***")
         progress = self.saved.progress["log"] if self.saved else None
         self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
         if self.args.track:
-            sitting = self.record["sittings"][-1]
-            about = {name: self.record[name] for name in ("algorithm", "script")}
-            about |= {name: sitting[name] for name in ("device", "git_commit", "git_dirty", "versions")}
-            self.wandb = self.logger.wandb = WandbRun(self.args, name, about | flags, known, self.logger.say)
-            self.record["wandb"] = self.wandb.identity()
+            config, group = self._wandb_config(flags), "__".join([self.args.env_id, self.algorithm])
+            group = "__".join(filter(None, [group, slug(changed_flags(self.args))]))[:WANDB_LONGEST]
+            self.wandb = self.logger.wandb = WandbRun(self.args, name, group, config, known, self.logger.say)
+            self._note_wandb()
             write_json(self.folder / folder.RECORD, self.record)
+            self.wandb.send_missing(rows)
+            if self.wandb.saves_code:
+                self.wandb.save_files("code", folder.code_files(type(self.args)))
         own = own_defaults(self.args)
         if own:
             self.said.append(f"defaults for environments like {self.args.env_id}: {', '.join(own)}")
@@ -199,6 +208,22 @@ class Run:
         self.logger.start()
         self.next_save = time.monotonic() + self.args.save_every
         self.signals.watch(self._first_signal)
+
+    def _wandb_config(self, flags: dict[str, Any]) -> dict[str, Any]:
+        """Return what W&B shows of the run: flags, versions, device, and CleanRL's names for what its plotting tools read."""
+        sitting = self.record["sittings"][-1]
+        about = {name: self.record[name] for name in ("algorithm", "script")}
+        about |= {name: sitting[name] for name in ("device", "git_commit", "git_dirty", "versions")}
+        sizes = {"batch_size": self.steps_per_iteration, "num_iterations": self.num_iterations}
+        if hasattr(self.args, "num_minibatches"):
+            sizes["minibatch_size"] = self.steps_per_iteration // self.args.num_minibatches
+        unread = () if self.args.env_id == GRIDWORLD else [name for name in flags if name.startswith("gridworld_")]
+        return {"exp_name": self.record["script"]} | sizes | about | {k: v for k, v in flags.items() if k not in unread}
+
+    def _note_wandb(self) -> None:
+        """Put into the record what is needed to resume the W&B run."""
+        identity = self.wandb.identity()
+        self.record["wandb"] = identity and identity | {"folder": str(self.folder.absolute())}
 
     def _make_folder(self) -> None:
         named = self.args.run_name is not None or self.args.resume != "never"
@@ -252,6 +277,8 @@ class Run:
 
         with self.busy:
             attempt(self.logger.flush)
+            attempt(self.logger.check_in_place)
+            lost = isinstance(failure, FolderLost)
             # an iteration may still be running: its environments must not be freed before it ends
             attempt(jax.effects_barrier)
             attempt(self.checkpoints.wait)
@@ -260,17 +287,34 @@ class Run:
             if ended and self.complete:
                 self.record["finished_at"] = self.logger.step
             if self.wandb is not None:
-                self.record["wandb"] = self.wandb.identity()
-            attempt(write_json, self.folder / folder.RECORD, self.record)
+                self._note_wandb()
+            if not lost:
+                attempt(write_json, self.folder / folder.RECORD, self.record)
             if self.wandb is not None:
+                if ended and not lost:
+                    self._tell_wandb_the_end()
                 code = 128 + failure.signum if isinstance(failure, Interrupted) else int(failure is not None)
                 attempt(self.wandb.finish, code)
-            self._say_what_there_is(failure, ended)
+            if not lost:
+                self._say_what_there_is(failure, ended)
+            else:  # a checkpoint that was being written may have made the folder anew
+                attempt(self.checkpoints.clean, [])
+                with contextlib.suppress(OSError):
+                    self.checkpoints.folder.rmdir()
+                    self.folder.rmdir()
             self.signals.restore()
             if self.lock is not None:
                 self.lock.release()
         if failure is not error:
             raise failure
+
+    def _tell_wandb_the_end(self) -> None:
+        score = final_return(self.folder, self.num_iterations * self.steps_per_iteration)
+        if score is not None:
+            self.wandb.summarize(final_return=score)
+        if self.args.upload_model and self.complete:
+            model = self.folder / folder.MODEL
+            self.wandb.save_files("model", {str(f.relative_to(model)): f for f in model.rglob("*") if f.is_file()})
 
     def _say_what_there_is(self, failure: BaseException | None, ended: bool) -> None:
         print(f"{'ended' if failure is None else 'stopped'} after {self.logger.step:,} steps")
@@ -294,6 +338,9 @@ class Run:
         Raises:
             UsageError: the checkpoint does not match this code, or cannot be read.
         """
+        if self.wandb is not None:
+            sizes = {"num_parameters": sum(x.size for x in jax.tree.leaves(state.params)), "num_actions": env.num_actions}
+            self.wandb.describe(obs_shape=list(env.obs_spec.shape), **sizes)
         if self.args.capture_video:
             self.camera = Camera(self.args, agent, self.folder)
         self.left_out = {} if env.saveable else {"env_state": None, "obs": None}
@@ -325,9 +372,11 @@ class Run:
         Raises:
             NotFinite: results of the previous update (or of this one, if it was due to be saved) are not finite.
             Interrupted: a signal asked the run to stop.
+            FolderLost: the run's folder was moved or deleted.
             OSError: the log or the checkpoint could not be written.
         """
         with self.busy:
+            self.logger.check_in_place()
             self.checkpoints.check()
             if self.args.track_params and self.iteration % self.args.track_every == 0:
                 metrics = metrics | track_params(state.params)
@@ -365,7 +414,7 @@ class Run:
             self.checkpoints.wait()
             update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)
             where = "there is no checkpoint" if last is None else f"the last checkpoint is from step {last:,}"
-            command = folder.command_to_resume(self.args, self.folder, "--debug-nans")
+            command = f"JAX_DISABLE_JIT=1 {folder.command_to_resume(self.args, self.folder, '--debug-nans')}"
             raise NotFinite(
                 f"not finite in update {update:,} (step {self.logger.step:,}): {', '.join(bad)}; {where}; "
                 f"try a lower --learning-rate, or find the first NaN with: {command}"

@@ -1,12 +1,15 @@
 """Store the flags of a run, load them, and compare them with the flags of a process that resumes the run."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from typing import Any, get_type_hints
 
 from utils.runs.flag_types import MAY_CHANGE, as_typed
-from utils.runs.flags import UsageError, annotations_of, make_args
+from utils.runs.flags import UsageError, annotations_of, defaults, make_args
 
+LONGEST = 120  # characters of flags in the name of a run; file systems allow 255 in all
 SCHEDULED = ("anneal_lr", "anneal_heads_lr")  # flags whose schedules span the whole run
 
 RENAMED = {"enforce_neighbourhood": "enforce_neighborhood"}  # flags of older runs and their names today
@@ -37,6 +40,25 @@ def from_store(args_type: type, stored: dict[str, Any]) -> Any:
     return make_args(args_type, **{name: tuple(value) if name in several else value for name, value in stored.items()})
 
 
+def may_change(args_type: type) -> set[str]:
+    """Return the flags that a resumed run may change."""
+    hints = get_type_hints(args_type, include_extras=True)
+    return {name for name, hint in hints.items() if MAY_CHANGE in annotations_of(hint)}
+
+
+def changed_flags(args: Any) -> list[str]:
+    """Return the flags that affect results and differ from the environment's defaults, as on the command line."""
+    default, without = defaults(type(args), args.env_id), may_change(type(args)) | {"env_id", "seed"}
+    changed = {name: value for name, value in vars(args).items() if value != default[name] and name not in without}
+    return [as_typed(name, value) for name, value in changed.items() if not name.startswith("wandb_")]
+
+
+def slug(flags: list[str]) -> str:
+    """Return the flags as part of a file name. Long text is truncated, and a digest keeps it unique."""
+    text = re.sub(r"[^A-Za-z0-9.+-]+", "-", " ".join(flags).replace("_", "-")).strip("-")
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
 def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
     """Check that a run made with the stored flags may be resumed with `args`. A larger --total-timesteps is allowed.
 
@@ -45,8 +67,7 @@ def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
     """
     args_type = type(args)
     before, now = vars(from_store(args_type, stored)), vars(args)
-    hints = get_type_hints(args_type, include_extras=True)
-    free = {name for name, hint in hints.items() if MAY_CHANGE in annotations_of(hint)}
+    free = may_change(args_type)
     if not (before["track"] and now["track"]):
         free |= {name for name in now if name.startswith("wandb_")}
     if now["total_timesteps"] > before["total_timesteps"]:

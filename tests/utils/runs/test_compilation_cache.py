@@ -47,6 +47,17 @@ def test_the_second_start_finds_them_and_what_was_cut_off_is_made_anew(tmp_path)
     assert start(tmp_path) == "1296.0\n" and abs(cut.stat().st_size - whole) < 100
 
 
+def test_a_damaged_program_is_said_and_made_anew(tmp_path):
+    start(tmp_path)
+    whole = {path: path.stat().st_size for path in programs(tmp_path)}
+    for path in whole:
+        os.truncate(path, 100)  # its time of use stays, so it does not look unfinished
+    *said, result = start(tmp_path).splitlines()
+    assert result == "1296.0" and len(said) == len(whole) and all("damaged; compiling it again" in line for line in said)
+    assert all(abs(path.stat().st_size - size) < 100 for path, size in whole.items())
+    assert start(tmp_path) == "1296.0\n"
+
+
 @pytest.mark.parametrize("variables, said", [({}, "not cached"), ({"JAX_ENABLE_COMPILATION_CACHE": "0"}, "")])
 def test_where_nothing_can_be_kept_one_line_says_so(variables, said, tmp_path):
     home = tmp_path / "file"

@@ -27,7 +27,7 @@ from tests.utils.runs.test_checkpoints import contents, damage
 from tests.utils.runs.test_run import fake_wandb_init, metrics, wait_for
 from utils.runs.checkpoints import begin_writing, find
 from utils.runs.flags import RunArgs, UsageError, parse_flags
-from utils.runs.launch import NotFinite, RunIsFinished, run_script
+from utils.runs.launch import FolderLost, NotFinite, RunIsFinished, run_script
 from utils.runs.load_run import find_params, load_run
 from utils.runs.logs import cut_back, last_step
 from utils.runs.run import Run
@@ -210,7 +210,7 @@ def step_once(run):
 
 
 class SAVEABLE:
-    saveable = True
+    saveable, num_actions, obs_spec = True, 2, jnp.zeros(3)
 
 
 @pytest.fixture
@@ -383,6 +383,31 @@ def test_a_run_whose_end_is_not_finite_is_not_finished(tmp_path):
     assert Run(replace(args, resume="auto"), "test", 10).iteration == 1
 
 
+@pytest.mark.parametrize("loss", ["moved", "deleted", "replaced"])
+def test_a_folder_that_is_moved_or_deleted_stops_the_run_and_does_not_appear_anew(loss, stopped, tmp_path, capsys):
+    there, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    said = f"was moved to {elsewhere} during the run; .* --resume {elsewhere}"
+    said = said if loss == "moved" else rf"{there}: (metrics.jsonl )?was (replaced or )?deleted during the run"
+    with pytest.raises(FolderLost, match=said):
+        with Run(stopped, "test", 10) as run:
+            state = run.restore(make_state(), SAVEABLE)
+            run.log(state, metrics(1.0))
+            if loss == "moved":
+                there.rename(elsewhere)
+            elif loss == "deleted":
+                run.checkpoints.wait()
+                shutil.rmtree(there)
+            else:
+                (there / "metrics.jsonl").rename(there / "old.jsonl")
+                (there / "metrics.jsonl").write_text("")
+            for _ in range(2):
+                run.log(state, metrics(1.0))
+            raise AssertionError("not reached")
+    assert there.exists() == (loss == "replaced") and "logs: " not in capsys.readouterr().out
+    if loss == "moved":
+        assert Run(replace(stopped, run_name=None, resume=str(elsewhere)), "test", 10).iteration == 3
+
+
 def test_a_folder_in_use_is_refused(stopped):
     with Run(stopped, "test", 10):
         with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "):
@@ -463,13 +488,13 @@ def test_rows_after_a_step_and_half_a_row_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + '\n{"step": 4')
     assert last_step(tmp_path) == 30
-    assert cut_back(tmp_path, 20) == 2 and path.read_text() == '{"step": 10}\n{"step": 20}\n'
-    assert cut_back(tmp_path, 0) == 0 and path.read_text() == ""
+    assert [row["step"] for row in cut_back(tmp_path, 20)] == [10, 20] and path.read_text() == '{"step": 10}\n{"step": 20}\n'
+    assert cut_back(tmp_path, 0) == [] and path.read_text() == ""
     path.write_text('{"step": 10}')  # whole, but for the end of the line
-    assert cut_back(tmp_path, 10) == 0
-    assert (cut_back(tmp_path / "none", 10), last_step(tmp_path / "none")) == (0, 0)
+    assert cut_back(tmp_path, 10) == []
+    assert (cut_back(tmp_path / "none", 10), last_step(tmp_path / "none")) == ([], 0)
     path.write_text('{"step": 10}\n{"step": 1e999}\nnull\n{"step": 40}\n{"step": 50}\n')  # what is no row costs no other
-    assert cut_back(tmp_path, 40) == 2 and path.read_text() == '{"step": 10}\n{"step": 40}\n'
+    assert len(cut_back(tmp_path, 40)) == 2 and path.read_text() == '{"step": 10}\n{"step": 40}\n'
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_a_line(stopped, tmp_path, capsys):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,6 +29,7 @@ from tests.wandb_files import exit_codes, history, records
 from utils.dreams import traces
 from utils.occasionally import MEASURED
 from utils.runs.flags import RunArgs, UsageError
+from utils.runs.logs import final_return
 from utils.runs.run import Run
 from utils.runs.signals import Interrupted, Signals
 from utils.runs.wandb_run import WandbRun
@@ -52,7 +56,7 @@ unsaved = partial(RunArgs, keep_checkpoints=0, save_model=False)
 def fake_wandb(run, log=lambda *_, **__: None, finish=lambda _: None):
     """A W&B run that does what it is given."""
     fake = object.__new__(WandbRun)
-    vars(fake).update(wandb=None, run=SimpleNamespace(log=log, finish=finish), folder=Path("w"))
+    vars(fake).update(wandb=None, run=MagicMock(log=log, finish=finish), folder=Path("w"))
     vars(fake).update(say=print, failed=False, offline=False, logged_to=0, known=None)
     run.wandb = run.logger.wandb = fake
 
@@ -257,23 +261,38 @@ from tests.utils.runs.test_resume import SAVEABLE
 from tests.utils.runs.test_run import metrics
 from utils.runs.flags import RunArgs
 from utils.runs.run import Run
-with Run(RunArgs(track=True, total_timesteps=60, run_name="a", resume="auto", logdir=sys.argv[1]), "test", 10) as run:
+_, logdir, name, last, flags = sys.argv
+args = RunArgs(track=True, total_timesteps=60, run_name=name, resume="auto", logdir=logdir, **eval(flags))
+with Run(args, "test", 10) as run:
     run.restore(make_state(), SAVEABLE)
     for k in range(run.iteration, 6):
         run.next_save = 0 if k == 1 else float("inf")
-        run.log(make_state(), metrics(float(k)))
-        if len(sys.argv) > 2 and k == int(sys.argv[2]):
+        run.log(make_state(), metrics(float(k), episodes=2.0))
+        if k == int(last):
             sys.exit(9)
 """
 
 
+def go_on(folder, name="a", last=-1, **flags):
+    """One session of a run of 60 steps, which saves at step 20. It fails after its update `last`."""
+    return log_in_a_process(GO_ON, folder, name, str(last), repr(flags), returns=9 if last >= 0 else 0)
+
+
+def wandb_folders(folder):
+    return sorted(folder.glob("wandb/offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def steps_in(folder):
+    return [row["global_step"] for row in history(folder)]
+
+
 def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
     """A process fails long after its checkpoint of step 20, and another one ends the run."""
-    for last in (["4"], []):
-        out = log_in_a_process(GO_ON, tmp_path, *last, returns=9 if last else 0)
-    folders = sorted(tmp_path.glob("wandb/offline-run-*"))
+    for last in (4, -1):
+        out = go_on(tmp_path, last=last)
+    folders = wandb_folders(tmp_path)
     assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
-    steps = [int(float(row["global_step"])) for folder in folders for row in history(folder)]
+    steps = [step for folder in folders for step in steps_in(folder)]
     assert steps == [10, 20, 30, 40, 50, 60]
     assert len(folders) == 2 and f"wandb sync {folders[-1]}" in out.replace(f"{tmp_path}/./", f"{tmp_path}/")
     assert [exit_codes(folder) for folder in folders] == [[1], [0]]
@@ -282,11 +301,71 @@ def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
     assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == steps
 
 
+def test_what_wandb_lost_is_sent_again(tmp_path):
+    """A signal to all processes of a job ends W&B's own process first, which leaves its file cut off."""
+    go_on(tmp_path, last=4)
+    (first,) = wandb_folders(tmp_path)
+    (file,) = first.glob("run-*.wandb")
+    whole = file.stat().st_size
+    while steps_in(first) and steps_in(first)[-1] > 10:
+        whole -= 50
+        os.truncate(file, whole)
+    assert steps_in(first) == [10]
+    assert "W&B lacked the last 1 updates before this step" in go_on(tmp_path)
+    assert [steps_in(folder) for folder in wandb_folders(tmp_path)] == [[10], [20, 30, 40, 50, 60]]
+
+
+def test_a_copy_of_a_run_gets_a_wandb_run_of_its_own(tmp_path):
+    go_on(tmp_path, last=4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    out = go_on(tmp_path, "b")
+    assert f"copied from {tmp_path / 'a'}" in out.replace("/./", "/")
+    ours, theirs = wandb_folders(tmp_path)
+    assert ours.name.rpartition("-")[2] != theirs.name.rpartition("-")[2]
+    assert steps_in(theirs) == [10, 20, 30, 40, 50, 60]
+    (tmp_path / "a").rename(tmp_path / "c")  # a run that was moved stays the same W&B run
+    assert "copied" not in go_on(tmp_path, "c")
+    assert wandb_folders(tmp_path)[-1].name.rpartition("-")[2] == ours.name.rpartition("-")[2]
+
+
+def test_wandb_gets_sizes_a_final_score_the_code_and_the_model(tmp_path):
+    go_on(tmp_path, upload_model=True, track_every=7, track_params=True)
+    (folder,) = wandb_folders(tmp_path)
+    written = records(folder)
+    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.config.update}
+    config |= {item.key: json.loads(item.value_json) for r in written for item in r.run.config.update}
+    sizes = {"exp_name": "flags", "batch_size": 10, "num_iterations": 6, "num_actions": 2, "obs_shape": [3]}
+    assert sizes.items() <= config.items() and config["num_parameters"] > 0 and "gridworld_epsilon" not in config
+    (group,) = [record.run.run_group for record in written if record.HasField("run")][:1]
+    assert group == "Breakout-v5__test__total-timesteps-60---track-params---track-every-7"
+    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.summary.update}
+    assert summary["final_return"] == 5.0
+    artifacts = {r.request.log_artifact.artifact.type or r.artifact.type: r for r in written if "artifact" in str(r)[:3000]}
+    assert {"code", "model"} <= set(artifacts)
+
+
+def test_the_final_score_is_the_reports(tmp_path):
+    from experiments.study.records import final_score, read_folder
+
+    rng, planned = np.random.default_rng(0), 3_000
+    for gap in (0, 500):  # no episode ends in the last steps
+        steps = np.arange(7, planned + 1, 7)
+        counts = rng.integers(0, 3, len(steps)) * (steps <= planned - gap)
+        rows = [{"step": int(s), "charts/episodes": int(n)} for s, n in zip(steps, counts, strict=True)]
+        rows = [row | ({"charts/episodic_return": rng.normal()} if row["charts/episodes"] else {}) for row in rows]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = {"env_id": "Pong-v5", "seed": 1, "num_envs": 1, "num_steps": 1, "total_timesteps": planned}
+        record = {"name": "a", "algorithm": "a", "script": "none", "seed": 1, "flags": flags, "sittings": []}
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        run, _ = read_folder(tmp_path, "charts/episodic_return")
+        assert final_return(tmp_path, planned) == pytest.approx(final_score(run, 40, 2))
+
+
 def test_wandb_defaults_and_history(tmp_path):
     """Started in the log folder itself, so that W&B's folder lies in it: TensorBoard still finds one event file."""
     run, logged = tracked(tmp_path, {})
     assert run.project == "deep-spi" and run.display_name.startswith("Breakout-v5__test__5__")
-    assert run.run_group == "Breakout-v5__test"
+    assert run.run_group == "Breakout-v5__test__total-timesteps-20"
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["algorithm"], config["script"], config["seed"]) == ("test", "flags", 5)
     assert config["device"].startswith("cpu") and "jax" in config["versions"] and "git_commit" in config
@@ -338,11 +417,9 @@ def fake_wandb_init(monkeypatch, refused=()):
         given.update(others, modes=[*given.get("modes", []), mode])
         if mode in refused:
             raise TimeoutError("no answer")
-        settings = SimpleNamespace(sync_dir="w", mode=mode or "online")
-        log, nothing = lambda _, step: steps.append(step), lambda *_, **__: None
-        return SimpleNamespace(
-            id="i", project="p", entity="", settings=settings, log=log, finish=nothing, define_metric=nothing
-        )
+        settings = SimpleNamespace(sync_dir="w", sync_file="w/run.wandb", mode=mode or "online", save_code=False)
+        log = lambda _, step: steps.append(step)  # noqa: E731
+        return MagicMock(id="i", project="p", entity="", settings=settings, log=log, resumed=False)
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(wandb, "teardown", lambda _: None)
