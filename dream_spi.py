@@ -114,6 +114,9 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
         said = f"--dream-minibatches {self.dream_minibatches}: {steps} dreamed steps do not divide into {parts} equal parts"
         said += f" (--num-devices {self.num_devices})" if self.num_devices > 1 else ""
         require(steps % parts == 0, f"{said}; choose another number")
+        said = f"--dream-minibatches {self.dream_minibatches}: one dreamed step each, whose normalized advantage is always 0"
+        one = steps == self.dream_minibatches and self.norm_adv and not self.norm_returns
+        require(not one, f"{said}; use fewer, or --no-norm-adv")
         refuse_unread(self, ("monitor_guarantee", "enforce_neighborhood", "target_kl"), "deep_spi.py")
 
 

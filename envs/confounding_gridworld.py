@@ -260,7 +260,13 @@ class GymConfoundingGridworld(gymnasium.Env):
         return self.frames[self.cell].copy(), {}
 
     def step(self, action: int | np.integer):
-        """Take one step. Gymnasium's wrapper applies the registered time limit."""
+        """Take one step. Gymnasium's wrapper applies the registered time limit.
+
+        Raises:
+            ValueError: there is no such action.
+        """
+        if not self.action_space.contains(action):
+            raise ValueError(f"action {action!r}: must be an integer from 0 to {len(ACTIONS) - 1}")
         reward = float(self.model.reward[self.cell, action])
         self.cell = int(self.np_random.choice(len(self.model.reward), p=self.model.probability[self.cell, action]))
         return self.frames[self.cell].copy(), reward, bool(self.model.terminal[self.cell]), False, {}

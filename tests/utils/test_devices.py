@@ -1,5 +1,6 @@
 """Several devices do what one does: the same draws, and the same sums up to their rounding."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from envs.registry import make_env
 from tests.commands import run
 from utils.devices import by_device, distribute, make_split, on_each_device, use_devices
 from utils.runs.flags import check_flags, make_args
+from utils.runs.launch import check_run
 
 two = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
 
@@ -80,6 +82,18 @@ def test_what_is_split_and_what_is_not():
         assert {shard.data.shape for shard in whole.addressable_shards} == {(4,)}
         jax.tree.map(assert_array_equal, make_split(make), plain)
     assert jax.sharding.get_mesh().empty and len(jnp.ones(2).sharding.device_set) == 1
+
+
+@two
+def test_a_run_leaves_nothing_for_the_next_one_in_its_process():
+    args = make_args(ppo.Args, env_id="CartPole-v1")
+    check_run(replace(args, num_devices=2, debug_nans=True))
+    assert not jax.sharding.get_mesh().empty and jax.config.jax_debug_nans
+    check_run(args)
+    assert jax.sharding.get_mesh().empty and not jax.config.jax_debug_nans
+    with jax.debug_nans(True):  # set by the user, not by a flag
+        check_run(args)
+        assert jax.config.jax_debug_nans
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ MISTAKES = [
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-n-path=1"], "--gridworld-n-path", "between 2 and 81"),
     (["--env-id=ConfoundingGridworld-v0", "--gridworld-epsilon=0"], "--gridworld-epsilon", "(0, 1]"),
     (["--env-id=ConfoundingGridworld-v0", "--gamma=1"], "--gamma", "in (0, 1)"),
+    (["--num-envs=2", "--num-steps=2", "--num-minibatches=4", "--minibatch-by=transition"], "--norm-adv", "--no-norm-adv"),
+    (["--num-envs=4", "--num-steps=1", "--minibatch-by=env"], "--norm-adv", "--no-norm-adv"),
     (["--seed=-1"], "--seed", "0 or more"),
     (["--num-envs=0"], "--num-envs", "at least 1"),
     (["--wandb-group=a"], "--wandb-group", "--track"),
@@ -85,6 +87,7 @@ DREAM_MISTAKES = [
     (["--dyna-style", "--progressive=linear"], "--dyna-style", "drop one"),
     (["--heads-learning-rate=0"], "--heads-learning-rate", "positive"),
     (["--dream-minibatches=5"], "--dream-minibatches", "another number"),
+    (["--dream-minibatches=3072"], "--dream-minibatches", "use fewer, or --no-norm-adv"),
     (["--no-use-replay-buffer", "--dreams-from=replay"], "--dreams-from", "--use-replay-buffer"),
     (["--slow-critic=1"], "--slow-critic", "[0, 1)"),
     (["--slow-critic=0.9", "--clip-vloss"], "--slow-critic", "clip-vloss"),
@@ -177,6 +180,10 @@ def test_the_largest_seed_is_a_seed_of_its_own():
     keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in (0, 1, 2**31, 2**32 - 1)}
     assert len(keys) == 4
     assert len({tuple(env_seeds(seed, 2)) for seed in (0, 1, 2**31, 2**32 - 1)}) == 4
+
+
+def test_a_replay_buffers_minibatches_are_no_parts_of_a_rollout():
+    check_flags(make_args(dream_spi.Args, num_envs=4, use_replay_buffer=True, replay_ratio=8.0))
 
 
 @pytest.mark.parametrize("script", [ppo, deep_mdp, deep_spi, dream_spi])

@@ -168,6 +168,7 @@ def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path):
 def test_numbers_that_are_none_stop_no_healthy_run(tmp_path):
     """One environment, one step: returns have no variance. Under JAX_DEBUG_NANS a NaN anywhere would be an error."""
     flags = ["--env-id=CartPole-v1", "--num-envs=1", "--num-steps=1", "--num-minibatches=1", "--total-timesteps=4"]
+    flags += ["--no-norm-adv"]
     flags += ["--fc-layers=8", "--monitor-guarantee", "--monitor-every=2"]
     flags += ["--latent=categorical", "--num-categories=2", "--num-classes=2"]
     done = run("deep_spi.py", *flags, f"--logdir={tmp_path}", JAX_DEBUG_NANS="1")

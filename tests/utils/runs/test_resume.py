@@ -553,6 +553,8 @@ def test_load_run_takes_other_flags_and_says_what_is_missing(tmp_path):
     assert agent.actor_critic.apply(params.actor_critic, z, obs)[0].shape == (3, 2)
     with pytest.raises(UsageError, match="neither a model nor a checkpoint"):
         load_run(tmp_path)
+    with jax.enable_x64(True), pytest.raises(UsageError, match="load them with jax_enable_x64 off"):
+        load_run(tmp_path / "a")
     shutil.rmtree(tmp_path / "a" / "model")
     assert same(load_run(tmp_path / "a")[0], params)
     last = tmp_path / "a" / "checkpoints" / "000000000320"
