@@ -97,6 +97,13 @@ def test_mistakes_are_found_before_anything_starts(scripts, env_ids, flags, said
     assert said in str(error.value)
 
 
+def test_one_wandb_id_for_all_runs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    assert len(planned(tmp_path)) == 1
+    with pytest.raises(UsageError, match="WANDB_RUN_ID: would make all runs of the study one W&B run"):
+        planned(tmp_path, "--track")
+
+
 def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
