@@ -43,11 +43,15 @@ def test_each_array_has_a_norm_and_a_histogram_under_its_name():
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_gradients_cost_nothing_when_they_are_not_asked_for(on):
+def test_gradients_cost_only_their_norm_when_they_are_not_asked_for(on):
     args = SimpleNamespace(track_grads=on, track_every=3)
     grads = {"w": jnp.ones(4)}
     compiled = jax.make_jaxpr(lambda k: track_gradients(grads, k, args))(jnp.asarray(0))
-    assert bool(compiled.eqns) == on
+    assert any("cond" in str(equation.primitive) for equation in compiled.eqns) == on
+    found = [track_gradients(grads, jnp.asarray(k), args) for k in range(4)]
+    assert [float(one["losses/grad_norm"]) for one in found] == [2.0] * 4
     if on:
-        norms = [float(track_gradients(grads, jnp.asarray(k), args)["grads/w/norm"]) for k in range(4)]
-        assert norms == [2.0, 0.0, 0.0, 2.0]
+        assert [float(one["grads/w/norm"]) for one in found] == [2.0, 0.0, 0.0, 2.0]
+    else:
+        assert all(set(one) == {"losses/grad_norm"} for one in found)
+    assert "dreams/grad_norm" in track_gradients(grads, jnp.asarray(1), args, "dreams")
