@@ -6,17 +6,26 @@ The benchmark trains Deep SPI on Breakout at its default size, and alternates be
 nothing. It compares the median times between two updates. The first updates, which compile, are excluded.
 """
 
-import json
-import statistics
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import json  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+import tyro  # noqa: E402
+
+from utils.runs.launch import run_main  # noqa: E402
 
 
 @dataclass
@@ -59,4 +68,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_main(lambda: main(tyro.cli(Args)))

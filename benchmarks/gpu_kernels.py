@@ -8,23 +8,29 @@ counts do not show how long the large kernels take; that needs a GPU. XLA compil
 chooses algorithms (for matrix products) by rules instead of timings, so counts differ slightly from those on a real H200.
 """
 
-import os
-import re
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import jax
-import tyro
-from jax.experimental import topologies
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import os  # noqa: E402
+import re  # noqa: E402
+from collections import Counter  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
+
+import jax  # noqa: E402
+import tyro  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
 from benchmarks.profile_update import part_of  # noqa: E402
 from benchmarks.throughput import SCRIPTS, parse_setting  # noqa: E402
-from envs.protocol import DEVICES
+from envs.protocol import DEVICES  # noqa: E402
 from envs.registry import make_env  # noqa: E402
 from utils.devices import placement, use_devices  # noqa: E402
 from utils.runs.flags import check_flags, make_args, require  # noqa: E402

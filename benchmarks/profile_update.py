@@ -8,19 +8,25 @@ the time in which the profiler saw no operation. On a CPU, XLA runs some matrix 
 the profiler sees only their start.
 """
 
-import re
 import sys
-import tempfile
-import warnings
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import jax
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import re  # noqa: E402
+import tempfile  # noqa: E402
+import warnings  # noqa: E402
+from collections import Counter  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from typing import Literal  # noqa: E402
+
+import jax  # noqa: E402
+import tyro  # noqa: E402
 
 from benchmarks.throughput import Setting, seconds  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402

@@ -16,8 +16,11 @@ critic, because rejax's actor and critic share nothing.
 
 import argparse
 import json
+import os
 import statistics
 import time
+
+os.environ["MPLBACKEND"] = "agg"  # gymnax imports Matplotlib, and a notebook's own backend may be missing here
 
 import jax
 import rejax

@@ -13,28 +13,34 @@ other load on the machine slows all of them equally. The medians over rounds are
 within one run, not seconds between runs.
 """
 
-import importlib
-import json
-import os
-import platform
-import re
-import shlex
-import shutil
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import importlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import platform  # noqa: E402
+import re  # noqa: E402
+import shlex  # noqa: E402
+import shutil  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+from dataclasses import asdict, dataclass  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402

@@ -11,23 +11,29 @@ there are only S different observations, so the encoder is evaluated once for ea
 algorithm, parameters and random numbers are the same (a test compares the two).
 """
 
-import json
-import shlex
 import sys
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
-from jaxtyping import Array, Float, Int, UInt8
-from matplotlib.figure import Figure
-from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import json  # noqa: E402
+import shlex  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from typing import Any, Literal  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from jaxtyping import Array, Float, Int, UInt8  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from scipy import stats  # noqa: E402
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
@@ -45,8 +51,8 @@ from envs.confounding_gridworld import (  # noqa: E402
 )
 from envs.registry import make_env  # noqa: E402
 from experiments.study.figures import styled  # noqa: E402
-from utils.runs.flags import UsageError, check_flags, refuse_unread, require  # noqa: E402
-from utils.runs.launch import describe_device  # noqa: E402
+from utils.runs.flags import check_flags, refuse_unread, require  # noqa: E402
+from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 OF_DREAMS = ("dream_learning_rate", "dream_heads_learning_rate", "dream_actor_after")
 SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi, "DreamSPI": dream_spi}
@@ -158,6 +164,7 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(axis=0), stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
 
 
+@styled()
 def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, right: float) -> None:
     """Draw the exact values of the start state above the distances between latents; thin lines are single seeds."""
     figure = Figure(figsize=(7, 5.5))
@@ -188,6 +195,8 @@ def main(args: Args) -> None:
         refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
     if "DreamSPI" not in args.algorithms:
         refuse_unread(args, OF_DREAMS, "--algorithms DreamSPI")
+    for name in args.algorithms:
+        check_flags(script_args(name, args))
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     gamma = deep_spi.Args().gamma
     model = build_model(args.gridworld_n_path, args.gridworld_epsilon, gamma)
@@ -226,8 +235,7 @@ def main(args: Args) -> None:
             for key in (VALUE, DISTANCE, DISTINCT, "up, above", "up, below")
             for m, h in [interval(curves[name][key])]
         }
-    with styled():
-        draw(curves, args, float(optimum), float(right))
+    draw(curves, args, float(optimum), float(right))
     # one line per curve; json.dumps with an indent puts every number on its own line
     lines = [
         f'"{name}": {{\n' + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items()) + "\n}"
@@ -239,7 +247,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (UsageError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(tyro.cli(Args)))

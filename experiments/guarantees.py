@@ -7,21 +7,27 @@ The script trains with the hyperparameters of `experiments/confounding_gridworld
 (.json). All terms are exact, because environment and latent model are small tables (2 variables of 4 classes have 16 values).
 """
 
-import json
 import sys
-import time
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import json  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 import deep_spi  # noqa: E402
 from experiments import confounding_gridworld as gridworld  # noqa: E402
@@ -38,8 +44,8 @@ from utils.guarantees.tabular import (  # noqa: E402
     total_variation,
     visits,
 )
-from utils.runs.flags import UsageError, check_flags, require  # noqa: E402
-from utils.runs.launch import describe_device  # noqa: E402
+from utils.runs.flags import check_flags, require  # noqa: E402
+from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 MODES = ("none", "early_stop", "backtrack")
 VALUE = "charts/init_value"
@@ -164,6 +170,7 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
     return result
 
 
+@styled()
 def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
     """Draw the exact values of all runs on top, and below the true and promised improvements of the first seed's updates."""
     figure = Figure(figsize=(7, 10))
@@ -216,8 +223,7 @@ def main(args: Args) -> None:
         }
         line = {k: v for k, v in summary[mode].items() if k != "medians"}
         print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s per seed", flush=True)
-    with styled():
-        draw(curves, bounds, args)
+    draw(curves, bounds, args)
     device = describe_device().splitlines()[0].removeprefix("device: ")
     curve = {mode: [[round(float(v), 3) for v in run] for run in m[VALUE]] for mode, m in curves.items()}
     lines = [f'"{mode}": {json.dumps(summary[mode])},\n"{mode}, values": {json.dumps(curve[mode])}' for mode in MODES]
@@ -227,7 +233,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (UsageError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(tyro.cli(Args)))

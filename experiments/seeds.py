@@ -8,21 +8,27 @@ script with the same flags, up to rounding. The table has one row for each of th
 the episodes that ended in it. It is written after each environment; repeating the command trains only runs not in the table.
 """
 
-import csv
-import shlex
 import sys
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-import tyro
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    from utils.runs.quiet_start import start_quietly
+
+    start_quietly()
+
+import csv  # noqa: E402
+import shlex  # noqa: E402
+import time  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
+from typing import Any, Literal  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import tyro  # noqa: E402
 
 import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
@@ -32,7 +38,7 @@ from experiments.study.records import COLUMNS  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, parse_flags, require  # noqa: E402
-from utils.runs.launch import describe_device  # noqa: E402
+from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
 # flags that an update reads only as numbers, so they may differ between the runs of one program
@@ -140,7 +146,10 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     require(args.points > 0, f"--points {args.points}: must be at least 1")
     require(len(args.seeds) > 0, "--seeds: name at least one")
     require(len(set(args.seeds)) == len(args.seeds), f"--seeds {' '.join(map(str, args.seeds))}: has duplicates; remove them")
-    typed = shlex.split(args.flags)
+    try:
+        typed = shlex.split(args.flags)
+    except ValueError as error:
+        raise UsageError(f"--flags {args.flags!r}: {str(error).lower()}") from None
     for flag in ("env-id", "seed"):
         given = any(word.replace("_", "-").partition("=")[0] == f"--{flag}" for word in typed)
         require(not given, f"--flags: --{flag} is not allowed; use --{flag}s instead")
@@ -212,7 +221,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (UsageError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_main(lambda: main(tyro.cli(Args)))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from html import escape
 
-import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
@@ -16,6 +15,7 @@ from scipy import stats
 
 from experiments.study.comparison import Aggregates, Comparison
 from experiments.study.records import stretches
+from utils.figures import own_style
 from utils.statistics import CONFIDENCE
 
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ec4899", "#8b5cf6", "#06b6d4", "#ef4444", "#84cc16")  # for white and black pages
@@ -41,8 +41,7 @@ Draw = Callable[[Axes], None]
 
 def styled() -> AbstractContextManager:
     """Return a context with the style of all figures, which ignores the user's configuration."""
-    default = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-    return matplotlib.rc_context(default | STYLE | {"axes.prop_cycle": cycler(color=COLORS)})
+    return own_style(STYLE | {"axes.prop_cycle": cycler(color=COLORS)})
 
 
 def color(comparison: Comparison, name: str) -> str:

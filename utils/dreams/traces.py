@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array, Num, UInt8
 
 from envs.frames import SMALLEST_FRAME
 from envs.minatar import in_colors
+from utils.figures import own_style
 from utils.runs.flag_types import Count, Needs
 
 if TYPE_CHECKING:
@@ -114,6 +115,16 @@ def measures(traces: dict[str, np.ndarray]) -> dict[str, float]:
     if len(real) and real.var() > 1e-12 * np.mean(real**2):
         measured["dreams/explained_reward"] = 1 - np.mean((real - dreamed) ** 2) / real.var()
     return {name: float(value) for name, value in measured.items() if np.isfinite(value)}
+
+
+def picture(traces: dict[str, np.ndarray]) -> UInt8[np.ndarray, "3 H W"]:
+    """Return the figure of `draw` as an image, the same whatever the user's Matplotlib configuration says."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with own_style():
+        canvas = FigureCanvasAgg(draw(traces))
+        canvas.draw()
+        return np.moveaxis(np.asarray(canvas.buffer_rgba())[:, :, :3], -1, 0)
 
 
 def draw(traces: dict[str, np.ndarray]) -> "Figure":

@@ -20,7 +20,6 @@ from jaxtyping import Bool
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
-from tensorboardX.utils import figure_to_image
 from tqdm import tqdm
 
 from envs import atari_scores
@@ -264,7 +263,7 @@ class Logger:
         if dreams:
             metrics |= traces.measures(dreams)
             try:
-                pictures[traces.PICTURE] = figure_to_image(traces.draw(dreams))
+                pictures[traces.PICTURE] = traces.picture(dreams)
             except Exception as error:  # of any type: a failed figure must not stop the run
                 self.say(f"*** no figure of dreams at step {self.step:,}: {one_line(error)} ***")
         self._write(metrics, pictures, histograms)

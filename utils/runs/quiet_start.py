@@ -1,5 +1,5 @@
 """Set up a script before its other imports. Ctrl-C, SIGTERM and SIGHUP then end the process immediately, without a traceback.
-Printing never fails, and a missing package is a one-line error.
+Printing never fails, a missing package is a one-line error, and Matplotlib (which envpool imports) starts from anywhere.
 
 A script calls this first, but only if it is executed, not imported:
 
@@ -86,8 +86,10 @@ def explain(kind, error, trace) -> None:
 
 
 def start_quietly() -> None:
-    """Set up streams, the exception hook and signals; see the module docstring."""
+    """Set up streams, the exception hook, signals and Matplotlib's backend; see the module docstring."""
     guard_streams()
+    # a notebook exports its own backend to what it starts, and it may be missing here; scripts only write files
+    os.environ["MPLBACKEND"] = "agg"
     sys.excepthook = explain
     for s in HEEDED:
         if signal.getsignal(s) is not signal.SIG_IGN:
