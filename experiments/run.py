@@ -18,13 +18,12 @@ if __name__ == "__main__":
 
     start_quietly()
 
-import shlex  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import tyro  # noqa: E402
 
 from experiments.study import estimates, local, slurm, status  # noqa: E402
-from experiments.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, write_plan  # noqa: E402
+from experiments.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, to_paste, write_plan  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 
@@ -78,7 +77,7 @@ def show_status(logdir: Path) -> None:
 def show_plan(logdir: Path, runs: list[PlannedRun], together: int) -> None:
     """Print the commands of the runs, and estimates of their time and disk space."""
     for run in runs:
-        print(shlex.join(run.command))
+        print(to_paste(run))
     print("\n".join(estimates.describe(logdir, runs, together)))
 
 

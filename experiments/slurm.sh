@@ -15,7 +15,7 @@ IFS=$'\t' read -r name command < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$runs")
 log="$logs/$name.log"
 for attempt in 1 2; do # retry a failed run once, from its last checkpoint
   echo "=== begins $(date +%FT%T%z) job $SLURM_JOB_ID on $(hostname): $command" >>"$log"
-  srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c "exec $command" >>"$log" 2>&1
+  srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c "exec $command" >>"$log" 2>&1
   code=$?
   echo "=== ended with exit code $code" >>"$log"
   [ "$code" -eq 143 ] && scontrol requeue "$SLURM_JOB_ID"

@@ -30,6 +30,7 @@ ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Ait
 SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
 SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
 RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that the launcher sets
+IMPORTED = ("envs", "utils", "networks")  # packages that scripts import
 RECORD = "study.json"
 LOGS = "logs"
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
@@ -78,6 +79,9 @@ def script_path(word: str) -> Path:
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
         taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
         require(not taken, f"--scripts {word}: has the name of one of this project's scripts; rename it")
+        beside = [path for name in IMPORTED for path in (own.with_name(f"{name}.py"), own.with_name(name) / "__init__.py")]
+        hides = next((path.relative_to(own.parent).parts[0] for path in beside if path.exists()), None)
+        require(hides is None, f"--scripts {word}: {hides} in its folder hides this project's; rename that, or move the script")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
     require(stem in known, f"--scripts {word}: no such script; choose from {names}, or the path of a .py file")
@@ -95,6 +99,18 @@ def args_of(path: Path) -> type:
     args_type = getattr(importlib.import_module(path.stem), "Args", None)
     require(args_type is not None, f"--scripts {path}: has no class Args; declare the flags in one")
     return args_type
+
+
+def python_path() -> str:
+    """Return the PYTHONPATH of runs: scripts in other folders find this project's packages, and what the launcher finds."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(folder.ROOT), *(os.path.abspath(entry) for entry in given if entry)])
+
+
+def to_paste(run: PlannedRun) -> str:
+    """Return the command of a run for a shell, in any folder."""
+    own = Path(run.command[1]).parent != folder.ROOT
+    return shlex.join([*(["env", f"PYTHONPATH={python_path()}"] if own else []), *run.command])
 
 
 def plan(

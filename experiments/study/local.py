@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.study import status
-from experiments.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, state_of
+from experiments.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, python_path, state_of, to_paste
 from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
@@ -83,7 +82,7 @@ class Worker(NamedTuple):
 
 def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     """Start or resume a run, and append its output to its log."""
-    env = dict(os.environ)
+    env = os.environ | {"PYTHONPATH": python_path()}
     if slot.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = slot.gpu
         if slot.share < WHOLE:
@@ -94,7 +93,7 @@ def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     path = log_path(logdir, run.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
-        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {shlex.join(run.command)}\n")
+        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {to_paste(run)}\n")
         log.flush()
         # in its own session, so that Ctrl-C and a closing terminal signal only the launcher, which forwards them
         process = subprocess.Popen(

@@ -1,22 +1,33 @@
 """Run a study as a SLURM job array. Only SLURM schedules, requeues and ends the jobs."""
 
-import shlex
+import os
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from experiments.study.grid import LOGS, PlannedRun, state_of
+from experiments.study.grid import LOGS, PlannedRun, state_of, to_paste
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import ROOT
 
 LARGEST_ARRAY = 1_000  # SLURM's default MaxArraySize is 1,001
 JOBS = "slurm"  # folder in the study's folder, with a list of runs for each submitted array
+OF_A_JOB = ("SLURM", "SRUN_", "SBATCH_CPU_BIND", "SBATCH_MEM_BIND", "PMI")  # how variables begin that SLURM sets in a job
+OF_A_JOB += ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+NEEDED = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")  # by SLURM's commands, to find their cluster
+UNWANTED = ("SQUEUE_", "SBATCH_WAIT")  # they would hide jobs that are in the queue, or wait for the end of all
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of SLURM's commands, which sbatch passes on to the jobs. If this process is itself in a job (of
+    `sbatch`, `srun` or `salloc`), that job's resources are left out: new jobs have their own."""
+    left_out = UNWANTED + (OF_A_JOB if "SLURM_JOB_ID" in os.environ else ())
+    return {name: value for name, value in os.environ.items() if name in NEEDED or not name.startswith(left_out)}
 
 
 def _ask(*words: str) -> str:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"{words[0]}: does not respond ({error})") from None
     require(done.returncode == 0, f"{words[0]}: {' '.join((done.stderr or done.stdout).split())}")
@@ -65,7 +76,7 @@ def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[list[str
     for first in range(0, len(wanted), LARGEST_ARRAY):
         part, stamp = wanted[first : first + LARGEST_ARRAY], f"{logdir.name}-{began}-{first}"
         listed = logdir / JOBS / f"{stamp}.txt"
-        listed.write_text("".join(f"{run.name}\t{shlex.join(run.command)}\n" for run in part))
+        listed.write_text("".join(f"{run.name}\t{to_paste(run)}\n" for run in part))
         words = ["sbatch", "--parsable", f"--job-name={stamp}", f"--array=1-{len(part)}", f"--chdir={ROOT}"]
         words += [f"--output={logdir / LOGS / '%x-%a.slurm'}", str(script), str(listed), str(logdir / LOGS)]
         try:

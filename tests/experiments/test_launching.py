@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 
 from envs.atari import atari_ids
 from experiments import run as launching
-from experiments.study import local, status
-from experiments.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, write_plan
-from tests.commands import ROOT, command
+from experiments.study import local, slurm, status
+from experiments.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, to_paste, write_plan
+from tests.commands import PPO, ROOT, command
 from utils.runs.flags import UsageError
 
 pytestmark = pytest.mark.minatar
@@ -61,6 +62,73 @@ def test_names_sets_and_flags(tmp_path):
     write_plan(tmp_path, runs[:2])
     write_plan(tmp_path, runs[1:3])
     assert read_plan(tmp_path) == runs[:3]
+
+
+def test_a_script_in_another_folder_finds_the_project_and_its_own_modules(tmp_path, monkeypatch):
+    """Started by a study, and by its command pasted in another folder."""
+    folder, logdir = tmp_path / "my scripts", tmp_path / "s"
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib" / "found_by_path.py").touch(), (folder / "found_beside.py").touch()
+    text, hack = (ROOT / "tests" / "short_script.py").read_text(), "sys.path.insert(0, str(Path(__file__).parent.parent))"
+    assert hack in text
+    (folder / "my_short.py").write_text(text.replace(hack, "import found_beside, found_by_path  # noqa: F401"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", "lib")  # relative to here, not to where a run is started
+    monkeypatch.syspath_prepend(folder / "lib")
+    runs = planned(logdir, scripts=("my_short.py",))
+    assert local.launch(logdir, runs, local.make_slots((), 1, 1)) == []
+    typed = to_paste(runs[0])
+    monkeypatch.undo()
+    done = subprocess.run(["bash", "-c", typed], cwd="/", capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "already finished" in done.stdout, done.stderr
+    ours = [sys.executable, str(ROOT / PPO), "--seed=1"]
+    assert to_paste(runs[0]._replace(command=ours)) == shlex.join(ours)
+    (folder / "utils.py").touch()
+    with pytest.raises(UsageError, match="utils.py in its folder hides this project's"):
+        planned(logdir, scripts=(shlex.quote(str(folder / "my_short.py")),))
+
+
+def program(folder, name, text):
+    """Put a shell script into the folder, under the name of a command."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+OF_A_JOB = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "1000", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SRUN_CPUS_PER_TASK": "9"}
+OF_A_JOB |= {"SLURM_CPUS_PER_TASK": "9", "SBATCH_MEM_BIND": "local", "CUDA_VISIBLE_DEVICES": "3", "SLURMD_NODENAME": "n1"}
+
+
+def test_slurm_jobs_do_not_get_the_resources_of_the_job_that_submits_them(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "sbatch", f"env >{tmp_path}/given; echo 12")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    kept = {"SLURM_CONF": "/etc/here.conf", "SBATCH_ACCOUNT": "mine", "HOME": str(tmp_path)}
+    for name, value in (OF_A_JOB | kept | {"SQUEUE_STATES": "RUNNING", "SBATCH_WAIT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+    def given():
+        (tmp_path / "s").mkdir(exist_ok=True)
+        assert slurm.submit(tmp_path / "s", planned(tmp_path / "s"), ROOT / "experiments" / "slurm.sh")[0] == ["12"]
+        next((tmp_path / "s" / slurm.JOBS).iterdir()).unlink()  # as if the queue were empty
+        return dict(line.split("=", 1) for line in (tmp_path / "given").read_text().splitlines() if "=" in line)
+
+    inside = given()
+    assert not (OF_A_JOB | {"SQUEUE_STATES": "", "SBATCH_WAIT": ""}).keys() & inside.keys() and kept.items() <= inside.items()
+    monkeypatch.delenv("SLURM_JOB_ID")  # outside of a job, they are what the user has chosen
+    assert given()["SLURM_CPU_BIND"] == OF_A_JOB["SLURM_CPU_BIND"] and "SQUEUE_STATES" not in given()
+
+
+@pytest.mark.parametrize("cpus, words", [(None, "bash -c"), ("4", "--cpus-per-task=4 bash -c")])
+def test_a_batch_script_may_ask_for_no_cores(cpus, words, tmp_path):
+    program(tmp_path / "bin", "srun", f'echo "$@" >{tmp_path}/asked; [[ $1 = --* ]] && shift; exec "$@"')
+    (tmp_path / "list").write_text("a\techo one\nb\techo two words\n")
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_CPUS_PER_TASK": cpus} if cpus else {}
+    script = ROOT / "experiments" / "slurm.sh"
+    done = subprocess.run(["bash", script, tmp_path / "list", tmp_path], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "asked").read_text().startswith(words)
+    assert (tmp_path / "b.log").read_text().splitlines()[1:] == ["two words", f"{ENDED} 0"]
 
 
 def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
