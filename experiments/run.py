@@ -44,11 +44,12 @@ class Args:
     logdir: Path = Path("runs/study")
     """folder of the study: one subfolder for each run, and logs/ for their output"""
     gpus: tuple[str, ...] | None = None
-    """indices of the GPUs to use (default: all visible GPUs; without a value: none)"""
+    """indices or UUIDs of the GPUs to use (default: all visible GPUs and MIG instances; without a value: none)"""
     runs_per_gpu: int = 1
     """number of concurrent runs on each GPU, which share its memory"""
     workers: int | None = None
-    """number of concurrent runs if no GPU is used (default: one per core); the cores are divided among them"""
+    """number of concurrent runs if no GPU is used (default: one per core, or fewer under a container's CPU quota);
+    the cores are divided among them"""
     dry_run: bool = False
     """print the commands and estimates of their time and disk space, and start nothing"""
     status: bool = False

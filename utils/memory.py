@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from utils.control_groups import group_folders
+
 UNLIMITED = 2**60  # for "no limit" cgroup v1 prints a number near 2^63
 
 
@@ -33,30 +35,18 @@ def free_host_memory(root: Path = Path("/")) -> int:
     return max(0, min([free, *_left_in_groups(root)]))
 
 
-def _left_in_groups(root: Path) -> Iterator[int]:
-    """Yield the bytes left under each limit of the process's control groups, from its own group up to the topmost visible one.
+NAMES = {  # by cgroup version: files with the limit and the use, and the entry of memory.stat with reclaimable memory
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
-    Reads cgroup v1 and v2; see the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
-    """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
-        return
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            mounts, names = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            mounts, names = ("sys/fs/cgroup/memory",), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # in a container the path may be the host's, with only its end or nothing mounted here; missing folders are skipped
-        group = Path(os.path.normpath("/" + path.lstrip("/")))
-        for mount in mounts:
-            for folder in (group, *group.parents):
-                left = _left_in_group(root / mount / folder.relative_to("/"), *names)
-                if left is not None:
-                    yield left
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Yield the bytes left under each limit of the process's control groups."""
+    for version, folder in group_folders("memory", root):
+        left = _left_in_group(folder, *NAMES[version])
+        if left is not None:
+            yield left
 
 
 def _left_in_group(folder: Path, limit: str, used: str, reclaimable: str) -> int | None:

@@ -1,6 +1,7 @@
 """Run a study on this machine, several runs at a time."""
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -13,11 +14,14 @@ from typing import NamedTuple
 
 from experiments.study import status
 from experiments.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, python_path, state_of, to_paste
+from utils.control_groups import cpu_quota
 from utils.runs.flags import require
 from utils.runs.folder import ROOT
 from utils.runs.signals import Interrupted, Signals
 
 WHOLE = 0.9  # fraction of a GPU's memory for all its runs
+DEVICE = re.compile(r"\d+|(GPU|MIG)-.+")  # as CUDA_VISIBLE_DEVICES names it
+NVIDIA_SMI_SECONDS = 20.0  # it takes seconds on large machines without persistence mode
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between checks for runs of other processes
 ATTEMPTS = 2  # a failed run is retried once
@@ -29,29 +33,58 @@ class Slot(NamedTuple):
 
     number: int
     cores: tuple[int, ...]  # the run is pinned to them; empty: not pinned
-    gpu: str | None
+    gpu: str | None  # index or UUID; empty: no GPU is wanted; None: none was found
     share: float  # fraction of the GPU's memory
 
 
 def visible_gpus() -> list[str]:
-    """Return the indices of the GPUs that this process may use."""
+    """Return the indices or UUIDs of the GPUs that this process may use. Each MIG instance of a GPU is one by itself."""
     if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
         return []
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is not None:  # like CUDA, stop at the first invalid index
+    if asked is not None:  # like CUDA, stop at the first word that is no device, such as -1 or NoDevFiles
         words = [word.strip() for word in asked.split(",")]
-        return list(itertools.takewhile(lambda word: word and not word.startswith("-"), words))
+        return list(itertools.takewhile(DEVICE.fullmatch, words))
+    return list(_present_gpus())
+
+
+@functools.cache  # it may take seconds, and prints a warning only once
+def _present_gpus() -> tuple[str, ...]:
+    """Return the GPUs that nvidia-smi lists. If it fails or does not end, print a line and return none."""
     if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return [str(i) for i, line in enumerate(x for x in listed.stdout.splitlines() if x.startswith("GPU "))]
+        return ()
+    listed, why = "", ""
+    try:
+        process = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        listed, _ = process.communicate(timeout=NVIDIA_SMI_SECONDS)
+        if process.returncode != 0:
+            why = " ".join(listed.split()) or f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        process.kill()  # without waiting: a process that waits for a broken driver does not end
+        why = f"does not end within {NVIDIA_SMI_SECONDS:.0f} s"
+    except OSError as error:
+        why = str(error)
+    if why:
+        print(
+            f"*** no GPU is used: nvidia-smi: {why}. Name the GPUs with --gpus, or use none with an empty --gpus ***",
+            flush=True,
+        )
+        return ()
+    found: list[list[str]] = []
+    for line in listed.splitlines():
+        if line.startswith("GPU "):
+            found.append([])
+        elif found and (instance := re.search(r"\(UUID: (MIG-[^)]+)\)", line)):
+            found[-1].append(instance[1])
+    return tuple(gpu for i, instances in enumerate(found) for gpu in instances or [str(i)])
 
 
 def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | None) -> list[Slot]:
-    """Return slots for runs: `runs_per_gpu` for each GPU; without GPUs `workers`, or one per core. Cores are divided evenly.
+    """Return slots for runs: `runs_per_gpu` for each GPU; without GPUs `workers`, or one per core, and fewer if a container
+    limits its CPU time. Cores are divided evenly.
 
     Args:
-        gpus: indices of GPUs; None takes all visible GPUs, () none.
+        gpus: indices or UUIDs of GPUs; None takes all visible GPUs, () none.
         runs_per_gpu: number of runs that share a GPU.
         workers: number of slots if no GPU is used.
 
@@ -64,11 +97,13 @@ def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | N
     require(len(set(found)) == len(found), f"--gpus {' '.join(found)}: has duplicates; remove them")
     require(not found or workers is None, "--workers: applies only without GPUs; use --runs-per-gpu, or leave --gpus empty")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    number = len(found) * runs_per_gpu or workers or len(cores) or os.cpu_count() or 1
-    slots = []
+    usable, quota = len(cores) or os.cpu_count() or 1, cpu_quota()
+    usable = usable if quota is None else max(1, min(usable, int(quota)))
+    number = len(found) * runs_per_gpu or workers or usable
+    slots, absent = [], None if gpus is None else ""
     for i in range(number):
         own = cores[i * len(cores) // number : (i + 1) * len(cores) // number] or cores[i % max(1, len(cores)) :][:1]
-        slots.append(Slot(i, tuple(own), found[i // runs_per_gpu] if found else None, WHOLE / runs_per_gpu))
+        slots.append(Slot(i, tuple(own), found[i // runs_per_gpu] if found else absent, WHOLE / runs_per_gpu))
     return slots
 
 
@@ -83,12 +118,12 @@ class Worker(NamedTuple):
 def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     """Start or resume a run, and append its output to its log."""
     env = os.environ | {"PYTHONPATH": python_path()}
-    if slot.gpu is not None:
+    if slot.gpu:
         env["CUDA_VISIBLE_DEVICES"] = slot.gpu
         if slot.share < WHOLE:
             env.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # the old name: JAX rejects both at once
             env["XLA_CLIENT_MEM_FRACTION"] = f"{slot.share:.2f}"
-    elif visible_gpus():
+    elif slot.gpu is not None:
         env["JAX_PLATFORMS"] = "cpu"
     path = log_path(logdir, run.name)
     path.parent.mkdir(parents=True, exist_ok=True)

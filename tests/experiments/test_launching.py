@@ -174,6 +174,7 @@ def test_one_wandb_id_for_all_runs_is_refused(tmp_path, monkeypatch):
 
 def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(local, "cpu_quota", lambda: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert [slot.cores for slot in local.make_slots(None, 1, 3)] == [(0, 1), (2, 3, 4), (5, 6, 7)]
     assert [slot.cores for slot in local.make_slots(None, 1, None)] == [(core,) for core in range(8)]
@@ -192,6 +193,66 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0)):
         with pytest.raises(UsageError):
             local.make_slots(*wrong)
+
+
+def test_a_container_with_less_cpu_time_than_cores_gets_fewer_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for quota, workers in ((4.0, 4), (1.5, 1), (0.5, 1), (64.0, 8)):
+        monkeypatch.setattr(local, "cpu_quota", lambda quota=quota: quota)
+        slots = local.make_slots((), 1, None)
+        assert len(slots) == workers and sum(len(slot.cores) for slot in slots) == 8
+        assert len(local.make_slots((), 1, 6)) == 6  # as typed
+        assert len(local.make_slots(("0", "1", "2"), 2, None)) == 6
+
+
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ("NoDevFiles", []),
+        ("none", []),
+        ("void", []),
+        ("0,1,NoDevFiles,2", ["0", "1"]),
+        ("GPU-8932f937-d72c,MIG-41b3359c-e721", ["GPU-8932f937-d72c", "MIG-41b3359c-e721"]),
+        ("0,,1", ["0"]),
+        ("1x", []),
+    ],
+)
+def test_visible_devices_end_where_cuda_ends_them(asked, found, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    assert local.visible_gpus() == found
+    assert [slot.gpu for slot in local.make_slots(None, 1, None)][: len(found) or 1] == (found or [None])
+
+
+MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa)
+  MIG 3g.40gb     Device  0: (UUID: MIG-b0)
+  MIG 1g.10gb     Device  1: (UUID: MIG-b1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-cccc)
+"""
+
+
+@pytest.mark.parametrize(
+    "does, found, said",
+    [
+        (f"printf '{MIG}'", ["MIG-b0", "MIG-b1", "1"], ""),
+        ("echo No devices found.", [], ""),
+        ("echo NVIDIA-SMI has failed; exit 9", [], "nvidia-smi: NVIDIA-SMI has failed"),
+        ("exec sleep 60", [], "nvidia-smi: does not end within"),
+    ],
+)
+def test_what_nvidia_smi_lists(does, found, said, tmp_path, monkeypatch, capsys):
+    program(tmp_path / "bin", "nvidia-smi", does)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(local, "NVIDIA_SMI_SECONDS", 0.5 if said else 30.0)
+    local._present_gpus.cache_clear()
+    try:
+        assert local.visible_gpus() == local.visible_gpus() == found
+    finally:
+        local._present_gpus.cache_clear()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(said) and all(said in line and "--gpus" in line for line in lines)
 
 
 def test_what_a_log_says_of_the_last_process_alone(tmp_path):
