@@ -1,5 +1,7 @@
 """All environments, by id."""
 
+import difflib
+import re
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,26 @@ UNDIVIDED = {"overlap_rollout": False, "num_devices": 1}  # flags for playing in
 def env_ids() -> list[str]:
     """Return the ids that `--env-id` accepts."""
     return [*atari_ids(), *MINATAR, GRIDWORLD, *CLASSIC]
+
+
+def _plain(env_id: str) -> str:
+    """Return the game in an id of this or another library, without what the libraries add to its name."""
+    return re.sub(r".*[/:]|-ram|noframeskip|deterministic|minatar|-?v\d+$|[-_ ]", "", env_id.lower())
+
+
+def ids_like(env_id: str) -> list[str]:
+    """Return the valid ids, at most three, that a wrong id may mean: one with a typing error, or from another library, such as
+    PongNoFrameskip-v4, ALE/Pong-v5, MinAtar/Breakout-v1 or space_invaders."""
+    names: dict[str, list[str]] = {}
+    for known in env_ids():
+        names.setdefault(_plain(known), []).append(known)
+    close = difflib.get_close_matches(_plain(env_id), names, n=3, cutoff=0.6)
+    close = close[:1] if _plain(env_id) in names else close
+    found = [known for name in close for known in names[name]]
+    small, numbered = "minatar" in env_id.lower(), re.search(r"-v\d+$", env_id.lower())
+    if small or numbered:  # a game that exists twice
+        found = [known for known in found if (known in MINATAR) == small] or found
+    return found[:3]
 
 
 def family(env_id: str) -> str | None:

@@ -15,6 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import filelock
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from envs.atari_scores import ale57, ale61
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.minatar import GAMES as MINATAR
@@ -236,7 +241,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def is_at_work(path: Path) -> bool:
-    """Return True if a process, on any machine, is running the run in the folder."""
+    """Return True if a process, on any machine, is running the run in the folder. Reading the folder suffices to find out."""
     if not (path / folder.LOCK).exists():
         return False
     try:
@@ -244,7 +249,21 @@ def is_at_work(path: Path) -> bool:
             return False
     except filelock.Timeout:
         return True
-    except (NotImplementedError, OSError):  # a file system without locks
+    except (NotImplementedError, OSError):  # a file system without locks, or somebody else's run
+        return _is_locked(path / folder.LOCK)
+
+
+def _is_locked(path: Path) -> bool:
+    """Return True if a process holds the lock, as far as a process that may only read the file can tell."""
+    if fcntl is None:
+        return False
+    try:
+        with path.open("rb") as file:  # closing it releases the shared lock
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
         return False
 
 

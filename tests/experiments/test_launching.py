@@ -6,7 +6,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -193,6 +195,33 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0)):
         with pytest.raises(UsageError):
             local.make_slots(*wrong)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_reader_sees_that_a_run_is_running():
+    """Somebody who may neither write the lock nor make files beside it."""
+    fcntl = pytest.importorskip("fcntl")
+    with tempfile.TemporaryDirectory() as logdir:  # the folders of pytest are closed to others
+        (run,) = planned(Path(logdir))
+        lock = Path(logdir, run.name, ".lock")
+        lock.parent.mkdir()
+        lock.touch()
+        for path, mode in ((lock, 0o444), (lock.parent, 0o555), (Path(logdir), 0o755)):
+            path.chmod(mode)
+        before = os.geteuid()
+        with lock.open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            try:
+                if before == 0:
+                    os.seteuid(65534)
+                assert not os.access(lock, os.W_OK, effective_ids=True)
+                assert state_of(Path(logdir), run).kind == "running"
+                fcntl.flock(held, fcntl.LOCK_UN)
+                assert state_of(Path(logdir), run).kind == "left"
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever asks keeps nothing
+            finally:
+                os.seteuid(before)
+        lock.parent.chmod(0o755)
 
 
 def test_a_container_with_less_cpu_time_than_cores_gets_fewer_workers(monkeypatch):

@@ -5,7 +5,6 @@ flags are checked by the `check` method of the class that declares them.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from envs import minatar
-from envs.registry import GRIDWORLD, check_gridworld, env_ids, family
+from envs.registry import GRIDWORLD, check_gridworld, family, ids_like
 from utils.runs.flag_types import (
     ANY,
     LARGEST,
@@ -127,7 +126,7 @@ class RunArgs:
         """Raise UsageError if the environment does not exist, or flags of this class contradict each other. The check of the
         gridworld reads `gamma`, which the script declares."""
         if family(self.env_id) is None:
-            close = difflib.get_close_matches(self.env_id, env_ids(), n=3, cutoff=0.5)
+            close = ids_like(self.env_id)
             hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the valid ids"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
         require(

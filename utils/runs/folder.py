@@ -27,6 +27,8 @@ RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "chec
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "flashbax", "envpool", "numpy", "pgx", "pgx-minatar")
 ROOT = Path(__file__).parents[2]
 CODE = ("envs", "networks", "utils")  # packages that scripts import
+ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE")  # set in git's hooks: another repository
+GIT_SECONDS = 10
 IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `describe_run` that every checkpoint stores too
 
 
@@ -39,19 +41,46 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def git_commit() -> dict[str, Any]:
-    """Return the commit of this code, and whether tracked files have changed since; both are None without git."""
+def _git(*words: str) -> str:
+    """Return what git says of the repository of this code.
 
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
+    Raises:
+        OSError: git is not installed, or takes too long.
+        subprocess.CalledProcessError: git fails.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in ELSEWHERE}
     try:
-        return {
-            "git_commit": git("rev-parse", "HEAD"),
-            "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return {"git_commit": None, "git_dirty": None}
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *words], cwd=ROOT, env=env, capture_output=True, timeout=GIT_SECONDS, check=True
+        )
+    except subprocess.TimeoutExpired:
+        raise OSError(f"git {words[0]} takes longer than {GIT_SECONDS} s") from None
+    return os.fsdecode(done.stdout).strip()
+
+
+def git_commit() -> dict[str, Any]:
+    """Return the commit of this code, and whether tracked files have changed since.
+
+    Both are None without a repository of this project: one around an unpacked copy is another project's. If git fails, both are
+    None too, and a line says why.
+    """
+    unknown = {"git_commit": None, "git_dirty": None}
+    if not (ROOT / ".git").exists():  # a file in a worktree, else a folder
+        return unknown
+    try:
+        if not os.path.samefile(_git("rev-parse", "--show-toplevel"), ROOT):
+            return unknown
+        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+        return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": dirty}
+    except OSError as error:
+        why = "git is not installed; install it" if error.filename == "git" else str(error)
+    except subprocess.CalledProcessError as error:
+        said = os.fsdecode(error.stderr).strip().splitlines() or [f"git has exit code {error.returncode}"]
+        why = said[0].removeprefix("fatal: ")
+        if "safe.directory" in os.fsdecode(error.stderr):
+            why += f"; run: {shlex.join(['git', 'config', '--global', '--add', 'safe.directory', str(ROOT)])}"
+    print(f"*** run.json will not have the commit of this code: {why} ***")
+    return unknown
 
 
 def describe_sitting(step: int) -> dict[str, Any]:

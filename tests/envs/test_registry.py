@@ -1,0 +1,39 @@
+"""Ids of environments: what a wrong one may mean."""
+
+import pytest
+
+from envs.registry import env_ids, ids_like
+from utils.runs.flags import RunArgs, UsageError, check_flags
+
+PONG = ("PongNoFrameskip-v4", "ALE/Pong-v5", "PongDeterministic-v4", "Pong-ramNoFrameskip-v4", "Pong-ram-v0", "Pong-v0", "pong")
+PONG += ("Pong", "pong-v5", "ALE/Pong-ram-v5", "PONG")
+
+
+@pytest.mark.parametrize("env_id", PONG)
+def test_names_of_other_libraries(env_id):
+    with pytest.raises(UsageError) as error:
+        check_flags(RunArgs(env_id=env_id))
+    assert str(error.value) == f"--env-id {env_id}: no such environment; did you mean Pong-v5?"
+
+
+@pytest.mark.parametrize(
+    "env_id, expected",
+    [
+        ("space_invaders", ["SpaceInvaders-v5", "SpaceInvaders-MinAtar"]),  # either
+        ("SpaceInvadersNoFrameskip-v4", ["SpaceInvaders-v5"]),
+        ("MinAtar/SpaceInvaders-v1", ["SpaceInvaders-MinAtar"]),
+        ("minatar-breakout", ["Breakout-MinAtar"]),
+        ("BrakoutNoFrameskip-v4", ["Breakout-v5"]),
+        ("Brekout-MinAtar", ["Breakout-MinAtar"]),
+        ("CartPole-v0", ["CartPole-v1"]),
+        ("ms_pacman", ["MsPacman-v5"]),
+        ("HalfCheetah-v4", []),
+        ("", []),
+    ],
+)
+def test_what_a_wrong_id_may_mean(env_id, expected):
+    assert ids_like(env_id) == expected
+
+
+def test_every_id_is_first_among_those_like_it():
+    assert [ids_like(env_id)[0] for env_id in env_ids()] == env_ids()
