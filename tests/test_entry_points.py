@@ -30,5 +30,7 @@ def test_there_are_scripts():
 
 def test_a_backend_that_only_a_notebook_has(tmp_path):
     """Matplotlib, which envpool imports, refuses a backend that is not installed, as that of a notebook is not for `uv run`."""
-    done = run(PPO, *CARTPOLE, f"--logdir={tmp_path}", "--keep-checkpoints=0", MPLBACKEND="of_another_python")
+    (tmp_path / "matplotlibrc").write_bytes(b"font.family: \xff\n")  # which it cannot read either
+    of_user = {"MPLBACKEND": "of_another_python", "MATPLOTLIBRC": str(tmp_path)}
+    done = run(PPO, *CARTPOLE, f"--logdir={tmp_path / 'runs'}", "--keep-checkpoints=0", **of_user)
     assert done.returncode == 0 and "ended after 96 steps" in done.stdout, done.stderr

@@ -88,8 +88,8 @@ def explain(kind, error, trace) -> None:
 def start_quietly() -> None:
     """Set up streams, the exception hook, signals and Matplotlib's backend; see the module docstring."""
     guard_streams()
-    # a notebook exports its own backend to what it starts, and it may be missing here; scripts only write files
-    os.environ["MPLBACKEND"] = "agg"
+    # a notebook exports its own backend, which may be missing here, and a damaged configuration stops Matplotlib's import
+    os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     sys.excepthook = explain
     for s in HEEDED:
         if signal.getsignal(s) is not signal.SIG_IGN:
