@@ -22,7 +22,7 @@ if __name__ == "__main__":
     start_quietly()
 
 import shlex  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, replace  # noqa: E402
 from typing import Annotated  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -35,18 +35,24 @@ from experiments.study.comparison import (  # noqa: E402
     Scale,
     aggregate,
     compare,
+    complete_games,
+    differing_settings,
     normalized,
     raw_scores,
+    unequal,
     usual_scale,
 )
 from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
 from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
 from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
-from utils.runs.flags import UsageError, require  # noqa: E402
+from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
+from utils.runs.outputs import check_output, expand  # noqa: E402
 from utils.statistics import RESAMPLINGS  # noqa: E402
 
 SIZE = (3.6, 2.7)  # of a subplot, in inches
+MOST_POINTS = 10_000
+ENDINGS = (".html", ".md", ".csv", "_scores.csv", "_curves.png", "_aggregates.png")
 
 
 @dataclass
@@ -90,7 +96,8 @@ def published_scores(typed: tuple[str, ...], env_ids: list[str]) -> dict[str, fl
         try:
             found[env_id] = float(score)
         except ValueError:
-            raise UsageError(f"--published {text}: {score!r} is not a number") from None
+            found[env_id] = np.nan
+        require(bool(np.isfinite(found[env_id])), f"--published {text}: {score!r} is not a number")
     return found
 
 
@@ -114,20 +121,27 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     require(returns or scale in ("min-max", "against"), f"--scale {scale}: applies to returns only; choose min-max or against")
     against = args.against or comparison.algorithms[0]
     require(against in comparison.algorithms, f"--against {against}: choose from {', '.join(comparison.algorithms)}")
-    found = aggregate(normalized(comparison, raw, scale, against), scale, against, args.seed)
+    scores = normalized(comparison, raw, scale, against)
+    found = aggregate(scores, scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:
         draws.append(figures.intervals(comparison, found.improvement, f"probability of improvement over {against}", 0.5))
-    single = len(comparison.seeds) == 1  # one seed gives no interval over seeds
-    shown = lambda value, low, high: f"{value:.3f}" + f" [{low:.3f}, {high:.3f}]" * (not single)  # noqa: E731
-    rows = [[name, *(shown(*values[name]) for values in found.statistics.values())] for name in comparison.algorithms]
+    several = {name for name, of in scores.items() if any(len(x) > 1 for x in of)}  # one seed gives no interval over seeds
+
+    def shown(of, *names):
+        value, low, high = of[names[0]]
+        return f"{value:.3f}" + f" [{low:.3f}, {high:.3f}]" * (not several.isdisjoint(names))
+
+    rows = [[name, *(shown(values, name) for values in found.statistics.values())] for name in comparison.algorithms]
     head = ["", *found.statistics]
     if found.improvement:
         head.append(f"P(better than {against})")
-        rows = [[*row, shown(*found.improvement[row[0]]) if row[0] in found.improvement else "-"] for row in rows]
+        rows = [[*row, shown(found.improvement, row[0], against) if row[0] in found.improvement else "-"] for row in rows]
     svgs = [figures.svg(draw, SIZE, "aggregate", note) for draw in draws]
     words = f"Scale {scale}: {SCALES[scale]}. {RESAMPLINGS:,} resamples, seed {args.seed}. Optimality gap: lower is better."
+    left_out = [env_id for env_id in comparison.env_ids if env_id not in complete_games(comparison, raw)]
+    words += f" Left out, because an algorithm has no finished run: {', '.join(left_out)}." if left_out else ""
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_aggregates.png", "aggregates")
     section = Section("Aggregates", [words, drawn, Table([head, *rows])])
     return section, figures.png(comparison, draws, SIZE, 3, note)
@@ -136,21 +150,29 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
 def main(args: Args) -> None:
     """Read the runs, compare them, and write the report."""
     require(len(args.runs) > 0, "no runs: name folders of runs or of studies, tables, or W&B projects")
-    require(args.points > 0, f"--points {args.points}: must be at least 1")
+    require(0 < args.points <= MOST_POINTS, f"--points {args.points}: must be at least 1, and at most {MOST_POINTS:,}")
+    require(args.seed >= 0, f"--seed {args.seed}: must be 0 or more")
     require(0 < args.last <= 1, f"--last {args.last}: must be above 0, and at most 1")
+    args = replace(args, output=expand(args.output, "--output"))
     require(args.output.name not in ("", ".."), f"--output {args.output}: is not a file name; give a name without an extension")
     require(args.output.parent.is_dir(), f"--output {args.output}: folder {args.output.parent} does not exist; create it first")
+    for ending in ENDINGS:
+        check_output(args.output.with_name(f"{args.output.name}{ending}"), "--output")
     for table in (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv")):
-        read = [source for source in args.runs if Path(source).expanduser().resolve() == table.resolve()]
+        read = [source for source in args.runs if expand(source).resolve() == table.resolve()]
         require(not read, f"--output {args.output}: would overwrite {table}, which is an input; choose another name")
-    runs, problems, planned = read_runs(args.runs, args.metric)
+    runs, problems, planned, skipped = read_runs(args.runs, args.metric)
     for problem in problems:
         print(f"*** {problem} ***")
-    comparison = compare(runs, planned)
+    comparison = compare(runs, planned, skipped)
+    settings = differing_settings(comparison)
+    warned = unequal(comparison, settings)
+    for line in warned:
+        print(f"*** {line} ***")
     last = max(1, round(args.last * args.points))
     raw = raw_scores(comparison, args.points, last)
     missing = comparison.missing + [line for line in problems if line.endswith(LEFT_OUT)]
-    incomplete = f"{len(missing)} runs are missing, unfinished or skipped"
+    incomplete = f"{len(missing)} {'run is' if len(missing) == 1 else 'runs are'} missing, unfinished or skipped"
     note = incomplete if missing else ""
     beside = args.output.name
     written: dict[str, bytes] = {}
@@ -161,13 +183,17 @@ def main(args: Args) -> None:
     svgs = [figures.svg(draw, SIZE, env_id) for draw, env_id in zip(draws, comparison.env_ids, strict=True)]
     written["_curves.png"] = figures.png(comparison, draws, SIZE, 3)
     share = f"{last / args.points:.3g}"
-    sections = [Section("", [Warned(f"{incomplete}; see the list below.")] if missing else [])]
-    if not missing or args.allow_incomplete:
+    top = [Warned(f"{incomplete}; see the list below.")] if missing else []
+    sections = [Section("", [*top, *(Warned(f"{line}; see the settings below.") for line in warned)])]
+    nothing = "" if complete_games(comparison, raw) else "no game has a finished run of every algorithm"
+    if missing and not args.allow_incomplete:
+        nothing = "the grid is incomplete (see --allow-incomplete)"
+    if nothing:
+        sections.append(Section("Aggregates", [Warned(f"No aggregates: {nothing}.")]))
+        args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # from an earlier report
+    else:
         section, written["_aggregates.png"] = aggregate_sections(args, comparison, raw, note, beside)
         sections.append(section)
-    else:
-        sections.append(Section("Aggregates", [Warned("No aggregates: the grid is incomplete (see --allow-incomplete).")]))
-        args.output.with_name(f"{beside}_aggregates.png").unlink(missing_ok=True)  # from an earlier report
     words = f"Mean and 95% interval over seeds of {args.metric}, in {args.points} bins of steps."
     words += " Circle: end of an unfinished run." if any(not run.is_finished for run in runs) else ""
     words += f" Dotted line: published score ({', '.join(args.published)})." if published else ""
@@ -182,6 +208,9 @@ def main(args: Args) -> None:
             ],
         ),
     ]
+    if settings:
+        words = "The runs differ in these settings. A dash: the default, or the algorithm has no such setting."
+        sections.append(Section("Settings that differ", [words, Table(settings)]))
     lines = comparison.missing + problems
     if lines:
         sections.append(
@@ -197,8 +226,8 @@ def main(args: Args) -> None:
         finished = [run for run in comparison.runs[name, env_id] if run.is_finished]
         for run, score in zip(finished, values, strict=True):
             scores.append((name, env_id, run.seed, f"{score:.6g}", run.reached))
-    written[".html"] = html(args.title, sections).encode()
-    written[".md"] = markdown(args.title, sections).encode()
+    written[".html"] = html(args.title, sections).encode(errors="replace")  # a path may have characters without an encoding
+    written[".md"] = markdown(args.title, sections).encode(errors="replace")
     for ending, content in written.items():
         write_whole(args.output.with_name(beside + ending), content)
     write_csv(args.output.with_name(f"{beside}_scores.csv"), ("algorithm", "env_id", "seed", "score", "step"), scores)
@@ -206,6 +235,8 @@ def main(args: Args) -> None:
         write_table(args.output.with_name(f"{beside}.csv"), [stretches(run, args.points) for run in runs])
     endings = [*written, "_scores.csv"] + [".csv"] * (args.metric == Args.metric)
     print(f"{len(runs)} runs; written: {', '.join(f'{args.output}{ending}' for ending in sorted(endings))}")
+    if missing and args.allow_incomplete and nothing:
+        print(f"*** no aggregates: {nothing} ***")
     if missing and not args.allow_incomplete:
         for line in missing:
             print(f"missing: {line}")

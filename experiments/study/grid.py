@@ -192,11 +192,19 @@ def read_plan(logdir: Path) -> list[PlannedRun]:
         UsageError: it is not the folder of a study, or its list is damaged.
     """
     try:
-        return [PlannedRun(**run) for run in json.loads((logdir / RECORD).read_text())["runs"]]
-    except FileNotFoundError:
+        runs = [PlannedRun(**run) for run in json.loads((logdir / RECORD).read_text())["runs"]]
+        words = [word for run in runs for word in (run.name, run.script, run.env_id, *run.command)]
+        numbers = [number for run in runs for number in (run.seed, run.steps)]
+        whole = all(len(run.command) > 1 and run.name and run.steps > 0 for run in runs)
+        if whole and all(isinstance(word, str) for word in words) and all(isinstance(number, int) for number in numbers):
+            return runs
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"--logdir {logdir}: contains no study ({RECORD}); name the folder of a study") from None
-    except (ValueError, LookupError, TypeError):
-        raise UsageError(f"{logdir / RECORD}: is damaged; delete it, and repeat the command that launched the study") from None
+    except OSError as error:
+        raise UsageError(f"{logdir / RECORD}: cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise UsageError(f"{logdir / RECORD}: is damaged; delete it, and repeat the command that launched the study")
 
 
 def claim(logdir: Path) -> Any:
@@ -218,24 +226,24 @@ def log_path(logdir: Path, name: str) -> Path:
 
 
 def tail(path: Path) -> list[str]:
-    """Return the last lines of a file (the first may be truncated), or none if there is no file."""
+    """Return the last lines of a file (the first may be truncated), or none if there is no file or it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()
-    except FileNotFoundError:
+    except OSError:
         return []
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """Return the last intact row of metrics.jsonl, with the last return logged up to it."""
-    last, returned = {}, None
+    """Return step and elapsed seconds of the last intact row of metrics.jsonl, and the last return logged up to it."""
+    last, returned = {"step": 0, "elapsed": 0.0}, None
     for line in tail(path):
         try:
             row = json.loads(line)
-            last = row if isinstance(row["step"], int) else last
-            returned = row.get("charts/episodic_return", returned)
-        except (ValueError, LookupError, TypeError, AttributeError):
+            last = {"step": int(row["step"]), "elapsed": float(row.get("elapsed", 0.0))}
+            returned = float(row.get("charts/episodic_return", returned))
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             continue
     return last | {"charts/episodic_return": returned}
 
@@ -270,16 +278,23 @@ def _is_locked(path: Path) -> bool:
 def state_of(logdir: Path, run: PlannedRun) -> Progress:
     """Return the progress of a run."""
     path = logdir / run.name
-    record = folder.read_record(path)
+    record, unreadable = None, ""
+    try:
+        record = folder.read_record(path)
+    except OSError as error:
+        unreadable = f"{folder.RECORD} cannot be read ({error.strerror})"
     row = _last_row(path / METRICS)
-    done = Progress("stopped", row.get("step", 0), row.get("elapsed", 0.0), row["charts/episodic_return"])
+    done = Progress("stopped", row["step"], row["elapsed"], row["charts/episodic_return"])
     if record is not None and record.get("finished_at", 0) >= run.steps:
         return done._replace(kind="finished")
     if is_at_work(path):
         return done._replace(kind="running")
+    if unreadable:
+        return done._replace(kind="failed", error=unreadable)
     lines = [line.strip() for line in tail(log_path(logdir, run.name)) if line.strip()]
-    if lines and lines[-1].startswith(ENDED):
-        code = int(lines[-1].removeprefix(ENDED).split()[0])
+    ended = re.match(rf"{ENDED} (\d+)", lines[-1]) if lines else None
+    if ended:
+        code = int(ended[1])
         if code not in (0, *STOPPED):
             began = max((i for i, line in enumerate(lines) if line.startswith(BEGAN)), default=-1)
             said = [line.strip("│╭╰─╮╯ ") for line in lines[began + 1 : -1] if not line.startswith("│ For full helptext")]
@@ -298,7 +313,7 @@ def rates(runs: list[PlannedRun], states: dict[str, Progress]) -> dict[tuple[str
     made: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         state = states[run.name]
-        if state.elapsed > 0:
+        if state.elapsed > 0 and state.step > 0:
             made.setdefault((run.script, run.env_id), []).append(state.step / state.elapsed)
     return {key: sum(values) / len(values) for key, values in made.items()}
 

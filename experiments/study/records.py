@@ -1,8 +1,11 @@
 """Read the scores of runs from their folders, from tables written earlier, or from Weights & Biases."""
 
+import contextlib
 import csv
 import importlib
+import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -12,23 +15,29 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 from jaxtyping import Float, Int
 
-from experiments.study.grid import LOGS, SHORT, PlannedRun, read_plan
+from envs.registry import family
+from experiments.study.grid import LOGS, RUNNERS, SHORT, args_of, read_plan
 from experiments.study.grid import RECORD as STUDY
 from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
 from utils.runs.flag_types import MAY_CHANGE, as_typed
-from utils.runs.flags import RunArgs, UsageError, annotations_of, defaults, require
-from utils.runs.folder import RECORD, read_record
+from utils.runs.flags import RunArgs, UsageError, annotations_of, defaults, parse_flags, require
+from utils.runs.folder import CHECKPOINTS, MODEL, RECORD, read_record
 from utils.runs.logs import METRICS
+from utils.runs.outputs import expand
+from utils.runs.stored_flags import to_store
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
 WANDB = "wandb:"
 LEFT_OUT = "; skipped"  # ends the message about a run that is not in the comparison
+LAUNCHED = {f"--{flag}" for flag in (*RUNNERS, "wandb-group")}  # flags of a planned command that do not affect results
+DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)  # errors that bad JSON causes
 
 
 class RunRecord(NamedTuple):
-    """The scores of a run. `source` names it in messages; `flags` are its non-default flags, as on the command line."""
+    """The scores of a run. `source` names it in messages; `flags` are its non-default flags, as on the command line. Commit,
+    uncommitted changes (`dirty`) and versions are those of its last session; None if they are unknown."""
 
     source: str
     script: str
@@ -39,6 +48,9 @@ class RunRecord(NamedTuple):
     step: Int[np.ndarray, " K"]  # after each update, or bin of updates
     value: Float[np.ndarray, " K"]  # mean over the episodes that ended there; NaN if none did
     weight: Float[np.ndarray, " K"]  # number of these episodes
+    commit: str | None = None
+    dirty: bool | None = None
+    versions: dict[str, str] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -51,21 +63,39 @@ class RunRecord(NamedTuple):
         return int(self.step[-1])
 
 
+class Unread(NamedTuple):
+    """The identity of a run that is not compared. The fields are those of a `RunRecord`."""
+
+    source: str
+    script: str
+    env_id: str
+    flags: str
+    seed: int
+
+
 class Reading(NamedTuple):
-    """Runs, one line for each skipped run or damaged file, and the runs that the studies have planned."""
+    """The runs that were read.
+
+    Attributes:
+        runs: runs to compare.
+        problems: one line for each skipped run or damaged file.
+        planned: runs of the studies that have no folder.
+        skipped: runs that have a folder, a row or an entry, but cannot be compared. Those of unknown identity are not listed.
+    """
 
     runs: list[RunRecord]
     problems: list[str]
-    planned: list[PlannedRun] = []
+    planned: list[Unread] = []
+    skipped: list[Unread] = []
 
 
 def typed_flags(script: str, flags: dict[str, Any]) -> str:
     """Return a run's flags that affect its results and differ from its environment's defaults, as on the command line. If the
-    script is not on Python's path, the defaults are unknown: return all flags that affect the results."""
+    script cannot be imported, the defaults are unknown: return all flags that affect the results."""
     try:
         args_type = importlib.import_module(script).Args
         default = defaults(args_type, flags["env_id"])
-    except (ImportError, AttributeError):
+    except Exception:  # an own script may be gone, or raise anything
         args_type, default = RunArgs, {}
     hints = get_type_hints(args_type, include_extras=True)
     said = []
@@ -84,41 +114,95 @@ def split_flags(flags: str) -> list[str]:
     return [word for word in re.split(r" (?=--)", flags) if word]
 
 
-def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple]) -> RunRecord:
+def _unread(source: str, script: str, flags: dict[str, Any]) -> Unread:
+    return Unread(source, SHORT.get(script, script), flags["env_id"], typed_flags(script, flags), int(flags["seed"]))
+
+
+def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple], sitting: Any = None) -> RunRecord:
     batch = flags["num_envs"] * flags["num_steps"]
     planned = flags["total_timesteps"] // batch * batch
     step, value, weight = (np.array(column, float) for column in zip(*rows, strict=True))
-    name = SHORT.get(script, script)
-    typed = typed_flags(script, flags)
-    return RunRecord(source, name, flags["env_id"], typed, flags["seed"], planned, step.astype(int), value, weight)
+    sitting = sitting if isinstance(sitting, dict) else {}
+    commit, dirty, versions = (sitting.get(name) for name in ("git_commit", "git_dirty", "versions"))
+    code = commit and str(commit), dirty, versions if isinstance(versions, dict) else None
+    return RunRecord(*_unread(source, script, flags), planned, step.astype(int), value, weight, *code)
+
+
+def _stored_elsewhere(path: Path) -> dict[str, Any] | None:
+    """Return script and flags of a run whose run.json is damaged, from its model or a checkpoint."""
+    for place in (path / MODEL, *sorted(path.glob(f"{CHECKPOINTS}/*"), reverse=True)):
+        with contextlib.suppress(OSError, *DAMAGED):
+            progress = json.loads((place / "progress.json").read_text())
+            return {name: progress[name] for name in ("script", "flags")}
+    return None
+
+
+def identify(path: Path) -> Unread | None:
+    """Return the identity of the run in a folder, or None if it is unknown."""
+    with contextlib.suppress(OSError, *DAMAGED):
+        record = None
+        with contextlib.suppress(OSError):
+            record = read_record(path)
+        stored = record or _stored_elsewhere(path)
+        return stored and _unread(str(path), stored["script"], stored["flags"])
+    return None
 
 
 def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     """Read a run from its folder. Return it (None if it is unreadable) and a list of problems."""
-    record = read_record(path)
+    try:
+        record = read_record(path)
+    except OSError as error:
+        return None, [f"{path}: {RECORD} cannot be read ({error.strerror}){LEFT_OUT}"]
     if record is None:
-        return None, [f"{path}: {RECORD} is missing or damaged; skipped"]
+        return None, [f"{path}: {RECORD} is missing or damaged{LEFT_OUT}"]
     try:
         lines = (path / METRICS).read_bytes().splitlines()
     except OSError as error:
-        return None, [f"{path}: {METRICS} cannot be read ({error.strerror}); skipped"]
+        return None, [f"{path}: {METRICS} cannot be read ({error.strerror}){LEFT_OUT}"]
     rows, bad = [], 0
     for line in lines:
         try:
             row = json.loads(line)
             value = row.get(metric)
-            weight = row.get("charts/episodes", 1.0) if metric in OF_EPISODES else 1.0
-            rows.append((int(row["step"]), np.nan if value is None else float(value), 0.0 if value is None else float(weight)))
-        except (ValueError, LookupError, TypeError, AttributeError):
+            value = np.nan if value is None else float(value)
+            weight = float(row.get("charts/episodes", 1.0) if metric in OF_EPISODES else 1.0)
+            rows.append((int(row["step"]), value, weight if np.isfinite(value) else 0.0))
+        except DAMAGED:
             bad += 1
     problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged and ignored"] * (bad > 0)
-    if not any(weight > 0 for *_, weight in rows):
-        return None, [*problems, f"{path}: {METRICS} has no {metric} yet; skipped"]
+    if not rows:
+        return None, [*problems, f"{path}: {METRICS} has no {metric} yet{LEFT_OUT}"]
     rows = sorted({row[0]: row for row in rows}.values())
     try:
-        return _record(str(path), record["script"], record["flags"], rows), problems
-    except (LookupError, TypeError):
-        return None, [*problems, f"{path}: {RECORD} is not from a run of these scripts; skipped"]
+        run = _record(str(path), record["script"], record["flags"], rows, (record["sittings"] or [None])[-1])
+    except DAMAGED:
+        return None, [*problems, f"{path}: {RECORD} is not from a run of these scripts{LEFT_OUT}"]
+    if not (run.weight > 0).any():
+        said = f"no episode ended in its {run.reached:,} steps" if metric in OF_EPISODES else f"{METRICS} has no {metric}"
+        said = said if run.is_finished else f"{METRICS} has no {metric} yet"
+        return None, [*problems, f"{path}: {said}{LEFT_OUT}"]
+    return run, problems
+
+
+def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the names of a table's columns, and its rows. Spreadsheets may have added a byte order mark, and may have replaced
+    commas by semicolons or tabs. With semicolons, numbers may have decimal commas.
+
+    Raises:
+        UsageError: the file is not a table.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        head = text.partition("\n")[0]
+        separator = max(",;\t", key=head.count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not a table of runs ({error})") from None
+    for row in rows if separator == ";" else []:
+        row |= {name: row[name].replace(",", ".") for name in COLUMNS[-2:] if row.get(name)}
+    return list(reader.fieldnames or ()), rows
 
 
 def read_table(path: Path) -> list[RunRecord]:
@@ -127,27 +211,25 @@ def read_table(path: Path) -> list[RunRecord]:
     Raises:
         UsageError: the file is not such a table.
     """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: is not a table of runs ({error})") from None
-    lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    names, rows = table_rows(path)
+    lacking = [name for name in COLUMNS if name not in names]
     require(not lacking, f"{path}: is not a table of runs (no column {', '.join(lacking)})")
     runs: dict[tuple[str, ...], list[tuple]] = {}
     for number, row in enumerate(rows, 2):
         key = tuple(row[name] for name in COLUMNS[:5])
         try:
             value = float(row["episodic_return"]) if row["episodic_return"] else np.nan
-            runs.setdefault(key, []).append((int(row["step"]), value, float(row["episodes"] or 0)))
-            int(row["seed"]), int(row["planned_steps"])
+            step, weight = int(row["step"]), float(row["episodes"] or 0)
+            whole = int(row["seed"]) >= 0 and int(row["planned_steps"]) > 0 and step >= 0
+            whole = whole and 0 <= weight < np.inf and (weight == 0 or bool(np.isfinite(value)))
         except (ValueError, TypeError):
-            raise UsageError(f"{path}: line {number} is damaged; delete it, or write the table again") from None
+            whole = False
+        require(whole, f"{path}: line {number} is damaged; delete it, or write the table again")
+        runs.setdefault(key, []).append((step, value, weight))
     found = []
     for (script, env_id, flags, seed, planned), points in runs.items():
         step, value, weight = (np.array(column, float) for column in zip(*sorted(points), strict=True))
-        source = f"{path}: {script} {env_id} {seed}"
+        source = f"{path}, {' '.join(filter(None, (script, flags)))}, {env_id}, seed {seed}"
         found.append(RunRecord(source, script, env_id, flags, int(seed), int(planned), step.astype(int), value, weight))
     return found
 
@@ -160,7 +242,7 @@ def read_wandb(project: str, metric: str) -> Reading:
     """
     import wandb
 
-    found, problems = [], []
+    found, problems, skipped = [], [], []
     try:
         for run in wandb.Api().runs(project):
             source = f"{WANDB}{project}/{run.id}"
@@ -170,15 +252,73 @@ def read_wandb(project: str, metric: str) -> Reading:
                 weight = row["charts/episodes"] if metric in OF_EPISODES else 1.0
                 rows[row["global_step"]] = (row["global_step"], row[metric], weight if np.isfinite(row[metric]) else 0.0)
             if not any(weight > 0 for *_, weight in rows.values()):
-                problems.append(f"{source}: has no {metric}; skipped")
+                problems.append(f"{source}: has no {metric}{LEFT_OUT}")
+                with contextlib.suppress(*DAMAGED):
+                    skipped.append(_unread(source, run.config["script"], dict(run.config)))
                 continue
             try:
                 found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values())))
-            except (LookupError, TypeError):
-                problems.append(f"{source}: its config is not from a run of these scripts; skipped")
+            except DAMAGED:
+                problems.append(f"{source}: its config is not from a run of these scripts{LEFT_OUT}")
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise UsageError(f"{WANDB}{project}: cannot be read ({' '.join(str(error).split())}); see `wandb login`") from None
-    return Reading(found, problems)
+    return Reading(found, problems, [], skipped)
+
+
+def planned_runs(logdir: Path) -> dict[str, Unread]:
+    """Return the identity of each run that a study has planned, by the name of its folder.
+
+    Raises:
+        UsageError: the study's plan is damaged.
+    """
+    parsed: dict[tuple, tuple[str, str]] = {}
+
+    def parse(path: Path, env_id: str, typed: list[str]) -> tuple[str, str]:
+        name = SHORT.get(path.stem, path.stem)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                args = parse_flags(args_of(path), [f"--env-id={env_id}", *typed])
+            return name, typed_flags(path.stem, to_store(args))
+        except (Exception, SystemExit):  # the script is gone, or no longer has one of the flags
+            return " ".join([name, *typed]), ""
+
+    found = {}
+    for run in read_plan(logdir):
+        path, typed = Path(run.command[1]), [word for word in run.command[2:] if word.partition("=")[0] not in LAUNCHED]
+        kind = path, family(run.env_id), *typed  # the environments of a family share their defaults
+        if kind not in parsed:
+            parsed[kind] = parse(path, run.env_id, typed)
+        script, flags = parsed[kind]
+        found[run.name] = Unread(str(logdir / run.name), script, run.env_id, flags, run.seed)
+    return found
+
+
+def _read_folders(path: Path, metric: str) -> Reading:
+    """Read a run's folder, or all runs in the folder of a study."""
+    if any(os.path.lexists(path / name) for name in (RECORD, METRICS)):
+        folders, planned, problems = [path], {}, []
+    else:
+        try:
+            inside = sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS) and x.name[0] != ".")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        folders, planned, problems = inside, {}, []
+        if os.path.lexists(path / STUDY):
+            try:
+                planned = planned_runs(path)  # before the runs are read: it makes own scripts importable
+            except UsageError as error:
+                problems.append(f"{error}; missing runs are unknown")
+        require(len(folders) + len(planned) > 0, f"{path}: contains no folders of runs")
+    runs, skipped = [], []
+    for one in folders:
+        run, wrong = read_folder(one, metric)
+        problems += wrong
+        if run is None:
+            skipped.append(identify(one) or planned.get(one.name))
+        else:
+            runs.append(run)
+    absent = [planned[name] for name in planned if name not in {one.name for one in folders}]
+    return Reading(runs, problems, absent, [run for run in skipped if run is not None])
 
 
 def read_runs(sources: Iterable[str], metric: str) -> Reading:
@@ -187,51 +327,57 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
     Raises:
         UsageError: a source is none of these, or cannot contain the metric.
     """
-    runs, problems, planned = [], [], []
+    found = []
     for source in sources:
-        path = Path(source).expanduser()
+        path = expand(source)
         if source.startswith(WANDB):
-            found = read_wandb(source.removeprefix(WANDB), metric)
-            runs, problems = runs + found.runs, problems + found.problems
+            found.append(read_wandb(source.removeprefix(WANDB), metric))
         elif path.is_file():
             require(metric == OF_EPISODES[0], f"{path}: tables contain only returns; leave out --metric, or name folders")
-            runs += read_table(path)
+            table = read_table(path)
+            empty = [run for run in table if not (run.weight > 0).any()]
+            problems = [f"{run.source}: no episode ended in its {run.reached:,} steps{LEFT_OUT}" for run in empty]
+            whole = [run for run in table if (run.weight > 0).any()]
+            found.append(Reading(whole, problems, [], [Unread(*run[:5]) for run in empty]))
         elif path.is_dir():
-            of_run = any((path / name).exists() for name in (RECORD, METRICS))
-            folders = [path] if of_run else sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS))
-            require(len(folders) > 0, f"{path}: contains no folders of runs")
-            planned += read_plan(path) if (path / STUDY).exists() else []
-            for one in folders:
-                run, wrong = read_folder(one, metric)
-                runs, problems = runs + [run] * (run is not None), problems + wrong
+            found.append(_read_folders(path, metric))
         else:
             raise UsageError(f"{source}: no such folder or table")
-    return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems, planned)
+    runs, problems, planned, skipped = ([one for reading in found for one in reading[i]] for i in range(4))
+    return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems, planned, skipped)
 
 
-def labels(runs: list[RunRecord]) -> list[str]:
-    """Return the name of each run's algorithm: its script, and the flags in which the runs of that script differ.
+def flag_name(word: str) -> str:
+    """Return the name of a flag as typed, such as `gamma` for `--gamma 0.9` and `norm-adv` for `--no-norm-adv`."""
+    return re.split(r"[ =]", re.sub(r"^--(no-)?", "", word), maxsplit=1)[0]
+
+
+def labels(runs: list[RunRecord], unread: list[Unread] = ()) -> list[str]:
+    """Return the name of each run's algorithm: its script, and the flags in which the runs of that script differ. The names of
+    `unread` runs follow; their flags count too, so that a name does not depend on which runs exist.
 
     Raises:
         UsageError: two runs have the same name, environment and seed.
     """
-    words = [split_flags(run.flags) for run in runs]
-    flag = lambda word: re.sub(r"^--(no-)?", "", word).split()[0]  # noqa: E731
+    every = [*runs, *unread]
+    words = [split_flags(run.flags) for run in every]
     # compare within an environment: different defaults between families do not make another algorithm
     seen: dict[tuple[str, str], list[set[str]]] = {}
-    for run, own in zip(runs, words, strict=True):
+    for run, own in zip(every, words, strict=True):
         seen.setdefault((run.script, run.env_id), []).append(set(own))
     differing: dict[str, set[str]] = {}
     for (script, _), sets in seen.items():
-        differing.setdefault(script, set()).update(map(flag, set.union(*sets) - set.intersection(*sets)))
+        differing.setdefault(script, set()).update(map(flag_name, set.union(*sets) - set.intersection(*sets)))
     names = [
-        " ".join([run.script, *(word for word in own if flag(word) in differing[run.script])])
-        for run, own in zip(runs, words, strict=True)
+        " ".join([run.script, *(word for word in own if flag_name(word) in differing[run.script])])
+        for run, own in zip(every, words, strict=True)
     ]
-    counted = Counter((name, run.env_id, run.seed) for name, run in zip(names, runs, strict=True))
+    counted = Counter((name, run.env_id, run.seed) for name, run in zip(names, runs, strict=False))
     for (name, env_id, seed), number in counted.items():
         if number > 1:
-            same = [run.source for n, run in zip(names, runs, strict=True) if (n, run.env_id, run.seed) == (name, env_id, seed)]
+            same = [
+                run.source for n, run in zip(names, runs, strict=False) if (n, run.env_id, run.seed) == (name, env_id, seed)
+            ]
             raise UsageError(f"{' and '.join(same)} are duplicates: {name} on {env_id}, seed {seed}; name only one")
     return names
 

@@ -4,6 +4,8 @@ import csv
 import importlib
 import json
 import re
+import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +15,21 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from experiments import report
-from experiments.study.comparison import aggregate, compare, normalized, raw_scores, run_protocol
+from experiments import run as launching
+from experiments.study.comparison import (
+    aggregate,
+    compare,
+    differing_settings,
+    normalized,
+    raw_scores,
+    run_protocol,
+    unequal,
+)
 from experiments.study.figures import curves, filled, mean_curve
-from experiments.study.grid import PlannedRun
+from experiments.study.grid import plan, write_plan
 from experiments.study.records import (
     RunRecord,
+    Unread,
     final_score,
     labels,
     read_folder,
@@ -98,7 +110,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
         f"{empty}: metrics.jsonl has no {RETURN} yet; skipped",
         f"{gone}: metrics.jsonl cannot be read (No such file or directory); skipped",
         f"{lost}: run.json is missing or damaged; skipped",
-        f"{none}: metrics.jsonl has no {RETURN} yet; skipped",
+        f"{none}: no episode ended in its 128 steps; skipped",
     ]
     for wrong, said in ((tmp_path / "nothing", "no such folder"), (empty / "run.json", "is not a table")):
         with pytest.raises(UsageError, match=said):
@@ -171,8 +183,13 @@ def test_the_grid_names_what_is_missing():
         "ppo, Breakout-MinAtar, seed 2: unfinished, at 10 of 20 steps",
         "deep_spi, Breakout-MinAtar, seed 2: not found",
     ]
-    planned = [PlannedRun("", "ppo__gamma-0.9", "Breakout-MinAtar", seed, 20, []) for seed in (1, 3)]
+    planned = [Unread("", "ppo", "Breakout-MinAtar", "", seed) for seed in (1, 3)]
     assert compare(runs[:1], planned).missing == ["ppo, Breakout-MinAtar, seed 3: planned, but not found"]
+    with_flag = [run._replace(flags="--gamma 0.9") for run in planned]  # another algorithm, although none of its runs is there
+    assert compare(runs[:1], with_flag).algorithms == ["ppo"]
+    lines = [f"ppo --gamma 0.9, Breakout-MinAtar, seed {seed}: planned, but not found" for seed in (1, 3)]
+    assert compare(runs[:1], with_flag).missing == lines
+    assert compare(runs[:1], with_flag, with_flag[:1]).missing == lines[1:]  # a skipped run has been named
     with pytest.raises(UsageError, match="no readable runs"):
         compare([])
 
@@ -261,6 +278,234 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     assert (tmp_path / "r_aggregates.png").exists()
 
 
+def write_study(logdir, scripts, finished, returns=((1.0, 1), (2.0, 1)), seeds=(1, 2), flags=()):
+    """The plan of a study, and finished runs of those of its scripts that are numbered in `finished`."""
+    common = ["--num-envs=8", "--num-steps=16", "--num-minibatches=4", f"--total-timesteps={len(returns) * BATCH}", *flags]
+    runs = plan(tuple(scripts), ("CartPole-v1",), list(seeds), common, logdir)
+    write_plan(logdir, runs)
+    for number, run in enumerate(runs):
+        which = number % len(scripts)
+        if which in finished:
+            stem = run.command[1].rpartition("/")[2].removesuffix(".py")
+            write_run(logdir / run.name, stem, "CartPole-v1", run.seed, returns, **finished[which])
+    return runs
+
+
+def test_an_algorithm_without_any_run_is_missing(tmp_path, monkeypatch, capsys):
+    """run.py --scripts ppo "ppo --learning-rate 2e-3", of which the second left no folder."""
+    write_study(tmp_path / "s", ["ppo", "ppo --learning-rate 2e-3"], {0: {}})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_report(monkeypatch, "s", "--output", "r")
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "2 runs are missing" in said.err
+    page = (tmp_path / "r.md").read_text()
+    for seed in (1, 2):
+        assert f"| ppo --learning-rate 0.002, CartPole-v1, seed {seed} | planned, but not found |" in page
+    assert "| ppo |" in page and "No aggregates" in page
+    # a run that left a folder without run.json is named by its folder, and is not counted again
+    (tmp_path / "s" / "CartPole-v1__ppo__learning-rate-2e-3__1").mkdir()
+    found = read_runs(["s"], RETURN)
+    (unread,) = found.skipped
+    assert unread.seed == 1 and "--learning-rate 0.002" in unread.flags and len(found.planned) == 1
+    with pytest.raises(SystemExit):
+        run_report(monkeypatch, "s", "--output", "r")
+    assert "2 runs are missing, unfinished or skipped" in capsys.readouterr().err
+
+
+OWN = """
+from dataclasses import dataclass
+import ppo_atari_envpool_xla_jax_scan as ppo
+
+@dataclass
+class Args(ppo.Args):
+    bonus: float = 0.5
+
+if __name__ == "__main__":
+    run_script(ppo.main, Args)
+"""
+
+
+def test_the_name_of_a_script_may_hold_two_underscores(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my__ppo.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_study(tmp_path / "s", [str(tmp_path / "my__ppo.py"), "ppo"], {0: {}, 1: {}})
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "s", "--output", "r")
+    assert "missing" not in capsys.readouterr().out and "| my__ppo |" in (tmp_path / "r.md").read_text()
+    # without the script, what it would have been called is not known, but the planned run is
+    (tmp_path / "my__ppo.py").unlink()
+    shutil.rmtree(tmp_path / "s" / "CartPole-v1__my__ppo__2")
+    monkeypatch.delitem(sys.modules, "my__ppo"), importlib.invalidate_caches()
+    found = read_runs(["s"], RETURN)
+    assert len(found.runs) == 3 and [(run.script.split()[0], run.seed) for run in found.planned] == [("my__ppo", 2)]
+    assert any(line.startswith("my__ppo") for line in compare(*found[:1], found.planned).missing)
+
+
+def test_a_run_without_an_ended_episode_is_named_once(tmp_path, monkeypatch, capsys):
+    """Games longer than the run: Freeway, 20,000 steps of 64 environments. In its folder and in a table."""
+    runs = write_study(tmp_path / "s", ["ppo", "deep_spi"], {0: {}, 1: {}})
+    shutil.rmtree(tmp_path / "s" / runs[1].name)
+    write_run(tmp_path / "s" / runs[1].name, "deep_spi", "CartPole-v1", 1, [(None, 0), (None, 0)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_report(monkeypatch, "s", "--output", "r")
+    said = capsys.readouterr()
+    assert "error: 1 run is missing, unfinished or skipped" in said.err
+    line = f"s/{runs[1].name}: no episode ended in its 256 steps; skipped"
+    assert said.out.count(runs[1].name) == 2 and f"*** {line} ***" in said.out and f"missing: {line}" in said.out
+    assert "seed 1: " not in said.out
+    table = [record([1, 2], seed=seed, script=script) for seed in (1, 2) for script in ("ppo", "deep_spi")]
+    write_table(tmp_path / "t.csv", [*table[:3], record([np.nan, np.nan], [0, 0], script="deep_spi", seed=2)])
+    with pytest.raises(SystemExit):
+        run_report(monkeypatch, "t.csv", "--output", "u")
+    said = capsys.readouterr()
+    assert "error: 1 run is missing" in said.err
+    assert "*** t.csv, deep_spi, Breakout-MinAtar, seed 2: no episode ended in its 20 steps; skipped ***" in said.out
+
+
+def test_one_unreadable_file_does_not_end_a_report_nor_the_status(tmp_path, monkeypatch, capsys):
+    runs = write_study(tmp_path / "s", ["ppo", "deep_spi"], {0: {}, 1: {}}, seeds=(1, 2, 3))
+    folders = [tmp_path / "s" / run.name for run in runs]
+    (folders[0] / "run.json").unlink(), (folders[0] / "run.json").mkdir()
+    (folders[1] / "run.json").unlink(), (folders[1] / "run.json").symlink_to("run.json")
+    (folders[2] / "metrics.jsonl").unlink(), (folders[2] / "metrics.jsonl").mkdir()
+    (tmp_path / "s" / "logs" / f"{runs[3].name}.log").mkdir(parents=True)
+    (tmp_path / "s" / ".ipynb_checkpoints").mkdir()
+    with (folders[3] / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1e999, "elapsed": 1}\n{"step": 384, "elapsed": "x", "charts/episodic_return": []}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_report(monkeypatch, "s", "--output", "r")
+    said = capsys.readouterr()
+    for folder, what in zip(
+        folders,
+        (
+            "run.json cannot be read (Is a directory)",
+            "run.json cannot be read (Too many",
+            "metrics.jsonl cannot be read (Is a directory)",
+        ),
+        strict=False,
+    ):
+        assert f"*** s/{folder.name}: {what}" in said.out
+    assert "error: 3 runs are missing, unfinished or skipped" in said.err and "ipynb" not in said.out + said.err
+    launching.main(launching.Args(logdir=tmp_path / "s", status=True), [])
+    said = capsys.readouterr().out
+    assert f"failed: {runs[0].name}: run.json cannot be read (Is a directory)" in said and "2 failed" in said
+    wrong = {"name": "a", "script": "b", "env_id": 3, "seed": 1, "steps": 0, "command": []}
+    for content in ("{", '{"runs": [{"name": 1}]}', json.dumps({"runs": [wrong]})):
+        (tmp_path / "s" / "study.json").write_text(content)
+        found = read_runs(["s"], RETURN)
+        assert len(found.runs) == 3 and any("study.json: is damaged" in line for line in found.problems)
+        with pytest.raises(UsageError, match="study.json: is damaged"):
+            launching.main(launching.Args(logdir=tmp_path / "s", status=True), [])
+    (tmp_path / "s" / "study.json").unlink(), (tmp_path / "s" / "study.json").mkdir()
+    assert any("study.json: cannot be read" in line for line in read_runs(["s"], RETURN).problems)
+    with pytest.raises(UsageError, match="study.json: cannot be read"):
+        launching.main(launching.Args(logdir=tmp_path / "s", status=True), [])
+
+
+def test_a_damaged_run_is_known_by_its_checkpoints(tmp_path):
+    """It has no run.json and no place in a plan."""
+    runs = write_grid(tmp_path / "runs", seeds=(1, 2), games=("Breakout",))
+    lost = runs / "Breakout__deep_spi__2"
+    (lost / "checkpoints" / "000000002560").mkdir(parents=True)
+    (lost / "run.json").rename(lost / "checkpoints" / "000000002560" / "progress.json")
+    found = read_runs([str(runs)], RETURN)
+    assert [run.seed for run in found.skipped] == [2] and compare(found.runs, [], found.skipped).missing == []
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path, separator, ending):
+    run = record([1.25, np.nan, 3.5], [3, 0, 2], 30, flags="--fc-layers 64 32")
+    write_table(tmp_path / "a.csv", [run])
+    rows = [line.split(",") for line in (tmp_path / "a.csv").read_text().splitlines()]
+    if separator == ";":  # with a decimal comma
+        rows = [[cell.replace(".", ",") for cell in row] for row in rows]
+    text = ending.join(map(separator.join, rows)) + ending
+    (tmp_path / "b.csv").write_bytes(text.encode("utf-8-sig"))
+    (again,) = read_table(tmp_path / "b.csv")
+    assert again[1:6] == run[1:6]
+    assert_allclose(again.step, run.step), assert_allclose(again.value, run.value), assert_allclose(again.weight, run.weight)
+
+
+@pytest.mark.parametrize("wrong", ["inf,1", "nan,1", "1,-1", "1,inf", "1,nan"])
+def test_impossible_numbers_of_a_table_are_damage(tmp_path, wrong):
+    write_table(tmp_path / "a.csv", [record([1.25], [3])])
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("1.25,3", wrong))
+    with pytest.raises(UsageError, match="a.csv: line 2 is damaged"):
+        read_table(tmp_path / "a.csv")
+
+
+def test_where_no_game_is_complete_all_but_the_aggregates_is_written(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "s" / "a", "ppo_atari_envpool_xla_jax_scan", "Breakout-MinAtar", 1, [(1.0, 1)] * 5)
+    write_run(tmp_path / "s" / "b", "deep_spi", "Asterix-MinAtar", 1, [(1.0, 1)] * 5)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r_aggregates.png").write_text("of before")
+    run_report(monkeypatch, "s", "--output", "r", "--allow-incomplete")
+    assert "*** no aggregates: no game has a finished run of every algorithm ***" in capsys.readouterr().out
+    page = (tmp_path / "r.html").read_text()
+    assert "No aggregates: no game has a finished run of every algorithm." in page and page.count("<svg ") == 2
+    assert not (tmp_path / "r_aggregates.png").exists() and (tmp_path / "r_scores.csv").exists()
+    write_run(tmp_path / "s" / "c", "deep_spi", "Breakout-MinAtar", 1, [(1.0, 1)] * 5)
+    run_report(monkeypatch, "s", "--output", "r", "--allow-incomplete")
+    assert "Left out, because an algorithm has no finished run: Asterix-MinAtar." in (tmp_path / "r.md").read_text()
+
+
+def test_settings_that_differ_are_on_the_page(tmp_path, monkeypatch, capsys):
+    """Steps and protocol differ between algorithms; a flag, the commit and a version differ within them."""
+    runs = [record([1, 2], planned=1000, env_id="Pong-v5", seed=seed) for seed in (1, 2)]
+    other = "--stochastic-env --total-timesteps 9000 --no-norm-adv"
+    runs += [record([3, 4], planned=9000, env_id="Pong-v5", seed=seed, script="deep_spi", flags=other) for seed in (1, 2)]
+    write_table(tmp_path / "t.csv", [run._replace(step=run.step * run.planned // 20) for run in runs])
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "t.csv", "--output", "r")
+    warned = [
+        "The compared runs differ in Atari protocol: ppo sticky actions 0, up to 30 no-ops; "
+        "deep_spi sticky actions 0.3, up to 60 no-ops",
+        "The compared runs differ in steps: ppo 1,000; deep_spi 9,000",
+    ]
+    said, page, text = capsys.readouterr().out, (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    for line in warned:
+        assert f"*** {line} ***" in said and f"<p class=warn>{line}; see the settings below.</p>" in page
+    rows = text.partition("## Settings that differ")[2].partition("## ")[0]
+    for row in ("| steps | 1,000 | 9,000 |", "| --stochastic-env | - | on |", "| --norm-adv | - | off |"):
+        assert row in rows
+    assert page.index(warned[0]) < page.index("<h2>")
+
+    known = {"commit": "a" * 40, "dirty": False, "versions": {"jax": "0.11.0", "numpy": "2.3"}}
+    runs = [record([1, 2], seed=1)._replace(**known), record([1, 2], seed=2)._replace(**known)]
+    assert differing_settings(compare(runs)) == []
+    runs[1] = runs[1]._replace(commit="b" * 40, dirty=True, versions={"jax": "0.11.1"}, flags="--gamma 0.9", env_id="x-MinAtar")
+    runs.append(record([1, 2], seed=3))
+    comparison = compare(runs)
+    assert comparison.algorithms == ["ppo"]
+    assert differing_settings(comparison) == [
+        ["", "ppo"],
+        ["--gamma", "-, 0.9"],
+        ["commit", f"{'a' * 12}, unknown, {'b' * 12}"],
+        ["uncommitted changes", "no, unknown, yes"],
+        ["version of jax", "0.11.0, unknown, 0.11.1"],
+        ["version of numpy", "2.3, unknown, not installed"],
+    ]
+    assert unequal(comparison, differing_settings(comparison)) == []
+    rounded = compare([record([1], planned=1000), record([1], planned=995, seed=2)])  # the same flag, another rollout
+    assert unequal(rounded, differing_settings(rounded)) == [] and differing_settings(rounded)[1] == ["steps", "1,000, 995"]
+
+
+def test_commit_and_versions_are_those_of_the_last_session(tmp_path):
+    folder = write_run(tmp_path / "a", "deep_spi", "Breakout-MinAtar", 1, [(1.0, 1)])
+    stored = json.loads((folder / "run.json").read_text())
+    sittings = [{"git_commit": c, "git_dirty": c == "b", "versions": {"jax": c}} for c in "ab"]
+    (folder / "run.json").write_text(json.dumps(stored | {"sittings": sittings}))
+    run, _ = read_folder(folder, RETURN)
+    assert (run.commit, run.dirty, run.versions) == ("b", True, {"jax": "b"})
+    (folder / "run.json").write_text(json.dumps(stored | {"sittings": ["x"]}))
+    run, _ = read_folder(folder, RETURN)
+    assert (run.commit, run.dirty, run.versions) == (None, None, None)
+
+
 def test_mistakes(tmp_path, monkeypatch):
     runs = write_grid(tmp_path / "runs", seeds=(1,), games=("Breakout",))
     monkeypatch.chdir(tmp_path)
@@ -275,6 +520,12 @@ def test_mistakes(tmp_path, monkeypatch):
         ([runs, "--metric", "charts/nothing"], "no readable runs"),
         ([runs, "--metric", "step", "--scale", "human"], "--scale human: applies to returns only"),
         ([runs, "--output", "."], "--output .: is not a file name"),
+        ([runs, "--seed", -1], "--seed -1: must be 0 or more"),
+        ([runs, "--points", 10**9], "--points 1000000000"),
+        ([runs, "--published", "Breakout-MinAtar=nan"], "'nan' is not a number"),
+        (["~nobody-at-all/s"], "~nobody-at-all is no home folder"),
+        ([runs, "--output", "~nobody-at-all/s"], "--output ~nobody-at-all/s: ~nobody-at-all is no home folder"),
+        ([runs, "--output", "/proc/r"], "--output /proc/r.html: cannot be written"),
     ):
         with pytest.raises(UsageError) as error:
             run_report(monkeypatch, *words)
@@ -346,9 +597,20 @@ def test_a_baseline_is_of_one_protocol():
     assert run_protocol(plain) == (0.0, 30)
     assert run_protocol(plain._replace(flags=sticky)) == (0.3, 60)
     assert run_protocol(plain._replace(flags="--gamma 0.9 --repeat-action-probability 0.25 --noop-max 7")) == (0.25, 7)
+    unset = "--no-stochastic-env --repeat-action-probability None --noop-max None"  # of a script that cannot be imported
+    assert run_protocol(plain._replace(flags=unset)) == (0.0, 30)
+    with pytest.raises(UsageError, match="ppo-1: its flags are damaged"):
+        run_protocol(plain._replace(flags="--noop-max many"))
     other = plain._replace(script="deep_spi", flags=sticky)
-    comparison = compare([plain, other])
+    comparison = compare([plain._replace(source="a"), other._replace(source="b")])
     raw = raw_scores(comparison, 1, 1)
-    with pytest.raises(UsageError, match="--scale baseline: runs of Pong-v5 differ in their protocol"):
+    with pytest.raises(
+        UsageError, match="--scale baseline: runs of Pong-v5 differ in their protocol .*30 no-ops: a; .*60 no-ops: b"
+    ):
         normalized(comparison, raw, "baseline", "ppo")
+    odd = compare([plain._replace(flags="--noop-max 7")])
+    with pytest.raises(
+        UsageError, match="--scale baseline: Pong-v5 has no baseline for sticky actions 0, up to 7 no-ops: ppo-1"
+    ):
+        normalized(odd, raw_scores(odd, 1, 1), "baseline", "ppo")
     assert len(normalized(comparison, raw, "min-max", "ppo")["ppo"]) == 1
