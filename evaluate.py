@@ -12,6 +12,9 @@ if __name__ == "__main__":
     start_quietly()
 
 import contextlib
+import csv
+import io
+import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +31,13 @@ from envs.registry import atari_protocol, family, make_env
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
-from utils.runs.checkpoints import write_csv
+from utils.runs.checkpoints import write_whole
 from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL
-from utils.runs.launch import describe_device, run_main
+from utils.runs.launch import describe_device, fail, run_main
 from utils.runs.load_run import LoadedRun, read_run
+from utils.runs.outputs import check_output, expand
 from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")
@@ -59,7 +63,8 @@ class Args:
     seed: int = 1
     """seed of environments and actions; no seed gives the random numbers of training"""
     output: Path | None = None
-    """file of the table (default: evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv, ...)"""
+    """file of the table (default: evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv, ...; a
+    number is added if the file exists and holds other games)"""
     video: Path | None = None
     """file of a video of one more game: .mp4 (needs imageio-ffmpeg: uv run --extra video ...) or .gif"""
 
@@ -86,10 +91,12 @@ def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
 def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     """Return lines that summarize the games."""
     returns = np.array([game.episodic_return for game in games])
-    low, high = with_interval([returns], mean, np.random.default_rng(0))[1]
-    spread = f"{returns.std(ddof=1):.2f}" if len(returns) > 1 else "unknown"
+    interval, spread = "unknown (one game)", "unknown"
+    if len(returns) > 1:
+        low, high = with_interval([returns], mean, np.random.default_rng(0))[1]
+        interval, spread = f"[{low:.2f}, {high:.2f}] (bootstrap)", f"{returns.std(ddof=1):.2f}"
     lines = [
-        f"return: mean {returns.mean():.2f}, {CONFIDENCE:.0%} interval [{low:.2f}, {high:.2f}] (bootstrap)",
+        f"return: mean {returns.mean():.2f}, {CONFIDENCE:.0%} interval {interval}",
         f"        median {np.median(returns):.2f}, standard deviation {spread}, {returns.min():g} to {returns.max():g}",
         f"length: mean {np.mean([g.episodic_length for g in games]):,.0f} steps; {sum(g.truncated for g in games)} truncated",
     ]
@@ -101,14 +108,46 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     return lines
 
 
-def table(games: list[Game], run: LoadedRun, args: Args) -> list[tuple]:
-    """Return one row per game, with the columns of `COLUMNS`."""
-    rows = []
+def table(games: list[Game], run: LoadedRun, args: Args) -> bytes:
+    """Return a CSV table with one row per game and the columns of `COLUMNS`."""
+    rows: list[tuple] = [COLUMNS]
     of_run = (run.progress["name"], run.progress["script"], run.args.env_id, run.progress["seed"], run.progress["step"])
     for i, game in enumerate(games):
         played = (game.env, f"{game.episodic_return:g}", game.episodic_length, int(game.truncated))
         rows.append((*of_run, args.protocol, int(args.greedy), args.seed, i, *played))
-    return rows
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode(errors="replace")
+
+
+def games_in(path: Path) -> int | None:
+    """Return the number of games in an older table; None if there is no file.
+
+    Raises:
+        UsageError: the file is not a table of games.
+    """
+    if not path.exists():
+        return None
+    try:
+        head, *rows = csv.reader(path.read_text(encoding="utf-8-sig").splitlines())
+    except (OSError, ValueError, csv.Error):
+        head, rows = [], []
+    require(set(COLUMNS) <= set(head), f"--output {path}: exists, and is not a table of games; choose another name")
+    return len(rows)
+
+
+def write_table(path: Path, content: bytes, numbered: bool) -> Path:
+    """Write the table and return its path. If `numbered`, a number is added to a name that another table has."""
+    candidates = (path.with_stem(f"{path.stem}_{k}") if k > 1 else path for k in itertools.count(1))
+    while numbered:
+        path = next(candidates)
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == content:
+                return path
+        if not (path.exists() or path.is_symlink()):
+            break
+    write_whole(path, content)
+    return path
 
 
 def default_output(args: Args, run: LoadedRun) -> Path:
@@ -138,21 +177,22 @@ def open_camera(args: Args, run: LoadedRun, seed: int) -> Film:
 
 def main(args: Args) -> None:
     """Play the games, and write the table and the video."""
-    args = replace(args, run=args.run.expanduser())
+    args = replace(args, run=expand(args.run))
     require(args.episodes >= 1, f"--episodes {args.episodes}: must be at least 1")
     num_envs = min(args.episodes, 128) if args.num_envs is None else args.num_envs
     require(1 <= num_envs <= args.episodes, f"--num-envs {num_envs}: must be 1 to --episodes {args.episodes}")
     require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be 0 or more, and less than 2**31")
     video = None if args.video is None else check_path(args.video)
-    if video != args.video:
+    if video is not None and video.suffix != args.video.suffix:
         print(f"*** imageio-ffmpeg is not installed: writing {video} instead (for MP4: uv run --extra video ...) ***")
     # training derives its seeds from one number, so seeds derived from two are different
     seeds = [int(seed) for seed in np.random.SeedSequence([args.seed, len(COLUMNS)]).generate_state(3)]
     run = read_run(args.run, num_envs=1)
     env = make_envs(args, run, num_envs, seeds[0])
     camera = None if video is None else open_camera(args, run, seeds[2])
-    output = args.output or default_output(args, run)
-    require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}; make it first")
+    output = check_output(args.output or default_output(args, run), "--output")
+    older = None if args.output is None else games_in(output)
+    films = video is not None and video.exists()
     print(f"{run.progress['name']}: {run.progress['script']} on {run.args.env_id} after {run.progress['step']:,} steps")
     keep_compiled()
     print(describe_device(), flush=True)
@@ -167,16 +207,24 @@ def main(args: Args) -> None:
 
     keys = jax.random.split(jax.random.key(seeds[1]))
     games = play(env, policy_of(run.params, run.agent), args.episodes, keys[0], args.greedy, say)
-    write_csv(output, COLUMNS, table(games, run, args))
     how = "most likely actions" if args.greedy else "sampled actions"
     print(f"{len(games)} games under the {args.protocol} protocol, {how}, seed {args.seed}:")
-    print("\n".join([*describe(games, run, args.protocol), f"table: {output}"]), flush=True)
+    print("\n".join(describe(games, run, args.protocol)), flush=True)
+    try:
+        output = write_table(output, table(games, run, args), args.output is None)
+    except OSError as error:  # since the check, the disk has filled up
+        fail(f"--output {output}: could not be written ({error.strerror}); the scores above are complete", 1)
+    replaced = "" if older is None else f" (replaces a table of {older} game{'s' * (older != 1)})"
+    print(f"table: {output}{replaced}", flush=True)
     if camera is not None:
         most = MOST_FRAMES if video.suffix == ".gif" else None  # a GIF's frames are all in memory at once
         with contextlib.closing(camera.frames(run.params, keys[1], most)) as frames:
-            count = write_video(video, frames)
+            try:
+                count = write_video(video, frames)
+            except OSError as error:
+                fail(f"--video {video}: could not be written ({error.strerror or error})", 1)
         ended = f"return {camera.game.episodic_return:g}" if camera.game else "cut off at the frame limit"
-        print(f"video: {video}, {count:,} frames, {ended}")
+        print(f"video: {video}, {count:,} frames, {ended}{' (replaces an older video)' if films else ''}")
 
 
 if __name__ == "__main__":

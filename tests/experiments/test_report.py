@@ -604,13 +604,9 @@ def test_a_baseline_is_of_one_protocol():
     other = plain._replace(script="deep_spi", flags=sticky)
     comparison = compare([plain._replace(source="a"), other._replace(source="b")])
     raw = raw_scores(comparison, 1, 1)
-    with pytest.raises(
-        UsageError, match="--scale baseline: runs of Pong-v5 differ in their protocol .*30 no-ops: a; .*60 no-ops: b"
-    ):
+    with pytest.raises(UsageError, match="--scale baseline: .* differ in their protocol .*30 no-ops: a; .*60 no-ops: b"):
         normalized(comparison, raw, "baseline", "ppo")
     odd = compare([plain._replace(flags="--noop-max 7")])
-    with pytest.raises(
-        UsageError, match="--scale baseline: Pong-v5 has no baseline for sticky actions 0, up to 7 no-ops: ppo-1"
-    ):
+    with pytest.raises(UsageError, match="Pong-v5 has no baseline for sticky actions 0, up to 7 no-ops: ppo-1"):
         normalized(odd, raw_scores(odd, 1, 1), "baseline", "ppo")
     assert len(normalized(comparison, raw, "min-max", "ppo")["ppo"]) == 1

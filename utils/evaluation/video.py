@@ -11,6 +11,7 @@ from PIL import Image
 
 from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
+from utils.runs.outputs import check_output, expand
 
 FRAMES_PER_SECOND = 15  # real time on Atari: 60 frames per second, of which an agent sees every fourth
 ENDINGS = (".mp4", ".gif")
@@ -27,16 +28,15 @@ def has_ffmpeg() -> bool:
 
 
 def check_path(path: Path) -> Path:
-    """Return the path, with .gif instead of .mp4 if imageio-ffmpeg is not available.
+    """Return the path of --video with `~` expanded, and with .gif instead of .mp4 if imageio-ffmpeg is not available.
 
     Raises:
-        UsageError: the ending is neither, or the folder does not exist.
+        UsageError: the ending is neither, or the file cannot be written.
     """
+    path = expand(path, "--video")
     if path.suffix not in ENDINGS:
-        raise UsageError(f"{path}: unknown video format; use {' or '.join(ENDINGS)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder {path.parent} does not exist; create it first")
-    return path if has_ffmpeg() else path.with_suffix(".gif")
+        raise UsageError(f"--video {path}: unknown video format; use {' or '.join(ENDINGS)}")
+    return check_output(path if has_ffmpeg() else path.with_suffix(".gif"), "--video")
 
 
 def write_video(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> int:

@@ -1,8 +1,12 @@
 """Whole games, as many in each environment as were to be, and films of them."""
 
 import csv
+import errno
 import json
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import imageio_ffmpeg
@@ -22,7 +26,7 @@ from envs.minatar import COLORS, MinAtar
 from envs.protocol import EpisodeStats, Timestep
 from tests.commands import run
 from utils.evaluation import video
-from utils.evaluation.play import Film, play, quotas
+from utils.evaluation.play import Film, Game, play, quotas
 from utils.evaluation.video import check_path, write_video
 from utils.runs.flags import UsageError, make_args
 
@@ -198,12 +202,95 @@ def test_mistakes_of_an_evaluation(gridworld, tmp_path):
         ({"episodes": 0}, "--episodes 0"),
         ({"num_envs": 200}, "--num-envs 200: must be 1 to --episodes 100"),
         ({"protocol": "machado"}, "was trained on ConfoundingGridworld-v0, not Atari; leave it out"),
-        ({"output": tmp_path / "no" / "t.csv"}, "there is no folder"),
+        ({"output": tmp_path / "no" / "t.csv"}, "--output .*t.csv: folder .*no does not exist"),
+        ({"output": Path("/proc/t.csv")}, "--output /proc/t.csv: cannot be written .*; name another file with --output"),
+        ({"output": Path("/dev/null")}, "--output /dev/null: is not a regular file"),
+        ({"output": gridworld / "metrics.jsonl"}, "metrics.jsonl: exists, and is not a table of games"),
+        ({"output": Path("~nobody-at-all/t.csv")}, "--output ~nobody-at-all/t.csv: ~nobody-at-all is no home folder"),
+        ({"run": Path("~nobody-at-all/r")}, "~nobody-at-all is no home folder"),
+        ({"video": Path("/proc/v.gif")}, "--video /proc/v.gif: cannot be written"),
+        ({"video": Path("~nobody-at-all/v.gif")}, "--video ~nobody-at-all/v.gif: ~nobody-at-all is no home folder"),
         ({"video": tmp_path / "v.webm"}, "use .mp4 or .gif"),
         ({"run": tmp_path}, "neither a model nor a checkpoint"),
     ):
         with pytest.raises(UsageError, match=said):
             evaluate.main(replace(evaluate.Args(run=gridworld), **flags))
+
+
+@pytest.fixture
+def played(gridworld, tmp_path, monkeypatch):
+    """Evaluate a copy of the run; the games are those of a list, which is returned with the folder."""
+    folder, returns = tmp_path / "r", []
+    shutil.copytree(gridworld, folder)
+    monkeypatch.setattr(evaluate, "play", lambda *_: [Game(i, x, 10, False) for i, x in enumerate(returns)])
+    return folder, returns
+
+
+def test_no_older_table_is_lost(played, capsys):
+    """evaluate.py RUN --episodes 20, then --episodes 1."""
+    folder, returns = played
+    names = lambda: sorted(path.name for path in folder.glob("evaluation*"))  # noqa: E731
+    args, rows = evaluate.Args(run=folder), lambda name: len((folder / name).read_text().splitlines()) - 1
+    returns += [float(x) for x in range(20)]
+    evaluate.main(replace(args, episodes=20))
+    assert "95% interval [" in capsys.readouterr().out and names() == ["evaluation.csv"]
+    returns[:] = [53.0]
+    evaluate.main(replace(args, episodes=1))
+    said = capsys.readouterr().out
+    assert "return: mean 53.00, 95% interval unknown (one game)\n" in said and f"table: {folder}/evaluation_2.csv\n" in said
+    evaluate.main(replace(args, episodes=1))  # the same games again are the same table
+    assert names() == ["evaluation.csv", "evaluation_2.csv"]
+    assert (rows("evaluation.csv"), rows("evaluation_2.csv")) == (20, 1)
+    own = folder / "evaluation.csv"
+    capsys.readouterr()
+    evaluate.main(replace(args, episodes=1, output=own))
+    assert f"table: {own} (replaces a table of 20 games)" in capsys.readouterr().out and rows("evaluation.csv") == 1
+
+
+def test_home_is_expanded(played, tmp_path, monkeypatch):
+    folder, returns = played
+    returns.append(1.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    evaluate.main(evaluate.Args(run=Path("~/r"), episodes=1, output=Path("~/t.csv")))
+    assert (tmp_path / "t.csv").exists() and check_path(Path("~/a.gif")) == tmp_path / "a.gif"
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_games(gridworld, monkeypatch):
+    """The folder of a colleague's run."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
+    monkeypatch.setattr(evaluate, "play", lambda *_: pytest.fail("games were played"))
+    with pytest.raises(UsageError, match="--output .*evaluation.csv: cannot be written .Permission denied.; name another file"):
+        evaluate.main(evaluate.Args(run=gridworld))
+    with pytest.raises(UsageError, match="--video .*v.gif: cannot be written"):
+        evaluate.main(evaluate.Args(run=gridworld, video=gridworld / "v.gif"))
+
+
+def test_scores_are_printed_before_the_table_is_written(played, monkeypatch, capsys):
+    """The disk fills up during the games."""
+    folder, returns = played
+    returns += [1.0, 3.0]
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluate, "write_whole", refuse)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(evaluate.Args(run=folder))
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "return: mean 2.00" in said.out
+    assert said.err.startswith(f"error: --output {folder}/evaluation.csv: could not be written (No space left")
+
+
+def test_an_older_video_is_mentioned(played, capsys):
+    folder, returns = played
+    returns.append(1.0)
+    (folder / "v.gif").write_text("of before")
+    evaluate.main(evaluate.Args(run=folder, episodes=1, video=folder / "v.gif"))
+    assert capsys.readouterr().out.endswith(" (replaces an older video)\n")
 
 
 def test_where_the_table_goes(gridworld):
