@@ -25,7 +25,8 @@ from dataclasses import dataclass  # noqa: E402
 
 import tyro  # noqa: E402
 
-from utils.runs.launch import run_main  # noqa: E402
+from utils.runs.flags import require  # noqa: E402
+from utils.runs.launch import fail, run_main  # noqa: E402
 
 
 @dataclass
@@ -50,6 +51,9 @@ def seconds_between(folder: Path) -> list[float]:
 
 def main(args: Args) -> None:
     """Print the two medians, their difference, and its fraction of the default interval of 900 seconds."""
+    require(args.rounds >= 1, f"--rounds {args.rounds}: must be at least 1")
+    require(args.updates >= 3, f"--updates {args.updates}: must be at least 3, because the first interval is excluded")
+    require((ROOT / args.script).is_file(), f"--script {args.script}: no such file")
     shape = ["--num-envs=128", "--num-steps=8"]  # the same for every environment
     flags = [f"--env-id={args.env_id}", *shape, f"--total-timesteps={1024 * args.updates}", "--no-save-model"]
     kinds = {"saves": ["--save-every=0"], "no-saves": ["--keep-checkpoints=0"]}
@@ -59,7 +63,9 @@ def main(args: Args) -> None:
             for kind, more in kinds.items():
                 name = f"{kind}-{k}"
                 typed = [sys.executable, str(ROOT / args.script), *flags, *more, f"--logdir={logdir}", f"--run-name={name}"]
-                subprocess.run(typed, check=True, stdout=subprocess.DEVNULL)
+                code = subprocess.run(typed, stdout=subprocess.DEVNULL).returncode
+                if code != 0:  # the script has printed why
+                    fail(f"{args.script} ended with exit code {code}", 1)
                 times[kind] += seconds_between(Path(logdir) / name)
                 print(f"{name}: {statistics.median(times[kind]):.3f} s", flush=True)
         size = sum(f.stat().st_size for f in Path(logdir).glob("saves-0/checkpoints/**/*")) / 2  # two are kept

@@ -29,6 +29,7 @@ import jax  # noqa: E402
 import tyro  # noqa: E402
 
 from benchmarks.throughput import Setting, seconds  # noqa: E402
+from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 INSTRUCTION = re.compile(r"%(?P<name>[\w.-]+) = .*? (?P<kind>[\w-]+)\(.*?metadata=\{op_name=\"(?P<source>[^\"]*)\"")
@@ -83,6 +84,7 @@ def time_by_part(setting: Setting, updates: int) -> tuple[Counter, float]:
 
 def main(args: Args) -> None:
     """Profile the updates and print the times."""
+    require(args.updates >= 1, f"--updates {args.updates}: must be at least 1")
     print(describe_device())
     warnings.filterwarnings("ignore", "builtin type event_stats", DeprecationWarning)  # from JAX's own code
     taken, passed = time_by_part(Setting(args.script, env_id=args.env_id), args.updates)

@@ -48,8 +48,9 @@ import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
 from utils.dreams.replay import prefill_iterations  # noqa: E402
-from utils.runs.flags import check_flags, make_args, parse_flags, require  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, make_args, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
+from utils.runs.outputs import check_output  # noqa: E402
 
 MATRIX = 4096
 UV = os.environ.get("UV", "uv")  # set by `uv run`
@@ -141,7 +142,10 @@ def parse_setting(text: str, env_id: str) -> tuple[str, dict]:
     Raises:
         UsageError: the text names no script, or sets an environment.
     """
-    name, *flags = shlex.split(text) or [""]
+    try:
+        name, *flags = shlex.split(text) or [""]
+    except ValueError as error:
+        raise UsageError(f"--settings {text!r}: {str(error).lower()}") from None
     require(name in SCRIPTS, f"--settings {text!r}: must begin with one of {', '.join(SCRIPTS)}")
     args = vars(parse_flags(SCRIPTS[name].Args, [f"--env-id={env_id}", *flags]))
     require(args["env_id"] == env_id, f"--settings {text!r}: --env-ids sets the environments; leave --env-id out")
@@ -273,6 +277,9 @@ def startup(command: str, env_id: str, cache: str) -> dict:
 
 def main(args: Args) -> None:
     """Time all settings, print the medians, and write the JSON file."""
+    require(len(args.env_ids) > 0, "--env-ids: name at least one")
+    require(args.rounds >= 1, f"--rounds {args.rounds}: must be at least 1")
+    args = replace(args, output=str(check_output(args.output, "--output")))
     require(
         not args.rejax or (family(args.env_ids[0]) == "minatar" and shutil.which(UV)),
         "--rejax: needs uv, and a MinAtar game as the first of --env-ids",

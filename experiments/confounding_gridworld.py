@@ -53,6 +53,7 @@ from envs.registry import make_env  # noqa: E402
 from experiments.study.figures import styled  # noqa: E402
 from utils.runs.flags import check_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
+from utils.runs.outputs import check_output  # noqa: E402
 
 OF_DREAMS = ("dream_learning_rate", "dream_heads_learning_rate", "dream_actor_after")
 SCRIPTS = {"PPO": ppo, "DeepMDP": deep_mdp, "Deep SPI": deep_spi, "DreamSPI": dream_spi}
@@ -188,7 +189,8 @@ def main(args: Args) -> None:
     """Train the algorithms, draw the figure, and write the data."""
     unknown = set(args.algorithms) - set(SCRIPTS)
     require(not unknown, f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
-    require(len(args.algorithms) > 0, "--algorithms: name at least one")
+    distinct = len(set(args.algorithms)) == len(args.algorithms) > 0
+    require(distinct, "--algorithms: name at least one, and each once")
     seeds = set(args.seeds)
     require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name at least two distinct, nonnegative seeds")
     if args.latent == "continuous":
@@ -196,8 +198,9 @@ def main(args: Args) -> None:
     if "DreamSPI" not in args.algorithms:
         refuse_unread(args, OF_DREAMS, "--algorithms DreamSPI")
     for name in args.algorithms:
-        check_flags(script_args(name, args))
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        check_flags(replace(script_args(name, args), seed=max(args.seeds)))
+    paths = [check_output(f"{args.output}{ending}", "--output", make_parent=True) for ending in (".png", ".json")]
+    args = replace(args, output=str(paths[0].with_suffix("")))
     gamma = deep_spi.Args().gamma
     model = build_model(args.gridworld_n_path, args.gridworld_epsilon, gamma)
     optimum = optimal_value(model, gamma)[model.start]

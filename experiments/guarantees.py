@@ -46,6 +46,7 @@ from utils.guarantees.tabular import (  # noqa: E402
 )
 from utils.runs.flags import check_flags, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
+from utils.runs.outputs import check_output  # noqa: E402
 
 MODES = ("none", "early_stop", "backtrack")
 VALUE = "charts/init_value"
@@ -85,10 +86,15 @@ def as_tables(params: Any, agent: Any, cells: int, codes: np.ndarray, num_action
     }
 
 
+def mode_args(mode: str, args: Args) -> Any:
+    """Return the flags of Deep SPI's script for an enforcement mode."""
+    setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
+    return replace(gridworld.script_args("Deep SPI", setting), enforce_neighborhood=mode)
+
+
 def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Any, Any]:
     """Train with every seed. Return metrics [seeds, K], tables [seeds, K + 1, ...], the flags and the environment."""
-    setting = gridworld.Args(seeds=args.seeds, total_timesteps=args.total_timesteps)
-    flags = replace(gridworld.script_args("Deep SPI", setting), enforce_neighborhood=mode)
+    flags = mode_args(mode, args)
     check_flags(flags)
     env, frames = gridworld.make_cells(flags)
     agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
@@ -197,7 +203,9 @@ def draw(curves: dict[str, Any], bounds: dict[str, Any], args: Args) -> None:
 def main(args: Args) -> None:
     """Train with every mode, compute the bounds, and write the figure and the data."""
     require(len(set(args.seeds)) == len(args.seeds) > 0 and min(args.seeds) >= 0, "--seeds: name distinct, nonnegative seeds")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    check_flags(replace(mode_args(MODES[0], args), seed=max(args.seeds)))
+    paths = [check_output(f"{args.output}{ending}", "--output", make_parent=True) for ending in (".png", ".json")]
+    args = replace(args, output=str(paths[0].with_suffix("")))
     print(describe_device())
     curves, bounds, summary = {}, {}, {}
     for mode in MODES:

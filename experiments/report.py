@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
     start_quietly()
 
+import os  # noqa: E402
 import shlex  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from typing import Annotated  # noqa: E402
@@ -119,7 +120,7 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     returns = args.metric == Args.metric
     scale = args.scale or (usual_scale(comparison) if returns else "min-max")
     require(returns or scale in ("min-max", "against"), f"--scale {scale}: applies to returns only; choose min-max or against")
-    against = args.against or comparison.algorithms[0]
+    against = comparison.algorithms[0] if args.against is None else args.against
     require(against in comparison.algorithms, f"--against {against}: choose from {', '.join(comparison.algorithms)}")
     scores = normalized(comparison, raw, scale, against)
     found = aggregate(scores, scale, against, args.seed)
@@ -159,7 +160,7 @@ def main(args: Args) -> None:
     for ending in ENDINGS:
         check_output(args.output.with_name(f"{args.output.name}{ending}"), "--output")
     for table in (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv")):
-        read = [source for source in args.runs if expand(source).resolve() == table.resolve()]
+        read = [source for source in args.runs if os.path.realpath(expand(source)) == os.path.realpath(table)]
         require(not read, f"--output {args.output}: would overwrite {table}, which is an input; choose another name")
     runs, problems, planned, skipped = read_runs(args.runs, args.metric)
     for problem in problems:

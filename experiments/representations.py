@@ -44,7 +44,7 @@ from jaxtyping import Array, Float  # noqa: E402
 
 import deep_spi  # noqa: E402
 from experiments.study.page import Table  # noqa: E402
-from experiments.study.records import LEFT_OUT, RunRecord, labels, read_runs  # noqa: E402
+from experiments.study.records import LEFT_OUT, WANDB, RunRecord, labels, read_runs  # noqa: E402
 from experiments.study.representations import of_latents, of_predictions  # noqa: E402
 from utils.dreams.discriminator import transition_distance  # noqa: E402
 from utils.losses import smooth_l1_loss  # noqa: E402
@@ -52,6 +52,7 @@ from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
+from utils.runs.outputs import check_output  # noqa: E402
 
 MEASURES = ("effective_rank", "dormant", "probe", "moves", "transition_skill", "noise", "reward_r2")
 MEASURES += ("model_loss", "model_loss_std", "gradient_share")
@@ -157,6 +158,9 @@ def finished_runs(sources: tuple[Path, ...]) -> list[RunRecord]:
     Raises:
         UsageError: a source is not a folder of runs, or there is no finished run.
     """
+    require(len(sources) > 0, "no runs: name folders of runs or of studies")
+    online = [source for source in map(str, sources) if source.startswith(WANDB)]
+    require(not online, f"{''.join(online[:1])}: networks are not stored in W&B; name folders of runs")
     found = read_runs(map(str, sources), "losses/policy_loss")  # logged from the first update on
     unfinished = [f"{run.source}: not finished{LEFT_OUT}" for run in found.runs if not run.is_finished]
     for problem in found.problems + unfinished:
@@ -171,7 +175,7 @@ def main(args: Args) -> None:
     require(args.num_steps > 0, f"--num-steps {args.num_steps}: must be at least 1")
     require(args.skip >= 0, f"--skip {args.skip}: must be 0 or more")
     require(args.seed >= 0, f"--seed {args.seed}: must be 0 or more")
-    require(args.output.parent.is_dir(), f"--output {args.output}: folder {args.output.parent} does not exist; create it first")
+    args = replace(args, output=check_output(args.output, "--output"))
     records = finished_runs(args.runs)
     env_seed, draw = (int(seed) for seed in np.random.SeedSequence([args.seed, len(MEASURES)]).generate_state(2))
     rows, measured = [], {}

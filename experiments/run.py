@@ -26,6 +26,7 @@ from experiments.study import estimates, local, slurm, status  # noqa: E402
 from experiments.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, to_paste, write_plan  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
+from utils.runs.outputs import expand  # noqa: E402
 
 
 @dataclass
@@ -84,7 +85,7 @@ def show_plan(logdir: Path, runs: list[PlannedRun], together: int) -> None:
 
 def main(args: Args, flags: list[str]) -> None:
     """Launch the runs, or print their progress or plan."""
-    logdir = args.logdir.expanduser().absolute()
+    logdir = expand(args.logdir, "--logdir").absolute()
     if args.status:
         return show_status(logdir)
     require(args.num_seeds >= 1, f"--num-seeds {args.num_seeds}: must be at least 1")
@@ -98,7 +99,7 @@ def main(args: Args, flags: list[str]) -> None:
     if args.slurm:
         ours = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
         require(ours, "--slurm: the batch script sets the runs' resources; leave out --gpus, --runs-per-gpu and --workers")
-        jobs, submitted, waiting = slurm.submit(logdir, runs, args.slurm_script.absolute())
+        jobs, submitted, waiting = slurm.submit(logdir, runs, expand(args.slurm_script, "--slurm-script").absolute())
         finished = sum(state_of(logdir, run).kind == "finished" for run in runs)
         print(f"{finished} of {len(runs)} runs finished, {waiting} already in SLURM's queue, {submitted} submitted", end="")
         print(f" (job {', '.join(jobs)})" if jobs else "")

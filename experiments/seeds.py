@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
     start_quietly()
 
-import csv  # noqa: E402
 import shlex  # noqa: E402
 import time  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
@@ -34,11 +33,12 @@ import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
-from experiments.study.records import COLUMNS  # noqa: E402
+from experiments.study.records import COLUMNS, table_rows  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
+from utils.runs.outputs import check_output  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
 # flags that an update reads only as numbers, so they may differ between the runs of one program
@@ -119,15 +119,23 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of the table; none if the file does not exist.
 
     Raises:
-        UsageError: the folder does not exist, or the file is another type of table.
+        UsageError: the file is another type of table, or a row is damaged.
     """
     if not path.exists():
-        require(path.parent.is_dir(), f"--output {path}: folder {path.parent} does not exist; create it first")
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    require(tuple(reader.fieldnames or ()) == COLUMNS, f"--output {path}: is another type of table; choose another name")
+    other = f"--output {path}: is another type of table; choose another name"
+    try:
+        names, rows = table_rows(path)
+    except UsageError:
+        raise UsageError(other) from None
+    require(tuple(names) == COLUMNS, other)
+    for number, row in enumerate(rows, 2):
+        try:
+            float(row["episodic_return"] or 0)
+            whole = set(row) == set(COLUMNS) and None not in row.values()
+        except (ValueError, TypeError):
+            whole = False
+        require(whole, f"--output {path}: line {number} is damaged; delete the rows of its run, which is then trained again")
     return rows
 
 
@@ -146,6 +154,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     require(args.points > 0, f"--points {args.points}: must be at least 1")
     require(len(args.seeds) > 0, "--seeds: name at least one")
     require(len(set(args.seeds)) == len(args.seeds), f"--seeds {' '.join(map(str, args.seeds))}: has duplicates; remove them")
+    require(len(args.env_ids) > 0, "--env-ids: name at least one")
     try:
         typed = shlex.split(args.flags)
     except ValueError as error:
@@ -199,7 +208,9 @@ def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
 
 def main(args: Args) -> None:
     """Train the runs that are not in the table, and add them."""
-    module, planned, rows = SCRIPTS[args.script], plan(args), read_table(args.output)
+    module, planned = SCRIPTS[args.script], plan(args)
+    args = replace(args, output=check_output(args.output, "--output"))
+    rows = read_table(args.output)
     print(describe_device())
     for env_id, (flags, runs) in planned.items():
         done = {columns_of(row) for row in rows}

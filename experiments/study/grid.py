@@ -28,6 +28,7 @@ from utils.runs import folder
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.logs import METRICS
+from utils.runs.outputs import expand
 from utils.runs.stored_flags import check_continued, slug
 
 SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # short names of scripts, for run names and tables
@@ -80,7 +81,7 @@ def script_path(word: str) -> Path:
     """
     stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if trains(p)}
-    own = Path(word).expanduser().absolute()
+    own = expand(word, "--scripts").absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
         taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
         require(not taken, f"--scripts {word}: has the name of one of this project's scripts; rename it")

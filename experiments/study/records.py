@@ -1,5 +1,6 @@
 """Read the scores of runs from their folders, from tables written earlier, or from Weights & Biases."""
 
+import codecs
 import contextlib
 import csv
 import importlib
@@ -186,14 +187,16 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
 
 
 def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the names of a table's columns, and its rows. Spreadsheets may have added a byte order mark, and may have replaced
-    commas by semicolons or tabs. With semicolons, numbers may have decimal commas.
+    """Return the names of a table's columns, and its rows. Spreadsheets may have added a byte order mark (UTF-8 or UTF-16), and
+    may have replaced commas by semicolons or tabs. With semicolons, numbers may have decimal commas.
 
     Raises:
         UsageError: the file is not a table.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
         head = text.partition("\n")[0]
         separator = max(",;\t", key=head.count)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
@@ -333,16 +336,16 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
         if source.startswith(WANDB):
             found.append(read_wandb(source.removeprefix(WANDB), metric))
         elif path.is_file():
-            require(metric == OF_EPISODES[0], f"{path}: tables contain only returns; leave out --metric, or name folders")
+            require(metric == OF_EPISODES[0], f"{path}: tables contain only returns, not {metric}; name folders")
             table = read_table(path)
             empty = [run for run in table if not (run.weight > 0).any()]
             problems = [f"{run.source}: no episode ended in its {run.reached:,} steps{LEFT_OUT}" for run in empty]
             whole = [run for run in table if (run.weight > 0).any()]
             found.append(Reading(whole, problems, [], [Unread(*run[:5]) for run in empty]))
-        elif path.is_dir():
+        elif path.is_dir() and source:  # an empty name would be the current folder
             found.append(_read_folders(path, metric))
         else:
-            raise UsageError(f"{source}: no such folder or table")
+            raise UsageError(f"{source or repr(source)}: no such folder or table")
     runs, problems, planned, skipped = ([one for reading in found for one in reading[i]] for i in range(4))
     return Reading(sorted(runs, key=lambda run: (run.env_id, run.script, run.flags, run.seed)), problems, planned, skipped)
 

@@ -424,7 +424,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path, separator, ending):
     if separator == ";":  # with a decimal comma
         rows = [[cell.replace(".", ",") for cell in row] for row in rows]
     text = ending.join(map(separator.join, rows)) + ending
-    (tmp_path / "b.csv").write_bytes(text.encode("utf-8-sig"))
+    (tmp_path / "b.csv").write_bytes(text.encode("utf-16" if separator == "\t" else "utf-8-sig"))
     (again,) = read_table(tmp_path / "b.csv")
     assert again[1:6] == run[1:6]
     assert_allclose(again.step, run.step), assert_allclose(again.value, run.value), assert_allclose(again.weight, run.weight)
@@ -509,6 +509,7 @@ def test_commit_and_versions_are_those_of_the_last_session(tmp_path):
 def test_mistakes(tmp_path, monkeypatch):
     runs = write_grid(tmp_path / "runs", seeds=(1,), games=("Breakout",))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
     for words, said in (
         ([], "no runs"),
         ([runs, "--points", 0], "--points 0"),
@@ -521,6 +522,9 @@ def test_mistakes(tmp_path, monkeypatch):
         ([runs, "--metric", "step", "--scale", "human"], "--scale human: applies to returns only"),
         ([runs, "--output", "."], "--output .: is not a file name"),
         ([runs, "--seed", -1], "--seed -1: must be 0 or more"),
+        ([runs, "--against", ""], "--against : choose from"),
+        ([""], "'': no such folder or table"),
+        (["loop"], "loop: no such folder or table"),
         ([runs, "--points", 10**9], "--points 1000000000"),
         ([runs, "--published", "Breakout-MinAtar=nan"], "'nan' is not a number"),
         (["~nobody-at-all/s"], "~nobody-at-all is no home folder"),

@@ -21,6 +21,7 @@ import jax
 from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
 from utils.runs.logs import METRICS
+from utils.runs.outputs import expand
 from utils.runs.stored_flags import to_store
 
 RECORD, LOCK, OWNER, CHECKPOINTS, MODEL = "run.json", ".lock", ".process", "checkpoints", "model"
@@ -118,8 +119,8 @@ def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
     """
     if args.resume in ("never", "auto"):
         name = args.run_name or f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
-        return Path(args.logdir).expanduser() / name, None
-    path = Path(args.resume).expanduser()
+        return expand(args.logdir, "--logdir") / name, None
+    path = expand(args.resume, "--resume")
     if (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir():
         return path, None
     if path.is_dir() and path.name.isdecimal() and path.absolute().parent.name == CHECKPOINTS:

@@ -20,6 +20,7 @@ from envs.registry import UNDIVIDED, make_env
 from utils.runs.checkpoints import Checkpoints, Damaged, Saved, find, load
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL
+from utils.runs.outputs import expand
 from utils.runs.stored_flags import from_store
 
 
@@ -76,7 +77,7 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
         UsageError: nothing there can be loaded, or this code cannot load it.
     """
     require(not jax.config.jax_enable_x64, f"{path}: its parameters have 32 bits; load them with jax_enable_x64 off")
-    saved = find_params(Path(path).expanduser())
+    saved = find_params(expand(path))
     try:
         script = importlib.import_module(saved.progress["script"])
     except ModuleNotFoundError:
