@@ -148,6 +148,7 @@ def compile_update(name: str, flags: dict) -> str:
 
 def main(args: Args) -> None:
     """Compile each setting and print its kernel counts."""
+    require(len(args.settings) > 0, "--settings: name at least one")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # that check of package versions needs a driver
     jax.config.update("jax_enable_compilation_cache", False)
     for text in args.settings:

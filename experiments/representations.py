@@ -186,8 +186,9 @@ def main(args: Args) -> None:
             run = read_run(record.source, **shape, seed=env_seed)
             require(run.progress["step"] == record.planned, f"its last model is from step {run.progress['step']}")
             found = measure(run, args.skip, jax.random.key(draw))
-        except UsageError as error:
-            print(f"*** {record.source}: {str(error).removeprefix(f'{record.source}: ')}{LEFT_OUT} ***")
+        except (UsageError, OSError) as error:
+            said = str(error).removeprefix(f"{record.source}: ") if isinstance(error, UsageError) else error.strerror
+            print(f"*** {record.source}: {said}{LEFT_OUT} ***")
             continue
         values = [found[name] for name in MEASURES]
         rows.append((record.script, record.env_id, record.flags, record.seed, run.progress["step"]))

@@ -224,11 +224,12 @@ def main(args: Args) -> None:
                 for step, mean, count in rows_of(returns[:, i], episodes[:, i], batch, args.points):
                     mean = "" if mean is None else f"{mean:.4f}"
                     rows.append(first | {"step": step, "episodic_return": mean, "episodes": count})
-            write_table(args.output, rows)
         print(f"{env_id}: {len(runs) - len(missing)} runs already in the table, {len(missing)} added; final mean return:")
         asked = [identity(args, env_id, run) for run in runs]
         for said in dict.fromkeys(said for _, _, said, _ in asked):
             print(f"  {said or 'defaults'}: {summary(rows, {run for run in asked if run[2] == said})}", flush=True)
+        if missing:  # after the scores, which are then known even if the disk is full
+            write_table(args.output, rows)
 
 
 if __name__ == "__main__":

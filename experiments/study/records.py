@@ -191,7 +191,7 @@ def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     may have replaced commas by semicolons or tabs. With semicolons, numbers may have decimal commas.
 
     Raises:
-        UsageError: the file is not a table.
+        UsageError: the file cannot be read, or is not a table.
     """
     try:
         content = path.read_bytes()
@@ -201,6 +201,8 @@ def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         separator = max(",;\t", key=head.count)
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
         rows = list(reader)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not a table of runs ({error})") from None
     for row in rows if separator == ";" else []:
@@ -333,16 +335,20 @@ def read_runs(sources: Iterable[str], metric: str) -> Reading:
     found = []
     for source in sources:
         path = expand(source)
+        try:
+            is_file, is_folder = path.is_file(), path.is_dir() and source != ""  # an empty name would be the current folder
+        except OSError as error:
+            raise UsageError(f"{source}: cannot be read ({error.strerror})") from None
         if source.startswith(WANDB):
             found.append(read_wandb(source.removeprefix(WANDB), metric))
-        elif path.is_file():
+        elif is_file:
             require(metric == OF_EPISODES[0], f"{path}: tables contain only returns, not {metric}; name folders")
             table = read_table(path)
             empty = [run for run in table if not (run.weight > 0).any()]
             problems = [f"{run.source}: no episode ended in its {run.reached:,} steps{LEFT_OUT}" for run in empty]
             whole = [run for run in table if (run.weight > 0).any()]
             found.append(Reading(whole, problems, [], [Unread(*run[:5]) for run in empty]))
-        elif path.is_dir() and source:  # an empty name would be the current folder
+        elif is_folder:
             found.append(_read_folders(path, metric))
         else:
             raise UsageError(f"{source or repr(source)}: no such folder or table")

@@ -453,6 +453,15 @@ def test_where_no_game_is_complete_all_but_the_aggregates_is_written(tmp_path, m
     assert "Left out, because an algorithm has no finished run: Asterix-MinAtar." in (tmp_path / "r.md").read_text()
 
 
+def test_an_interval_needs_several_runs(tmp_path, monkeypatch):
+    """Each algorithm has one finished run, of another seed."""
+    write_table(tmp_path / "t.csv", [record([1], seed=1), record([2], seed=2, script="deep_spi")])
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "t.csv", "--output", "r", "--allow-incomplete", "--title", "a \udcff")
+    text = (tmp_path / "r.md").read_text()
+    assert "| ppo | 0.000 | 0.000 | 0.000 | 1.000 | - |" in text and "| 1.000 | 1.000 | 1.000 | 0.000 | 1.000 |" in text
+
+
 def test_settings_that_differ_are_on_the_page(tmp_path, monkeypatch, capsys):
     """Steps and protocol differ between algorithms; a flag, the commit and a version differ within them."""
     runs = [record([1, 2], planned=1000, env_id="Pong-v5", seed=seed) for seed in (1, 2)]

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from benchmarks import checkpoints as save_benchmark
 from benchmarks import profile_update, throughput
 from experiments import confounding_gridworld, guarantees, report, representations, seeds
 from experiments import run as launching
-from experiments.study.records import COLUMNS
+from experiments.study.records import COLUMNS, RunRecord, read_runs
 from utils.runs.checkpoints import write_csv
 from utils.runs.flags import UsageError
 from utils.runs.folder import locate
@@ -101,6 +102,45 @@ def test_mistakes_of_tools(tool, flags, said, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="--settings .*no closing quotation"):
         throughput.parse_setting("ppo '", "Pong-v5")
+
+
+def test_seeds_prints_scores_before_it_writes(tmp_path, monkeypatch, capsys):
+    """The disk fills up during the training."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(seeds, "train", lambda module, args, runs: (np.full((2, len(runs)), 7.0), np.ones((2, len(runs)))))
+    monkeypatch.setattr(seeds, "write_csv", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        seeds.main(seeds.Args(seeds=(1, 2), output=tmp_path / "a.csv"))
+    assert "7.00 +- 0.00 (2 seeds)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["read_bytes", "is_file"])
+def test_an_input_that_cannot_be_read_is_named(method, tmp_path, monkeypatch):
+    """A colleague's table, and a table in a colleague's folder."""
+    path = tmp_path / "t.csv"
+    path.write_text("script\n")
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UsageError, match="t.csv: cannot be read .Permission denied."):
+        read_runs([str(path)], "charts/episodic_return")
+
+
+def test_a_model_that_cannot_be_read_is_skipped(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    run = RunRecord("a", "ppo", "CartPole-v1", "", 1, 10, np.array([10]), np.ones(1), np.ones(1))
+    monkeypatch.setattr(representations, "finished_runs", lambda _: [run])
+    monkeypatch.setattr(representations, "read_run", refuse)
+    with pytest.raises(UsageError, match="no run could be measured"):
+        representations.main(representations.Args((tmp_path,), tmp_path / "a.csv"))
+    assert "*** a: Permission denied; skipped ***" in capsys.readouterr().out
 
 
 def test_seeds_reads_a_table_that_a_spreadsheet_saved(tmp_path):
