@@ -18,7 +18,7 @@ import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -34,10 +34,11 @@ from utils.evaluation.video import check_path, write_video
 from utils.runs.checkpoints import write_whole
 from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, require
-from utils.runs.folder import CHECKPOINTS, MODEL
+from utils.runs.folder import CHECKPOINTS, MODEL, read_record
 from utils.runs.launch import describe_device, fail, run_main
 from utils.runs.load_run import LoadedRun, read_run
 from utils.runs.outputs import check_output, expand
+from utils.runs.wandb_run import add_to_summary
 from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")
@@ -65,6 +66,8 @@ class Args:
     output: Path | None = None
     """file of the table (default: evaluation.csv in the run's folder, or evaluation_machado.csv, evaluation_greedy.csv, ...; a
     number is added if the file exists and holds other games)"""
+    track: bool = False
+    """also put the results into the summary of the run's W&B run, as evaluation/return_mean and others"""
     video: Path | None = None
     """file of a video of one more game: .mp4 (needs imageio-ffmpeg: uv run --extra video ...) or .gif"""
 
@@ -93,7 +96,7 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
     returns = np.array([game.episodic_return for game in games])
     interval, spread = "unknown (one game)", "unknown"
     if len(returns) > 1:
-        low, high = with_interval([returns], mean, np.random.default_rng(0))[1]
+        low, high = interval_of(returns)
         interval, spread = f"[{low:.2f}, {high:.2f}] (bootstrap)", f"{returns.std(ddof=1):.2f}"
     lines = [
         f"return: mean {returns.mean():.2f}, {CONFIDENCE:.0%} interval {interval}",
@@ -153,12 +156,40 @@ def write_table(path: Path, content: bytes, numbered: bool) -> Path:
 def default_output(args: Args, run: LoadedRun) -> Path:
     """Return the default path of the table, which is in the run's folder but never inside a model or checkpoint."""
     kind = [args.protocol] * (args.protocol != "train") + ["greedy"] * args.greedy
-    folder, path = args.run, args.run.absolute()
-    if path.parent.name == CHECKPOINTS:
-        folder, kind = path.parents[1], [f"{run.progress['step']}", *kind]
-    elif path.name == MODEL:
-        folder = path.parent
-    return folder / f"{'_'.join(['evaluation', *kind])}.csv"
+    if args.run.absolute().parent.name == CHECKPOINTS:
+        kind = [f"{run.progress['step']}", *kind]
+    return run_folder(args.run) / f"{'_'.join(['evaluation', *kind])}.csv"
+
+
+def run_folder(path: Path) -> Path:
+    """Return the run's folder, given that folder or one of its model or checkpoints."""
+    path = path.absolute()
+    return path.parents[1] if path.parent.name == CHECKPOINTS else path.parent if path.name == MODEL else path
+
+
+def wandb_identity(args: Args) -> dict[str, Any]:
+    """Return what identifies the run in W&B.
+
+    Raises:
+        UsageError: the run was not tracked.
+    """
+    identity = (read_record(run_folder(args.run)) or {}).get("wandb")
+    require(bool(identity), f"--track: {args.run} has no W&B run, because it was trained without --track; leave it out")
+    return identity
+
+
+def results(games: list[Game], run: LoadedRun) -> dict[str, float]:
+    """Return the results that W&B shows: mean return with its interval, number of games, and steps of training."""
+    returns = np.array([game.episodic_return for game in games])
+    found = {"return_mean": float(returns.mean()), "episodes": len(games), "step": run.progress["step"]}
+    if len(returns) > 1:
+        found["return_low"], found["return_high"] = map(float, interval_of(returns))
+    return found
+
+
+def interval_of(returns: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the bootstrap interval of the mean."""
+    return with_interval([returns], mean, np.random.default_rng(0))[1]
 
 
 def open_camera(args: Args, run: LoadedRun, seed: int) -> Film:
@@ -188,6 +219,7 @@ def main(args: Args) -> None:
     # training derives its seeds from one number, so seeds derived from two are different
     seeds = [int(seed) for seed in np.random.SeedSequence([args.seed, len(COLUMNS)]).generate_state(3)]
     run = read_run(args.run, num_envs=1)
+    identity = wandb_identity(args) if args.track else None
     env = make_envs(args, run, num_envs, seeds[0])
     camera = None if video is None else open_camera(args, run, seeds[2])
     output = check_output(args.output or default_output(args, run), "--output")
@@ -216,6 +248,10 @@ def main(args: Args) -> None:
         fail(f"--output {output}: could not be written ({error.strerror}); the scores above are complete", 1)
     replaced = "" if older is None else f" (replaces a table of {older} game{'s' * (older != 1)})"
     print(f"table: {output}{replaced}", flush=True)
+    if identity is not None:
+        kind = default_output(args, run).stem
+        add_to_summary(identity, {f"{kind}/{name}": value for name, value in results(games, run).items()})
+        print(f"W&B: {kind}/... in the summary of run {identity['id']}", flush=True)
     if camera is not None:
         most = MOST_FRAMES if video.suffix == ".gif" else None  # a GIF's frames are all in memory at once
         with contextlib.closing(camera.frames(run.params, keys[1], most)) as frames:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,12 +21,12 @@ from experiments.study.grid import LOGS, RUNNERS, SHORT, args_of, read_plan
 from experiments.study.grid import RECORD as STUDY
 from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
-from utils.runs.flag_types import MAY_CHANGE, as_typed
-from utils.runs.flags import RunArgs, UsageError, annotations_of, defaults, parse_flags, require
+from utils.runs.flag_types import as_typed
+from utils.runs.flags import RunArgs, UsageError, defaults, parse_flags, require
 from utils.runs.folder import CHECKPOINTS, MODEL, RECORD, read_record
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
-from utils.runs.stored_flags import to_store
+from utils.runs.stored_flags import may_change, to_store
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
@@ -98,11 +98,9 @@ def typed_flags(script: str, flags: dict[str, Any]) -> str:
         default = defaults(args_type, flags["env_id"])
     except Exception:  # an own script may be gone, or raise anything
         args_type, default = RunArgs, {}
-    hints = get_type_hints(args_type, include_extras=True)
-    said = []
+    without, said = may_change(args_type) | {"env_id", "seed"}, []
     for name, value in flags.items():
-        may_change = name in hints and MAY_CHANGE in annotations_of(hints[name])
-        if name in ("env_id", "seed") or name.startswith("wandb_") or may_change:
+        if name in without or name.startswith("wandb_"):
             continue
         value = tuple(value) if isinstance(value, list) else value
         if name in (default or flags) and (name not in default or value != default[name]):

@@ -18,6 +18,22 @@ from utils.runs.launch import one_line
 FINISH_SECONDS = 300.0  # to wait for uploads when a run ends
 
 
+def add_to_summary(identity: dict[str, Any], values: dict[str, Any]) -> None:
+    """Set values in the summary of a W&B run that has ended; `identity` is its entry in run.json.
+
+    Raises:
+        UsageError: W&B cannot be reached, or rejects its configuration.
+    """
+    import wandb
+
+    known = {key: identity[key] for key in ("id", "project", "entity")}
+    try:
+        with wandb.init(**known, resume="allow") as run:
+            run.summary.update(values)
+    except Exception as error:  # of any type
+        raise UsageError(f"--track: W&B did not take the results ({one_line(error)}); run `wandb login`, then repeat") from None
+
+
 class WandbRun:
     """Starts a W&B run, or resumes it.
 

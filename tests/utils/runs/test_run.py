@@ -344,6 +344,25 @@ def test_wandb_gets_sizes_a_final_score_the_code_and_the_model(tmp_path):
     assert {"code", "model"} <= set(artifacts)
 
 
+EVALUATE = """
+import json, sys
+from pathlib import Path
+from utils.runs.wandb_run import add_to_summary
+identity = json.loads(Path(sys.argv[1], "a", "run.json").read_text())["wandb"]
+add_to_summary(identity, {"evaluation/return_mean": 2.5})
+"""
+
+
+def test_an_evaluation_is_in_the_summary_of_the_wandb_run(tmp_path):
+    go_on(tmp_path)
+    log_in_a_process(EVALUATE, tmp_path)
+    first, second = wandb_folders(tmp_path)
+    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
+    items = [item for record in records(second) for item in record.summary.update]
+    (value,) = [item.value_json for item in items if "evaluation/return_mean" in (item.key, *item.nested_key)]
+    assert json.loads(value) == 2.5
+
+
 def test_the_final_score_is_the_reports(tmp_path):
     from experiments.study.records import final_score, read_folder
 
