@@ -251,28 +251,19 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 def is_at_work(path: Path) -> bool:
     """Return True if a process, on any machine, is running the run in the folder. Reading the folder suffices to find out."""
-    if not (path / folder.LOCK).exists():
+    lock = path / folder.LOCK
+    if not lock.exists():
         return False
     try:
-        with filelock.FileLock(path / folder.LOCK, timeout=0, fallback_to_soft=False, preserve_lock_file=True):
-            return False
-    except filelock.Timeout:
-        return True
-    except (NotImplementedError, OSError):  # a file system without locks, or somebody else's run
-        return _is_locked(path / folder.LOCK)
-
-
-def _is_locked(path: Path) -> bool:
-    """Return True if a process holds the lock, as far as a process that may only read the file can tell."""
-    if fcntl is None:
-        return False
-    try:
-        with path.open("rb") as file:  # closing it releases the shared lock
+        if fcntl is None:
+            with filelock.FileLock(lock, timeout=0, fallback_to_soft=False, preserve_lock_file=True):
+                return False
+        with lock.open("rb") as file:  # a shared lock needs no right to write, and closing the file releases it
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except BlockingIOError:
+    except (filelock.Timeout, BlockingIOError):
         return True
-    except OSError:
+    except (NotImplementedError, OSError):  # a file system without locks
         return False
 
 

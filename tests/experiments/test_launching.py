@@ -216,7 +216,7 @@ def test_a_reader_sees_that_a_run_is_running():
                     os.seteuid(65534)
                 assert not os.access(lock, os.W_OK, effective_ids=True)
                 assert state_of(Path(logdir), run).kind == "running"
-                fcntl.flock(held, fcntl.LOCK_UN)
+                fcntl.flock(held, fcntl.LOCK_SH)  # of somebody else who asks
                 assert state_of(Path(logdir), run).kind == "left"
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever asks keeps nothing
             finally:
@@ -282,6 +282,18 @@ def test_what_nvidia_smi_lists(does, found, said, tmp_path, monkeypatch, capsys)
         local._present_gpus.cache_clear()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == bool(said) and all(said in line and "--gpus" in line for line in lines)
+
+
+@pytest.mark.parametrize("gpus, platform, devices", [((), "cpu", "0,1"), (None, "", "0,1"), (("MIG-b1",), "", "MIG-b1")])
+def test_a_run_gets_the_gpu_of_its_slot(gpus, platform, devices, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (run,) = planned(tmp_path)
+    run = run._replace(command=["bash", "-c", "echo platform $JAX_PLATFORMS, devices $CUDA_VISIBLE_DEVICES"])
+    (slot, *_) = local.make_slots(gpus, 1, None)
+    slot = slot._replace(gpu=None) if gpus is None else slot  # no GPU was found
+    local.start(tmp_path, run, slot).process.wait()
+    assert f"platform {platform}, devices {devices}\n" in log_path(tmp_path, run.name).read_text()
 
 
 def test_what_a_log_says_of_the_last_process_alone(tmp_path):
