@@ -3,11 +3,14 @@
 import matplotlib
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
+from tensorboardX.utils import figure_to_image
 
 from experiments import confounding_gridworld, guarantees
 from experiments.study import figures
 from experiments.study.comparison import Comparison
 from utils.dreams import traces
+from utils.figures import own_style
 
 # what people set for their papers: LaTeX, which may be missing, fonts, cropped files, other colors and sizes
 CONFIGURED = """
@@ -47,10 +50,19 @@ def of_guarantees(tmp_path):
     return (tmp_path / "figure.png").read_bytes()
 
 
-def of_dreams(tmp_path):
+def dreams():
     of = dict.fromkeys(("alive", "reward", "dreamed_reward", "end", "dreamed_end", "error", "no_change"), np.ones((2, 3)))
     of |= {"example": np.array(0), "taken": np.zeros(2, int)} | dict.fromkeys(("frames", "like"), np.eye(3, 4))
-    return traces.picture({traces.PREFIX + name: x for name, x in of.items()}).tobytes()
+    return {traces.PREFIX + name: x for name, x in of.items()}
+
+
+def of_dreams(tmp_path):
+    return traces.picture(dreams()).tobytes()
+
+
+def test_the_picture_of_dreams_is_that_of_their_figure():
+    with own_style():
+        assert_array_equal(traces.picture(dreams()), figure_to_image(traces.draw(dreams())))
 
 
 @pytest.mark.parametrize("drawn", [of_a_report, of_a_gridworld, of_guarantees, of_dreams])
