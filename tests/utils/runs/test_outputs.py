@@ -152,7 +152,8 @@ def test_seeds_reads_a_table_that_a_spreadsheet_saved(tmp_path):
         (tmp_path / "c.csv").write_bytes(wrong)
         with pytest.raises(UsageError, match="--output .*c.csv: is another type of table"):
             seeds.read_table(tmp_path / "c.csv")
-    for cut in (25, 3):
-        (tmp_path / "d.csv").write_text((tmp_path / "a.csv").read_text()[:-cut])
+    whole = (tmp_path / "a.csv").read_text()
+    for damaged in (whole[:-25], whole[:-3], whole.replace("2.5", "2.5.1"), whole.replace("2.5", "1,2.5")):
+        (tmp_path / "d.csv").write_text(damaged)
         with pytest.raises(UsageError, match="--output .*d.csv: line 2 is damaged"):
             seeds.read_table(tmp_path / "d.csv")
