@@ -14,7 +14,7 @@ if __name__ == "__main__":
 import contextlib
 import csv
 import io
-import itertools
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,16 +141,15 @@ def games_in(path: Path) -> int | None:
 
 def write_table(path: Path, content: bytes, numbered: bool) -> Path:
     """Write the table and return its path. If `numbered`, a number is added to a name that another table has."""
-    candidates = (path.with_stem(f"{path.stem}_{k}") if k > 1 else path for k in itertools.count(1))
-    while numbered:
-        path = next(candidates)
+    chosen, number = path, 1
+    while numbered and os.path.lexists(chosen):
         with contextlib.suppress(OSError):
-            if path.read_bytes() == content:
-                return path
-        if not (path.exists() or path.is_symlink()):
-            break
-    write_whole(path, content)
-    return path
+            if chosen.read_bytes() == content:
+                return chosen
+        number += 1
+        chosen = path.with_stem(f"{path.stem}_{number}")
+    write_whole(chosen, content)
+    return chosen
 
 
 def default_output(args: Args, run: LoadedRun) -> Path:

@@ -241,6 +241,9 @@ def test_no_older_table_is_lost(played, capsys):
     evaluate.main(replace(args, episodes=1))  # the same games again are the same table
     assert names() == ["evaluation.csv", "evaluation_2.csv"]
     assert (rows("evaluation.csv"), rows("evaluation_2.csv")) == (20, 1)
+    returns[:] = [54.0]
+    evaluate.main(replace(args, episodes=1))
+    assert names() == ["evaluation.csv", "evaluation_2.csv", "evaluation_3.csv"]
     own = folder / "evaluation.csv"
     capsys.readouterr()
     evaluate.main(replace(args, episodes=1, output=own))
