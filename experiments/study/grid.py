@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
