@@ -25,6 +25,9 @@ SCRIPTS = [ppo, deep_spi]
 ROOT = Path(deep_spi.__file__).parent
 
 
+FRAMES, VECTORS = (4, 84, 84), (5,)  # shapes of observations; programs without convolutions compile faster
+
+
 def column(*values, dtype=jnp.float32):
     return jnp.asarray(values, dtype)[:, None]
 
@@ -54,9 +57,10 @@ def test_gae_without_ends_is_the_discounted_sum_of_errors():
     steps = random_steps(ppo, key, 6, 3)
     false = jnp.zeros_like(steps.valid)
     steps = steps._replace(terminated=false, truncated=false, valid=~false)
-    delta = steps.reward + 0.9 * steps.value[1:] - steps.value[:-1]
+    reward, value = np.asarray(steps.reward), np.asarray(steps.value)
+    delta = reward + 0.9 * value[1:] - value[:-1]
     slow = [sum((0.9 * 0.8) ** k * delta[t + k] for k in range(6 - t)) for t in range(6)]
-    assert_allclose(ppo.compute_gae(steps, 0.9, 0.8), jnp.stack(slow), rtol=1e-5)
+    assert_allclose(ppo.compute_gae(steps, 0.9, 0.8), np.stack(slow), rtol=1e-5)
 
 
 class Identity(nn.Module):
@@ -159,19 +163,22 @@ def test_what_actor_and_critic_share(script, flags):
     check_flags(args)
     agent = script.make_agent(args, 3)
     steps = random_steps(script, jax.random.key(1), 4, 4, obs_shape=(5,), num_actions=3)
-    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    params = jax.jit(script.init_params, static_argnums=1)(jax.random.key(0), agent, steps.obs[0])
     first, env = script.minibatch_indices(jax.random.key(2), args)
     batch = script.gather(steps, script.compute_gae(steps, 0.99, 0.95), first[0], env[0], args)
 
+    quiet = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0}
+
+    @jax.jit
+    def gradients(params, vf_coef, advantage):
+        of = replace(args, vf_coef=vf_coef, norm_adv=False, **quiet)
+        loss = lambda p: script.loss_fn(p, batch._replace(advantage=advantage), jax.random.key(3), agent, of)[0]  # noqa: E731
+        return jax.grad(loss)(params)
+
     def learned(vf_coef, advantage):
-        of = replace(args, vf_coef=vf_coef, norm_adv=False)
-        quiet = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0}
-        loss = lambda p: script.loss_fn(  # noqa: E731
-            p, batch._replace(advantage=advantage), jax.random.key(3), agent, replace(of, **quiet)
-        )[0]
-        grads = jax.jit(jax.grad(loss))(params)
+        grads = gradients(params, vf_coef, advantage)
         parts = {"encoder": grads.encoder} | grads.actor_critic["params"]
-        return {name for name, tree in parts.items() if any(bool(jnp.any(g != 0)) for g in jax.tree.leaves(tree))}
+        return {name for name, tree in parts.items() if any(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(tree))}
 
     of_critic = learned(1.0, jnp.zeros_like(batch.advantage))
     of_actor = learned(0.0, batch.advantage)
@@ -243,21 +250,21 @@ def test_drift_with_coefficient_one_is_the_clipped_loss():
 
 
 @pytest.mark.parametrize(
-    "script, flags",
+    "script, shape, flags",
     [
-        (ppo, {}),
-        (ppo, {"minibatch_by": "transition"}),
-        (deep_spi, {}),
-        (deep_spi, {"minibatch_by": "transition", "latent": "categorical"}),
-        pytest.param(deep_mdp, {"lipschitz_nets": False}, marks=pytest.mark.slow),
+        (ppo, FRAMES, {"minibatch_by": "transition"}),
+        (deep_spi, VECTORS, {}),
+        pytest.param(ppo, VECTORS, {}, marks=pytest.mark.slow),
+        pytest.param(deep_spi, FRAMES, {"minibatch_by": "transition", "latent": "categorical"}, marks=pytest.mark.slow),
+        pytest.param(deep_mdp, FRAMES, {"lipschitz_nets": False}, marks=pytest.mark.slow),
     ],
 )
-def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
-    args = script.Args(num_envs=4, num_steps=6, num_minibatches=2, **flags)
+def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, shape, flags):
+    args = script.Args(num_envs=4, num_steps=6, num_minibatches=2, fc_layers=(16,), **flags)
     agent = script.make_agent(args, 4)
-    steps = random_steps(script, jax.random.key(1), 6, 4)
+    steps = random_steps(script, jax.random.key(1), 6, 4, shape)
     assert not steps.valid.all()
-    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    params = jax.jit(script.init_params, static_argnums=1)(jax.random.key(0), agent, steps.obs[0])
     first, env = script.minibatch_indices(jax.random.key(2), args)
 
     @jax.jit
@@ -266,7 +273,7 @@ def test_masked_steps_change_no_loss_and_no_gradient_by_one_bit(script, flags):
         batch = script.gather(steps, advantages, first[0], env[0], args)
         return jax.value_and_grad(script.loss_fn, has_aux=True)(params, batch, jax.random.key(3), agent, args)
 
-    noise = random_steps(script, jax.random.key(9), 6, 4)
+    noise = random_steps(script, jax.random.key(9), 6, 4, shape)
     masked = ~steps.valid
     other = steps._replace(
         action=jnp.where(masked, noise.action, steps.action),
@@ -283,10 +290,11 @@ def test_minibatches_cover_each_transition_once_and_pair_it_with_what_followed(m
     steps = random_steps(ppo, jax.random.key(1), 4, 6, obs_shape=())
     steps = steps._replace(obs=jnp.arange(5 * 6).reshape(5, 6), action=jnp.arange(4 * 6).reshape(4, 6), value=jnp.zeros((5, 6)))
     first, env = ppo.minibatch_indices(jax.random.key(0), args)
+    gather = jax.jit(partial(ppo.gather, args=args))
     for epoch in range(2):
         seen = []
         for k in range(3 * epoch, 3 * epoch + 3):
-            batch = ppo.gather(steps, jnp.zeros((4, 6)), first[k], env[k], args)
+            batch = gather(steps, jnp.zeros((4, 6)), first[k], env[k])
             n = batch.action.shape[0]
             assert_array_equal(batch.obs[:n], batch.action)
             assert_array_equal(batch.obs[-n:], batch.action + 6)
@@ -294,11 +302,11 @@ def test_minibatches_cover_each_transition_once_and_pair_it_with_what_followed(m
         assert_array_equal(np.sort(np.concatenate(seen)), np.arange(24))
 
 
-def script_setup(script, **flags):
-    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 10, **flags)
+def script_setup(script, shape=VECTORS, **flags):
+    args = script.Args(num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=16 * 10, fc_layers=(16,), **flags)
     agent, optimizer = script.make_agent(args, 4), script.make_optimizer(args)
-    steps = random_steps(script, jax.random.key(1), 4, 4)
-    params = script.init_params(jax.random.key(0), agent, steps.obs[0])
+    steps = random_steps(script, jax.random.key(1), 4, 4, shape)
+    params = jax.jit(script.init_params, static_argnums=1)(jax.random.key(0), agent, steps.obs[0])
     return args, agent, optimizer, steps, params
 
 
@@ -316,13 +324,21 @@ def assert_same_bits(a, b):
         assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("latent", ["continuous", pytest.param("categorical", marks=pytest.mark.slow)])
-def test_with_zero_coefficients_all_are_ppo(latent):
+@pytest.mark.parametrize(
+    "latent, shape",
+    [
+        ("continuous", VECTORS),
+        pytest.param("continuous", FRAMES, marks=pytest.mark.slow),
+        pytest.param("categorical", FRAMES, marks=pytest.mark.slow),
+    ],
+)
+def test_with_zero_coefficients_all_are_ppo(latent, shape):
     flags = {"latent": latent, "num_categories": 8, "num_classes": 8} if latent == "categorical" else {}
+    model = {"transition_density": "deterministic"} if shape == VECTORS else {}  # compiles faster
     results = []
     for script in (ppo, deep_mdp, deep_spi):
-        coefs = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0}
-        loss, params, batch, _ = first_minibatch(script, **flags, **coefs)
+        coefs = {} if script is ppo else {"transition_loss_coef": 0.0, "reward_loss_coef": 0.0, **model}
+        loss, params, batch, _ = first_minibatch(script, shape=shape, **flags, **coefs)
         (value, _), grads = loss(params, batch)
         results.append((params, value, grads))
     (params, value, grads), *results = results
@@ -353,18 +369,19 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
 
 
 @pytest.mark.parametrize(
-    "density, lipschitz",
+    "density, lipschitz, shape",
     [
-        ("mixture_normal", True),
-        pytest.param("mixture_normal", False, marks=pytest.mark.slow),
-        pytest.param("normal", True, marks=pytest.mark.slow),
-        pytest.param("deterministic", False, marks=pytest.mark.slow),
+        ("mixture_normal", True, VECTORS),
+        pytest.param("mixture_normal", True, FRAMES, marks=pytest.mark.slow),
+        pytest.param("mixture_normal", False, FRAMES, marks=pytest.mark.slow),
+        pytest.param("normal", True, FRAMES, marks=pytest.mark.slow),
+        pytest.param("deterministic", False, FRAMES, marks=pytest.mark.slow),
     ],
 )
-def test_gradient_reaches_all_networks_through_the_utility(density, lipschitz):
+def test_gradient_reaches_all_networks_through_the_utility(density, lipschitz, shape):
     # without entropy and value loss, and at ratio 1, all gradient comes through the utility and the policy
     args, agent, optimizer, steps, params = script_setup(
-        deep_spi, transition_density=density, lipschitz_nets=lipschitz, ent_coef=0.0, vf_coef=0.0
+        deep_spi, shape, transition_density=density, lipschitz_nets=lipschitz, ent_coef=0.0, vf_coef=0.0
     )
     first, env = deep_spi.minibatch_indices(jax.random.key(2), args)
     batch = deep_spi.gather(steps, jnp.zeros((4, 4)), first[0], env[0], args)  # no advantage: nothing but the world model
@@ -445,6 +462,7 @@ def test_learns_a_probe_of_known_value(script, flags):
     assert history[0]["charts/episodic_length"] == 1
 
 
+@pytest.mark.slow
 def test_learns_from_pixels_at_the_default_rate():
     """Through the convolutions, in 24 updates of 64 steps."""
     args = ppo.Args(num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=64 * 24, anneal_lr=False)
@@ -475,7 +493,7 @@ def test_beside_adams_epsilon_smaller_gradients_move_little(script):
         assert_allclose(step["w"], 1e-5 / (1e-5 + eps), rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", [ppo, pytest.param(deep_spi, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", [pytest.param(ppo, marks=pytest.mark.slow), deep_spi])
 def test_end_to_end_is_reproducible(script):
     """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors and codes, which compile faster."""
     env_id, num_actions = ("Pong-v5", 6) if script is ppo else ("CartPole-v1", 2)

@@ -3,8 +3,11 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import deep_mdp_ppo as deep_mdp
+import dream_spi
 from tests.commands import CARTPOLE, PPO, SMALL, run
 from tests.event_files import scalars
+from utils.runs.flags import parse_flags
 
 CODES = ["--latent=categorical", "--num-categories=4", "--num-classes=4"]  # which compile faster
 WATCHED = ["--monitor-guarantee", "--monitor-every=2", "--enforce-neighborhood=backtrack"]
@@ -25,12 +28,24 @@ def assert_tracked(folder, written, *names):
         assert all(num > 0 for _, num in histograms[tag]) and all(norm > 0 for _, norm in written[f"{tag}/norm"])
 
 
+def assert_trained(folder, out, *more):
+    """Three updates are in the output and in the TensorBoard file, whose scalars it returns."""
+    assert "device:" in out and "96/96 steps" in out and "tensorboard --logdir" in out
+    written = scalars(folder)
+    expected = {"losses/policy_loss", "losses/explained_variance", "charts/SPS", "spi/ratio_max", "spi/outside_fraction"}
+    assert expected | set(more) <= set(written)
+    assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
+    return written
+
+
+MODEL = ("losses/transition_loss", "losses/reward_loss")
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
         pytest.param(PPO, ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
         ("deep_spi.py", ["--env-id=Breakout-v5"]),
-        ("deep_mdp_ppo.py", ["--env-id=CartPole-v1", "--overlap-rollout", *CODES, *WATCHED]),
         pytest.param("dream_spi.py", ["--env-id=CartPole-v1"], marks=pytest.mark.slow),  # with replay and codes: below
         pytest.param("deep_mdp_ppo.py", ["--env-id=Breakout-v5"], marks=pytest.mark.slow),
         pytest.param("dream_spi.py", ["--env-id=Breakout-v5", "--no-use-replay-buffer"], marks=pytest.mark.slow),
@@ -40,25 +55,21 @@ def test_trains_and_says_where_the_logs_are(script, flags, tmp_path):
     unoptimized = "Breakout-v5" not in flags[0]  # that one as it is for users
     done = run(script, *SMALL, *flags, f"--logdir={tmp_path}", JAX_DISABLE_MOST_OPTIMIZATIONS=str(int(unoptimized)))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "device:" in done.stdout and "96/96 steps" in done.stdout and "tensorboard --logdir" in done.stdout
     (folder,) = tmp_path.iterdir()
-    written = scalars(folder)
-    expected = {"losses/policy_loss", "losses/explained_variance", "charts/SPS", "spi/ratio_max", "spi/outside_fraction"}
-    if script != PPO:
-        expected |= {"losses/transition_loss", "losses/reward_loss"}
-    assert expected <= set(written)
-    assert [step for step, _ in written["losses/policy_loss"]] == [32, 64, 96]
-    if set(WATCHED) <= set(flags):
-        assert [step for step, _ in written["spi/bound/reward_error"]] == [32, 96]
-        assert [value for _, value in written["spi/outside_fraction"]] == [0, 0, 0]
-        assert_tracked(
-            folder, written, "params/encoder/Dense_0/kernel", "grads/transition/logits/kernel", "params/actor_critic"
-        )
+    assert_trained(folder, done.stdout, *(() if script == PPO else MODEL))
+
+
+def test_halves_bounds_and_tracked_layers(tmp_path, capsys):
+    deep_mdp.main(parse_flags(deep_mdp.Args, [*CARTPOLE, "--overlap-rollout", *CODES, *WATCHED, f"--logdir={tmp_path}"]))
+    (folder,) = tmp_path.iterdir()
+    written = assert_trained(folder, capsys.readouterr().out, *MODEL)
+    assert [step for step, _ in written["spi/bound/reward_error"]] == [32, 96]
+    assert [value for _, value in written["spi/outside_fraction"]] == [0, 0, 0]
+    assert_tracked(folder, written, "params/encoder/Dense_0/kernel", "grads/transition/logits/kernel", "params/actor_critic")
 
 
 def test_dreams_with_replay_a_critic_and_pictures(tmp_path):
-    done = run("dream_spi.py", *CARTPOLE, *CODES, *REPLAYED, f"--logdir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    dream_spi.main(parse_flags(dream_spi.Args, [*CARTPOLE, *CODES, *REPLAYED, f"--logdir={tmp_path}"]))
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)
     assert [step for step, _ in written["losses/explained_variance"]] == [32, 64, 96]

@@ -1,5 +1,7 @@
 """Distributions and elementary losses against numbers computed otherwise."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,34 +85,52 @@ def test_absolute_error_by_monte_carlo():
 
 def test_categorical_against_scipy():
     logits = jax.random.normal(KEY, (3, 4))
-    d = Categorical(logits)
-    drawn = jax.vmap(d.sample)(jax.random.split(KEY, 20_000))
+
+    @jax.jit
+    def draw(keys):
+        d = Categorical(logits)
+        drawn = jax.vmap(d.sample)(keys)
+        return drawn, d.mean(), d.log_prob(drawn[0])
+
+    drawn, mean, log_prob = jax.device_get(draw(jax.random.split(KEY, 20_000)))
     assert_array_equal(np.unique(drawn), [0, 1])
     assert (drawn.sum(-1) == 1).all()
-    assert_allclose(drawn.mean(0), d.mean(), atol=5 * 0.5 / np.sqrt(20_000))
+    assert_allclose(drawn.mean(0), mean, atol=5 * 0.5 / np.sqrt(20_000))
     for v in range(3):
         law = stats.multinomial(1, special.softmax(np.asarray(logits[v], np.float64)))
-        assert_allclose(d.log_prob(drawn[0])[v], law.logpmf(np.asarray(drawn[0, v])), rtol=1e-5)
+        assert_allclose(log_prob[v], law.logpmf(drawn[0, v]), rtol=1e-5)
 
 
 def test_straight_through_samples_have_the_gradient_of_the_probabilities():
     logits, weights = jax.random.normal(KEY, (2, 3, 4))
-    through = jax.grad(lambda x: jnp.sum(weights * Categorical(x).sample(KEY)))(logits)
-    assert_allclose(through, jax.grad(lambda x: jnp.sum(weights * jax.nn.softmax(x)))(logits), rtol=1e-6)
-    assert_array_equal(straight_through(logits, weights), logits)
+
+    @jax.jit
+    def both(logits):
+        through = jax.grad(lambda x: jnp.sum(weights * Categorical(x).sample(KEY)))(logits)
+        return through, jax.grad(lambda x: jnp.sum(weights * jax.nn.softmax(x)))(logits), straight_through(logits, weights)
+
+    through, expected, same = both(logits)
+    assert_allclose(through, expected, rtol=1e-6)
+    assert_array_equal(same, logits)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 5.0])
 def test_gumbel_softmax_samples_are_codes_with_the_gradient_of_the_relaxed_ones(temperature):
     logits, weights = jax.random.normal(KEY, (2, 3, 4))
-    sample = lambda x: Categorical(x, temperature).sample(KEY)  # noqa: E731
-    assert_array_equal(sample(logits), Categorical(logits).sample(KEY))  # the same draw, one-hot
-    noise = jax.random.gumbel(KEY, logits.shape)
-    assert_array_equal(np.asarray(sample(logits)).argmax(-1), np.asarray(logits + noise).argmax(-1))
+
+    @jax.jit
+    def draw(logits):
+        sample = lambda x: Categorical(x, temperature).sample(KEY)  # noqa: E731
+        gradient = jax.grad(lambda x: jnp.sum(weights * sample(x)))(logits)
+        noise = jax.random.gumbel(KEY, logits.shape)
+        return sample(logits), Categorical(logits).sample(KEY), logits + noise, gradient
+
+    sample, expected, noisy, found = jax.device_get(draw(logits))
+    assert_array_equal(sample, expected)  # the same draw, one-hot
+    assert_array_equal(sample.argmax(-1), noisy.argmax(-1))
     # by hand: y = softmax((x + g) / t) has dy_i/dx_j = (y_i (i = j) - y_i y_j) / t
-    y = special.softmax(np.asarray(logits + noise, np.float64) / temperature, axis=-1)
+    y = special.softmax(noisy.astype(np.float64) / temperature, axis=-1)
     jacobian = (np.einsum("vi,ij->vij", y, np.eye(4)) - np.einsum("vi,vj->vij", y, y)) / temperature
-    found = jax.grad(lambda x: jnp.sum(weights * sample(x)))(logits)
     assert_allclose(found, np.einsum("vi,vij->vj", weights, jacobian), rtol=1e-4, atol=1e-6)
 
 
@@ -138,14 +158,20 @@ def test_positive_scale(x):
 def test_average_scale_and_its_gradient():
     keys = jax.random.split(KEY, 3)
     weights, scale = jax.random.uniform(keys[0], (3, 1, 5, 1)), jax.random.uniform(keys[1], (3, 2, 5, 4))
-    expected, expected_vjp = jax.vjp(lambda w, s: jnp.sqrt(jnp.sum((w * s) ** 2, 2)), weights, scale)
-    actual, actual_vjp = jax.vjp(lambda w, s: average_scale(w, s, 2), weights, scale)
-    assert_allclose(actual, expected, rtol=1e-6)
-    g = jax.random.normal(keys[2], expected.shape)
-    for a, e in zip(actual_vjp(g), expected_vjp(g), strict=True):
+    g = jax.random.normal(keys[2], (3, 2, 4))
+
+    @jax.jit
+    def both(weights, scale, zeros):
+        expected, expected_vjp = jax.vjp(lambda w, s: jnp.sqrt(jnp.sum((w * s) ** 2, 2)), weights, scale)
+        actual, actual_vjp = jax.vjp(lambda w, s: average_scale(w, s, 2), weights, scale)
+        of_zeros = jax.grad(lambda s: average_scale(weights, s, 2).sum())(zeros)
+        return (actual, *actual_vjp(g)), (expected, *expected_vjp(g)), of_zeros
+
+    actual, expected, of_zeros = both(weights, scale, jnp.zeros((3, 2, 5, 4)))
+    assert_allclose(actual[0], expected[0], rtol=1e-6)
+    for a, e in zip(actual[1:], expected[1:], strict=True):
         assert_allclose(a, e, rtol=1e-4, atol=1e-6)
-    zeros = jax.grad(lambda s: average_scale(weights, s, 2).sum())(jnp.zeros_like(scale))
-    assert not zeros.any()
+    assert not np.asarray(of_zeros).any()
 
 
 def test_clipped_noise_is_a_clipped_normal():
@@ -200,28 +226,40 @@ def all_actions_then_select(p, z, action, lipschitz, components):
 
 
 def test_products_by_group_and_their_gradients_up_to_second_order():
-    keys = jax.random.split(KEY, 3)
-    kernels, x, y = (
-        jax.random.normal(k, shape) for k, shape in zip(keys, [(3, 2, 4, 5), (3, 2, 3, 4, 5), (3, 2, 3, 2, 5)], strict=True)
-    )
+    rng = np.random.default_rng(0)
+    shapes = (3, 2, 4, 5), (3, 2, 3, 4, 5), (3, 2, 3, 2, 5)
+    kernels, x, y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     slow = lambda kernels, x: jnp.einsum("nocg,nhwcg->nhwog", kernels, x, precision="highest")  # noqa: E731
-    outer = jnp.einsum("nhwog,nhwcg->nocg", y, x, precision="highest")
-    assert_allclose(product(kernels, x), slow(kernels, x), atol=1e-5)
-    assert_allclose(outer_product(y, x), outer, atol=1e-5)
 
-    def second(f):  # gradients of the norm of gradients
+    def second(f, *at):  # gradients of the norm of gradients
         gradients = jax.grad(lambda k, x: jnp.sum(jnp.sin(f(k, x))), (0, 1))
-        return jax.grad(lambda k, x: sum(jnp.sum(g**2) for g in gradients(k, x)), (0, 1))(kernels, x)
+        return jax.grad(lambda k, x: sum(jnp.sum(g**2) for g in gradients(k, x)), (0, 1))(*at)
 
-    for actual, expected in zip(second(product), second(slow), strict=True):
-        assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected).max()))
+    @jax.jit
+    def all_of(kernels, x, y):
+        outer = jnp.einsum("nhwog,nhwcg->nocg", y, x, precision="highest")
+        first = (product(kernels, x), outer_product(y, x)), (slow(kernels, x), outer)
+        return *first, second(product, kernels, x), second(slow, kernels, x)
+
+    actual, expected, actual_second, expected_second = jax.device_get(all_of(kernels, x, y))
+    for a, e in zip(actual, expected, strict=True):
+        assert_allclose(a, e, atol=1e-5)
+    for a, e in zip(actual_second, expected_second, strict=True):
+        assert_allclose(a, e, rtol=1e-4, atol=1e-4 * np.abs(e).max())
 
 
 def test_entries_of_actions_and_their_gradients_are_those_of_indexing():
     table, action = jax.random.normal(KEY, (4, 2, 3)), jnp.array([2, 0, 2, 2])  # one repeated, two absent
-    assert_array_equal(of_action(table, action), table[action])
     f = lambda entries: lambda t: jnp.sum(jnp.sin(entries(t)) * jnp.arange(24.0).reshape(4, 2, 3))  # noqa: E731
-    assert_allclose(jax.grad(f(lambda t: of_action(t, action)))(table), jax.grad(f(lambda t: t[action]))(table), rtol=1e-6)
+
+    @jax.jit
+    def both(table):
+        ways = (lambda t: of_action(t, action)), (lambda t: t[action])
+        return [(entries(table), jax.grad(f(entries))(table)) for entries in ways]
+
+    (found, slope), (expected, expected_slope) = both(table)
+    assert_array_equal(found, expected)
+    assert_allclose(slope, expected_slope, rtol=1e-6)
 
 
 def test_shift_by_hand_and_off_the_map():
@@ -233,32 +271,42 @@ def test_shift_by_hand_and_off_the_map():
 
 @pytest.mark.parametrize("num_actions, lipschitz", [(2, True), pytest.param(18, True, marks=pytest.mark.slow), (2, False)])
 def test_transition_of_the_action_taken_equals_all_actions_then_select(num_actions, lipschitz):
-    keys = jax.random.split(KEY, 5)
-    z = jax.random.normal(keys[0], (8, 4, 4, 32))
-    action = jax.random.randint(keys[1], (8,), 0, num_actions)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    z, g = normal(8, 4, 4, 32), normal(8, 2, 4, 4, 32)
+    action = jnp.asarray(rng.integers(num_actions, size=8))
     module = (certified if lipschitz else unconstrained).Transition(num_actions, components=2)
-    params = jax.jit(module.init)(keys[2], z, action)["params"]
-    leaves, tree = jax.tree.flatten(params)  # biases and mixtures are not 0 here
-    noise = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(jax.random.split(keys[3], len(leaves)), leaves, strict=True)]
-    params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    params = jax.jit(module.init)(KEY, z, action)["params"]
+    params = jax.tree.map(lambda x: x + 0.3 * normal(*x.shape), params)  # biases and mixtures are not 0 here
 
-    slow = jax.jit(lambda p, z: all_actions_then_select(p, z, action, lipschitz, module.components))
-
-    @jax.jit
     def fast(p, z):
         predicted = module.apply({"params": p}, z, action)
         return jnp.stack([predicted.loc, predicted.scale], axis=1)
 
-    assert_allclose(fast(params, z), slow(params, z), atol=1e-5)
-    g = jax.random.normal(keys[4], (len(z), 2, *z.shape[1:]))
-    gradient = lambda f: jax.tree.leaves(jax.jit(jax.grad(lambda p, z: jnp.sum(g * f(p, z)), argnums=(0, 1)))(params, z))  # noqa: E731
-    for actual, expected in zip(gradient(fast), gradient(slow), strict=True):
-        assert_allclose(actual, expected, atol=2e-5 * max(1.0, float(jnp.abs(expected).max())))
+    def value_and_gradients(f):
+        @jax.jit
+        def of(p, z):
+            value, pull_back = jax.vjp(f, p, z)
+            return value, jax.tree.leaves(pull_back(g))
+
+        return jax.device_get(of(params, z))
+
+    actual, gradients = value_and_gradients(fast)
+    slow = lambda p, z: all_actions_then_select(p, z, action, lipschitz, module.components)  # noqa: E731
+    expected, expected_gradients = value_and_gradients(slow)
+    assert_allclose(actual, expected, atol=1e-5)
+    for a, e in zip(gradients, expected_gradients, strict=True):
+        assert_allclose(a, e, atol=2e-5 * max(1.0, np.abs(e).max()))
+
+
+SHARES = 0.0625, 0.5, 0.9375  # without rounding
+quantiles = jax.jit(partial(weighted_quantiles, shares=SHARES))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 3)), max_size=12).filter(lambda x: any(w for _, w in x)))
 def test_weighted_quantiles_are_those_of_repeated_numbers(numbers):
     x, weight = np.array(numbers, np.float32).T
-    found = weighted_quantiles(jnp.asarray(x), jnp.asarray(weight), (0.0625, 0.5, 0.9375))  # shares without rounding
-    assert_allclose(found, np.quantile(np.repeat(x, weight.astype(int)), (0.0625, 0.5, 0.9375), method="inverted_cdf"))
+    padded = np.pad([x, weight], ((0, 0), (0, 12 - len(x))))  # what has no weight changes nothing, and one program does
+    found = quantiles(*padded)
+    assert_allclose(found, np.quantile(np.repeat(x, weight.astype(int)), SHARES, method="inverted_cdf"))

@@ -16,13 +16,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_spi
 import dream_spi
 from envs.atari import make_pool
-from tests.probes import CueEnv, random_steps
+from envs.protocol import EpisodeStats
+from tests.probes import CueEnv
 from tests.test_algorithms import column, tiny, tiny_batch
+from tests.utils.dreams.test_dreams import dream_setup
 from utils.dreams import replay
 from utils.dreams.replay import Replayed, vtrace
 from utils.runs.flags import UsageError
-
-SMALL = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
 
 
 def plain(shape, num_actions):
@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     replay_length: int
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=7, deadline=None)
 @given(
     num_envs=st.integers(1, 3), num_steps=st.integers(1, 5), spare=st.integers(0, 7), length=st.integers(1, 4),
     rollouts=st.integers(1, 9), extra=st.integers(0, 2), seed=st.integers(0, 99),
@@ -50,24 +50,29 @@ def test_only_stored_contiguous_sequences_come_back(num_envs, num_steps, spare, 
     held = max(length + 1, num_steps) + spare  # steps of each environment
     sizes = Sizes(num_envs, num_steps, held * num_envs + min(extra, num_envs - 1), 1000, length)
     rollouts = max(rollouts, -(-(length + 1) // num_steps))
-    buffer = replay.init_replay(plain((2,), 3), sizes)
     env = np.arange(num_envs)[None]
-    for k in range(rollouts):
-        time = np.arange(k * num_steps, (k + 1) * num_steps + 1)[:, None]
-        marks = np.stack(np.broadcast_arrays(time, env), -1)
-        steps = deep_spi.Rollout(
-            obs=jnp.asarray(marks, jnp.uint8),
-            value=None,
-            action=jnp.asarray(100 * time[:-1] + env, jnp.int32),
-            log_probs=jnp.zeros((num_steps, num_envs, 3)) + marks[:-1, :, :1],
-            reward=jnp.asarray(time[:-1] + 0.5 * env, jnp.float32),
-            terminated=jnp.asarray((time[:-1] + env) % 3 == 0),
-            truncated=jnp.asarray((time[:-1] + env) % 5 == 0),
-            valid=jnp.asarray((time[:-1] + env) % 2 == 0),
-            episode=None,
-        )
-        buffer = replay.add(buffer, steps, sizes)
-    found = replay.sample(buffer, jax.random.key(seed), sizes)
+    time = np.arange(rollouts * num_steps + 1)[:, None]
+    of = lambda x: np.stack([x[k * num_steps : (k + 1) * num_steps] for k in range(rollouts)])  # noqa: E731
+    marks = np.stack(np.broadcast_arrays(time, env), -1)
+    steps = deep_spi.Rollout(
+        obs=np.concatenate([of(marks), of(marks[1:])[:, -1:]], axis=1).astype(np.uint8),
+        value=None,
+        action=of(100 * time[:-1] + env).astype(np.int32),
+        log_probs=of(np.tile(marks[:-1, :, :1], 3)).astype(np.float32),
+        reward=of(time[:-1] + 0.5 * env).astype(np.float32),
+        terminated=of((time[:-1] + env) % 3 == 0),
+        truncated=of((time[:-1] + env) % 5 == 0),
+        valid=of((time[:-1] + env) % 2 == 0),
+        episode=None,
+    )
+
+    @jax.jit
+    def add_all_and_sample(key):  # one program per example: compiling takes most of the time
+        buffer = replay.init_replay(plain((2,), 3), sizes)
+        buffer, _ = jax.lax.scan(lambda buffer, steps: (replay.add(buffer, steps, sizes), None), buffer, steps)
+        return replay.sample(buffer, key, sizes)
+
+    found = jax.device_get(add_all_and_sample(jax.random.key(seed)))
     assert found.obs.shape == (length + 1, 1000, 2) and found.obs.dtype == jnp.uint8
     time, env = np.asarray(found.obs[..., 0], int), np.asarray(found.obs[..., 1], int)
     assert np.all(np.diff(time, axis=0) == 1) and np.all(env == env[:1])
@@ -100,11 +105,35 @@ def test_what_does_not_fit_is_refused_with_a_number_that_does(monkeypatch):
         replay.check_memory(env, args)
 
 
+def noise(seed, num_steps, num_envs, obs_shape=(3,), num_actions=3):
+    """As `random_steps`, but drawn by NumPy, so that nothing is compiled."""
+    rng, shape = np.random.default_rng(seed), (num_steps, num_envs)
+    ends, valid = rng.choice(3, shape, p=(0.7, 0.2, 0.1)), np.ones(shape, bool)
+    for t in range(1, num_steps):
+        valid[t] = ~((ends[t - 1] > 0) & valid[t - 1])
+    policy = np.exp(0.1 * rng.normal(size=(*shape, num_actions)))
+    steps = deep_spi.Rollout(
+        obs=rng.normal(size=(num_steps + 1, num_envs, *obs_shape)).astype(np.float32),
+        value=rng.normal(size=(num_steps + 1, num_envs)).astype(np.float32),
+        action=rng.integers(num_actions, size=shape).astype(np.int32),
+        log_probs=np.log(policy / policy.sum(-1, keepdims=True)).astype(np.float32),
+        reward=np.where(valid, rng.normal(size=shape), 0.0).astype(np.float32),
+        terminated=(ends == 1) & valid,
+        truncated=(ends == 2) & valid,
+        valid=valid,
+        episode=EpisodeStats(*np.zeros((len(EpisodeStats._fields), num_envs))),
+    )
+    return jax.tree.map(jnp.asarray, steps)
+
+
 def replayed(steps):
     """A rollout as it comes back from the buffer."""
-    fields = {name: getattr(steps, name) for name in Replayed._fields if name != "obs"}
-    last = {name: jnp.concatenate([x, jnp.zeros_like(x[:1])]) for name, x in fields.items()}
+    fields = {name: np.asarray(getattr(steps, name)) for name in Replayed._fields if name != "obs"}
+    last = {name: jnp.asarray(np.concatenate([x, np.zeros_like(x[:1])])) for name, x in fields.items()}
     return Replayed(obs=steps.obs, **last)
+
+
+jitted_vtrace = jax.jit(vtrace, static_argnums=(3, 4))
 
 
 def test_vtrace_by_hand():
@@ -122,7 +151,7 @@ def test_vtrace_by_hand():
     weight = column(0.5, 0.2, 1.0, 0.1, 1.0, 0.3, 1.0)
     # errors as in the test of generalized advantages: 1, -1, none, 23, none, 1
     expected = [1 + 0.25 * 0.2 * -1, -1.0, 0.0, 23.0, 0.0, 1.0]
-    advantage, target = vtrace(steps, value, weight, 0.5, 0.5)
+    advantage, target = jitted_vtrace(steps, value, weight, 0.5, 0.5)
     assert_allclose(advantage[:, 0], expected, rtol=1e-6)
     assert_allclose(target[:, 0], [1 + 0.5 * 0.95, 2 - 0.2, 30.0, 4 + 2.3, 50.0, 6.3], rtol=1e-6)
 
@@ -130,29 +159,31 @@ def test_vtrace_by_hand():
 def test_vtrace_is_its_definition():
     """v_s = V(s) + sum_t gamma^(t-s) (prod c) rho_t error_t (Espeholt et al., 2018, equation 1); its policy gradient has the
     advantage rho (r + gamma v - V)."""
-    steps = replayed(random_steps(deep_spi, jax.random.key(0), 7, 4, obs_shape=(1,)))
-    false = jnp.zeros_like(steps.valid)
-    steps = steps._replace(terminated=false, truncated=false, valid=~false)
-    value = jax.random.normal(jax.random.key(1), (8, 4))
-    weight = jnp.minimum(jnp.exp(jax.random.normal(jax.random.key(2), (8, 4))), 1.0)
-    error = steps.reward[:-1] + 0.9 * value[1:] - value[:-1]
+    steps = replayed(noise(0, 7, 4))
+    false = np.zeros((8, 4), bool)
+    steps = steps._replace(terminated=jnp.asarray(false), truncated=jnp.asarray(false), valid=jnp.asarray(~false))
+    rng = np.random.default_rng(1)
+    value = rng.normal(size=(8, 4)).astype(np.float32)
+    weight = np.minimum(np.exp(rng.normal(size=(8, 4))), 1.0).astype(np.float32)
+    reward = np.asarray(steps.reward)
+    error = reward[:-1] + 0.9 * value[1:] - value[:-1]
     expected = [
-        value[s] + sum(0.9 ** (t - s) * jnp.prod(weight[s:t], axis=0) * weight[t] * error[t] for t in range(s, 7))
+        value[s] + sum(0.9 ** (t - s) * np.prod(weight[s:t], axis=0) * weight[t] * error[t] for t in range(s, 7))
         for s in range(8)
     ]
-    advantage, target = vtrace(steps, value, weight, 0.9, 1.0)
-    assert_allclose(target, jnp.stack(expected[:-1]), rtol=1e-4, atol=1e-5)
-    expected = [steps.reward[s] + 0.9 * expected[s + 1] - value[s] for s in range(7)]
-    assert_allclose(advantage, jnp.stack(expected), rtol=1e-4, atol=1e-5)
+    advantage, target = jitted_vtrace(steps, value, weight, 0.9, 1.0)
+    assert_allclose(target, np.stack(expected[:-1]), rtol=1e-4, atol=1e-5)
+    expected = [reward[s] + 0.9 * expected[s + 1] - value[s] for s in range(7)]
+    assert_allclose(advantage, np.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gae_lambda", [1.0, 0.95])
 def test_vtrace_on_policy_is_gae(gae_lambda):
-    steps = random_steps(deep_spi, jax.random.key(3), 9, 5, obs_shape=(1,))
-    advantage, target = vtrace(replayed(steps), steps.value, jnp.ones((10, 5)), 0.99, gae_lambda)
-    expected = deep_spi.compute_gae(steps, 0.99, gae_lambda)
+    steps = noise(3, 9, 5)
+    advantage, target = jitted_vtrace(replayed(steps), steps.value, jnp.ones((10, 5)), 0.99, gae_lambda)
+    expected = np.asarray(jax.jit(deep_spi.compute_gae, static_argnums=(1, 2))(steps, 0.99, gae_lambda))
     assert_array_equal(advantage, expected)
-    assert_array_equal(target, steps.value[:-1] + expected)
+    assert_array_equal(target, np.asarray(steps.value)[:-1] + expected)
 
 
 def test_off_policy_ratio_by_hand():
@@ -174,24 +205,29 @@ def test_off_policy_ratio_by_hand():
     assert_allclose(metrics["losses/policy_loss"], (2 * 1.6 + 1.0) / 2, rtol=1e-5)
 
 
+@jax.jit
+def loss_at_one_step(weight, moved, utility):
+    """The loss of a policy that has moved since the update began, and its slope in the actor's parameter."""
+    agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0, ent_coef=0.0, vf_coef=0.0)
+    batch = tiny_batch(deep_spi)
+    batch = batch._replace(
+        advantage=jnp.zeros(3).at[0].set(utility), log_probs=batch.log_probs.at[0, 0].set(jnp.log(0.5 / moved))
+    )
+    batch = batch._replace(obs=batch.obs.at[0, ..., 0].set(0.1))  # where the actor's parameter has a gradient
+    weight, key = jnp.ones(3).at[0].set(weight), jax.random.key(0)
+    loss = lambda params: deep_spi.loss_fn(params, batch, key, agent, args, weight=weight)[0]  # noqa: E731
+    value, grads = jax.value_and_grad(loss)(params)
+    return value, grads.actor_critic["params"]["w"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(weight=st.floats(0.01, 20), moved=st.floats(0.2, 3), utility=st.floats(-3, 3))
 def test_the_neighborhood_is_about_the_policy_before_the_update_whatever_the_weight(weight, moved, utility):
     """A gradient moves the policy out of [1 - eps, 1 + eps] of pi_k for no weight, and the loss is w times that of PPO."""
-    agent, params, args = tiny(deep_spi, transition_loss_coef=0.0, reward_loss_coef=0.0, ent_coef=0.0, vf_coef=0.0)
-    batch = tiny_batch(deep_spi)
-    batch = batch._replace(
-        advantage=jnp.array([utility, 0.0, 0.0]), log_probs=batch.log_probs.at[0, 0].set(jnp.log(0.5 / moved))
-    )
-    batch = batch._replace(obs=batch.obs.at[0, ..., 0].set(0.1))  # where the actor's parameter has a gradient
+    value, slope = loss_at_one_step(weight, moved, utility)
     pi = 1 / (1 + np.exp(-0.1))
     moved = moved * pi / 0.5
-    loss = lambda params: deep_spi.loss_fn(  # noqa: E731
-        params, batch, jax.random.key(0), agent, args, weight=jnp.array([weight, 1.0, 1.0])
-    )[0]
-    value, grads = jax.value_and_grad(loss)(params)
     assert_allclose(value, weight * max(-utility * moved, -utility * np.clip(moved, 0.8, 1.2)) / 2, rtol=1e-4, atol=1e-6)
-    slope = grads.actor_critic["params"]["w"]
     if (utility > 0 and moved > 1.2001) or (utility < 0 and moved < 0.7999):
         assert slope == 0
     elif abs(utility) > 0.01 and 0.8001 < moved < 1.1999:
@@ -201,26 +237,31 @@ def test_the_neighborhood_is_about_the_policy_before_the_update_whatever_the_wei
 @pytest.mark.parametrize("off_policy", ["vtrace", pytest.param("clipped_ratio", marks=pytest.mark.slow)])
 def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
     """The loss, and all its gradients, of a rollout that comes back before anything was learned."""
-    flags = {"num_envs": 8, "num_steps": 6, "num_minibatches": 1, "gae_lambda": 1.0, "off_policy": off_policy}
-    args = dream_spi.Args(**flags, **SMALL, transition_loss_coef=1.0, reward_loss_coef=1.0)
-    env = CueEnv(8)
-    agent = dream_spi.make_agent(args, env.num_actions)
-    state = dream_spi.init_state(args, env, agent, dream_spi.make_optimizer(args))
-    _, steps = jax.jit(partial(deep_spi.rollout, env=env, agent=agent, args=args))(state)
-    advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
-    fresh = deep_spi.gather(steps, advantages, jnp.zeros(8, jnp.int32), jnp.arange(8), args)
-    fields, ended, weight = replay.for_policy(state.params, replayed(steps), agent, args)
-    batch = dream_spi.Minibatch(**fields)
+    args, env, agent, _, state = dream_setup(gae_lambda=1.0, num_minibatches=1, transition_loss_coef=1.0, reward_loss_coef=1.0)
+    args = replace(args, off_policy=off_policy)
+
+    @jax.jit
+    def play(state):
+        _, steps = deep_spi.rollout(state, env, agent, args)
+        advantages = deep_spi.compute_gae(steps, args.gamma, 1.0)
+        return steps, deep_spi.gather(steps, advantages, jnp.zeros(16, jnp.int32), jnp.arange(16), args)
+
+    @jax.jit
+    def learn(params, fresh, again):
+        fields, ended, weight = replay.for_policy(params, again, agent, args)
+        batch = dream_spi.Minibatch(**fields)
+        loss = partial(deep_spi.loss_fn, key=jax.random.key(1), agent=agent, args=args)
+        grads = jax.value_and_grad(loss, has_aux=True)
+        return batch, ended, weight, grads(params, fresh), grads(params, batch, weight=weight)
+
+    steps, fresh = play(state)
+    batch, ended, weight, ((expected, _), of_fresh), ((found, _), of_replayed) = learn(state.params, fresh, replayed(steps))
     assert_array_equal(ended, steps.terminated.reshape(-1))
     assert_allclose(weight, 1.0, rtol=1e-5)
     for name in fresh._fields:
         assert_allclose(getattr(batch, name), getattr(fresh, name), atol=1e-5, err_msg=name)
-    loss = partial(deep_spi.loss_fn, key=jax.random.key(1), agent=agent, args=args)
-    grads = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (expected, _), of_fresh = grads(state.params, fresh)
-    (found, _), of_replayed = grads(state.params, batch, weight=weight)
     assert_allclose(found, expected, rtol=1e-5)
-    close = lambda a, b: assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(b))) + 1e-9)  # noqa: E731
+    close = lambda a, b: assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b)) + 1e-9)  # noqa: E731
     jax.tree.map(close, of_replayed, of_fresh)
 
 
@@ -228,37 +269,37 @@ def test_on_policy_replay_is_deep_spi_on_the_rollout(off_policy):
 def test_what_an_older_policy_did_is_weighed(off_policy, most):
     """A policy that has moved since: log-probabilities are those of the present policy, weights its ratios to the older one,
     and what a masked step holds changes nothing."""
-    args = dream_spi.Args(off_policy=off_policy, vtrace_max_weight=most, **SMALL)
-    agent = dream_spi.make_agent(args, 3)
-    stored = replayed(random_steps(deep_spi, jax.random.key(5), 6, 4, obs_shape=(3,), num_actions=3))
-    params = dream_spi.init_params(jax.random.key(0), agent, stored.obs[0])
-    params = jax.tree.map(lambda x: 5 * x, params)  # the actor's output layer starts near 0
-    fields, _, weight = replay.for_policy(params, stored, agent, args)
-    batch = dream_spi.Minibatch(**fields)
-    z = agent.encoder.apply(params.encoder, stored.obs.reshape(-1, 3))
-    logits, value = agent.actor_critic.apply(params.actor_critic, z)
-    log_probs = jax.nn.log_softmax(logits).reshape(7, 4, 3)
+    args, _, agent, _, state = dream_setup()
+    args = replace(args, off_policy=off_policy, vtrace_max_weight=most)
+    stored = replayed(noise(5, 6, 4))
+    params = jax.tree.map(lambda x: 5 * x, jax.device_get(state.params))  # the actor's output layer starts near 0
+    masked = ~np.asarray(stored.valid)
+    assert masked[:-1].any()
+    other = stored._replace(
+        action=jnp.asarray(np.where(masked, 2 - stored.action, stored.action)),
+        reward=jnp.asarray(np.where(masked, np.float32(1e3), stored.reward)),
+        log_probs=jnp.asarray(np.where(masked[..., None], np.float32(-50.0), stored.log_probs)),
+    )
+
+    @jax.jit
+    def weigh(params, stored):
+        fields, _, weight = replay.for_policy(params, stored, agent, args)
+        batch = dream_spi.Minibatch(**fields)
+        logits, value = agent.actor_critic.apply(params.actor_critic, agent.encoder.apply(params.encoder, fields["obs"]))
+        loss, _ = deep_spi.loss_fn(params, batch, jax.random.key(1), agent, args, weight=weight)
+        return batch, weight, jax.nn.log_softmax(logits).reshape(7, 4, 3), value.reshape(7, 4), loss
+
+    batch, weight, log_probs, value, loss = weigh(params, stored)
     taken = np.take_along_axis(np.asarray(log_probs - stored.log_probs), np.asarray(stored.action)[..., None], -1)
     ratio = np.where(stored.valid, np.exp(taken[..., 0]), 1.0)
     assert ratio[:-1].max() > 1.05 and ratio[:-1].min() < 0.95
     truncated = np.minimum(ratio, most)
     assert_allclose(batch.log_probs, log_probs[:-1].reshape(-1, 3), rtol=1e-5)
     assert_allclose(weight, (truncated if off_policy == "vtrace" else ratio)[:-1].reshape(-1), rtol=1e-4)
-    advantage, target = vtrace(stored, value.reshape(7, 4), jnp.asarray(truncated), args.gamma, args.gae_lambda)
+    advantage, target = jitted_vtrace(stored, value, jnp.asarray(truncated), args.gamma, args.gae_lambda)
     assert_allclose(batch.advantage, advantage.reshape(-1), rtol=1e-4, atol=1e-5)
     assert_allclose(batch.target, target.reshape(-1), rtol=1e-4, atol=1e-5)
-
-    loss = jax.jit(partial(deep_spi.loss_fn, params, key=jax.random.key(1), agent=agent, args=args))
-    masked = ~stored.valid
-    assert masked[:-1].any()
-    other = stored._replace(
-        action=jnp.where(masked, 2 - stored.action, stored.action),
-        reward=jnp.where(masked, 1e3, stored.reward),
-        log_probs=jnp.where(masked[..., None], -50.0, stored.log_probs),
-    )
-    fields, _, other_weight = replay.for_policy(params, other, agent, args)
-    other_batch = dream_spi.Minibatch(**fields)
-    assert loss(batch, weight=weight)[0] == loss(other_batch, weight=other_weight)[0]
+    assert weigh(params, other)[-1] == loss
 
 
 def test_a_buffer_that_outlived_its_games_marks_the_last_step_of_each_as_none():
@@ -266,9 +307,11 @@ def test_a_buffer_that_outlived_its_games_marks_the_last_step_of_each_as_none():
     sizes = Sizes(num_envs=2, num_steps=2, replay_capacity=10, replay_batch_size=4, replay_length=1)
     buffer = replay.init_replay(plain((3,), 4), sizes)
     emulators, in_jax = make_pool("CartPole-v1", 2, 1), CueEnv(2)
+    add = jax.jit(partial(replay.add, args=sizes))
     for k in range(3):
-        steps = random_steps(deep_spi, jax.random.key(k), 2, 2, obs_shape=(3,))
-        buffer = replay.add(buffer, steps._replace(valid=jnp.ones((2, 2), bool)), sizes)
+        steps = noise(k, 2, 2, num_actions=4)
+        steps = steps._replace(obs=steps.obs.astype(jnp.uint8), valid=jnp.ones((2, 2), bool))
+        buffer = add(buffer, steps)
         args = SimpleNamespace(use_replay_buffer=True, save_replay=True)
         state = SimpleNamespace(replay=buffer, _replace=lambda replay: SimpleNamespace(replay=replay))
         marked = replay.go_on(state, print, 1, emulators, args).replay

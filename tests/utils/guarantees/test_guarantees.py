@@ -41,8 +41,17 @@ CASES = {
     "step": st.sampled_from([0.0, 0.05, 0.5, 2.0]),
     "line": st.booleans(),
 }
-local, stepwise, average = jax.jit(local_error), jax.jit(stepwise_bound), jax.jit(episodic_bound)  # compiled once
+jitted_local, stepwise, average = jax.jit(local_error), jax.jit(stepwise_bound), jax.jit(episodic_bound)  # compiled once
+LARGEST = np.zeros((7, 4))  # states, with the end, and actions
 DROPPABLE = ("reward", "transition", "ratio", "length")
+
+
+def local(reward_error, distance, *others):
+    """Local errors of tables of any size: they are padded, so that one program does."""
+    sizes = tuple(map(slice, reward_error.shape))
+    padded = np.stack([LARGEST, LARGEST])
+    padded[:, *sizes] = reward_error, distance
+    return np.asarray(jitted_local(*padded, *others), np.float64)[sizes]
 
 
 def bounds(case, drop=""):
@@ -57,7 +66,7 @@ def bounds(case, drop=""):
         change[which] = (terms.real, terms.latent)
         reward_error = 0.0 * terms.reward_error if drop == "reward" else terms.reward_error
         distance = 0.0 * terms.distance if drop == "transition" else terms.distance
-        error = np.asarray(local(reward_error, distance, terms.k_value, gamma, terms.span), np.float64)
+        error = local(reward_error, distance, terms.k_value, gamma, terms.span)
         ratio_max, ratio = (1.0, 1.0) if drop == "ratio" else (terms.ratio_max, terms.ratio)
         weighted = errors_over_time(case.real, behavior, ratio * error)
         step_wise = float(stepwise(weighted, ratio_max, gamma, span))
@@ -82,7 +91,7 @@ def violated(found):
 tightness = {}
 
 
-@pytest.mark.parametrize("cases", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [600, pytest.param(5000, marks=pytest.mark.slow)])
 def test_no_bound_is_violated_by_random_tables(cases, capsys):
     """`uv run pytest tests/utils/guarantees/test_guarantees.py -k random_tables -m slow` shows how tight they are."""
     tightness.clear()
@@ -111,14 +120,15 @@ def test_no_bound_is_violated_by_random_tables(cases, capsys):
 def test_wrong_bounds_are_caught(drop):
     """Each term and each factor is needed: without it, the same check finds violations."""
     rng = np.random.default_rng(0)
-    caught = 0
-    for seed in range(300):
+
+    def caught(seed):
         sizes = {name: int(rng.integers(1, n)) for name, n in (("states", 7), ("latents", 5), ("actions", 5))}
         noise, step = rng.choice([0.0, 0.1, 1.0]), rng.choice([0.05, 0.5, 2.0])
         case = random_case(seed, **sizes, gamma=rng.uniform(0, 0.99), ending=rng.uniform(0.02, 1), noise=noise, step=step,
                            line=bool(rng.integers(2)))  # fmt: skip
-        caught += bool(violated(bounds(case, drop)))
-    assert caught > 0
+        return bool(violated(bounds(case, drop)))
+
+    assert any(caught(seed) for seed in range(300))
 
 
 @pytest.mark.parametrize("likely, ratio_max", [(0.5, 1.9), (0.3, 3.0), (0.9, 1.1)])
@@ -141,7 +151,7 @@ def test_the_power_of_the_ratio_is_needed_and_the_bound_attained(likely, ratio_m
     assert stepwise_bound(jnp.asarray(weighted), 1.0, gamma, 100.0) < 0.99 * abs(terms.real - terms.latent)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(**CASES)
 def test_lipschitz_constant_of_the_value_on_random_tables(**chosen):
     """K_V from the constants of rewards, transitions and policy, against the steepest slope of the exact value."""
@@ -162,7 +172,7 @@ def test_lipschitz_constant_of_the_value_on_random_tables(**chosen):
         assert np.isfinite(k_value) == (case.gamma * k_transition < 1)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(**CASES)
 def test_lipschitz_constant_of_the_value_with_ends_apart(**chosen):
     """The same where the end is no latent at some distance, but a probability that depends on z."""
@@ -229,23 +239,36 @@ def test_transitions_at_random_times_give_the_step_wise_sum(ratio_max):
         assert expected <= episodic_bound(3.8 / 4, ratio_max, 0.9, 2.0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "elu", "gelu", "silu", "tanh"])
-@pytest.mark.parametrize("layers", [(), (32,), (8, 64)])
+ACTIVATED = [((), "relu"), ((32,), "relu"), *(((8, 64), activation) for activation in STEEPEST)]
+OTHERS = [(layers, activation) for layers in ((), (32,)) for activation in STEEPEST if activation != "relu"]
+
+
+@pytest.mark.parametrize("layers, activation", ACTIVATED + [pytest.param(*x, marks=pytest.mark.slow) for x in OTHERS])
 def test_policy_is_as_lipschitz_as_it_says(activation, layers):
     actor_critic = ActorCritic(5, layers, activation)
-    z = jax.random.normal(jax.random.key(0), (64, 1, 1, 16))
-    params = actor_critic.init(jax.random.key(1), z)
-    params = jax.tree.map(lambda x: 3.0 * x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    policy = lambda z: jax.nn.softmax(actor_critic.apply(params, z)[0])  # noqa: E731
-    constant = float(actor_critic.policy_lipschitz(params))
+    rng = np.random.default_rng(0)
+    z = jnp.asarray(rng.normal(size=(64, 1, 1, 16)), jnp.float32)
+
+    @jax.jit
+    def measured(draws):
+        params = actor_critic.init(jax.random.key(1), z)
+        leaves, tree = jax.tree.flatten(params)
+        noise = [0.3 * draw.reshape(x.shape) for draw, x in zip(draws, leaves, strict=True)]
+        params = jax.tree.unflatten(tree, [3.0 * x + n for x, n in zip(leaves, noise, strict=True)])
+        policy = lambda z: jax.nn.softmax(actor_critic.apply(params, z)[0])  # noqa: E731
+        jacobian = jax.vmap(jax.jacobian(lambda z: policy(z[None])[0]))(z).reshape(64, 5, 16)
+        return actor_critic.policy_lipschitz(params), policy(z), jacobian
+
+    shapes = jax.tree.leaves(jax.eval_shape(actor_critic.init, jax.random.key(1), z))
+    constant, policy, jacobian = jax.device_get(measured([rng.normal(size=x.size).astype(np.float32) for x in shapes]))
     # the largest of |J v| / |v| over 64 points, |.| of the output being total variation
-    jacobian = jax.vmap(jax.jacobian(lambda z: policy(z[None])[0]))(z).reshape(64, 5, 16)
-    signs = jnp.array(np.stack(np.meshgrid(*[[-1.0, 1.0]] * 5)).reshape(5, -1))
-    steepest = 0.5 * float(jnp.max(jnp.linalg.norm(jnp.einsum("nai,as->nsi", jacobian, signs), axis=-1)))
+    signs = np.stack(np.meshgrid(*[[-1.0, 1.0]] * 5)).reshape(5, -1)
+    steepest = 0.5 * np.max(np.linalg.norm(np.einsum("nai,as->nsi", jacobian, signs), axis=-1))
     assert 0.01 * constant < steepest <= constant * (1 + 1e-5)
-    far = 0.5 * jnp.sum(jnp.abs(policy(z) - policy(z[::-1])), axis=1)
-    assert jnp.all(far <= constant * jnp.linalg.norm((z - z[::-1]).reshape(64, -1), axis=1) + 1e-6)
-    assert ActorCritic(5, (8,), activation, layer_norm=True).policy_lipschitz(params) == jnp.inf
+    far = 0.5 * np.sum(np.abs(policy - policy[::-1]), axis=1)
+    apart = np.asarray(z - z[::-1]).reshape(64, -1)
+    assert np.all(far <= constant * np.linalg.norm(apart, axis=1) + 1e-6)
+    assert ActorCritic(5, (8,), activation, layer_norm=True).policy_lipschitz({}) == jnp.inf
 
 
 def test_slopes_of_activations():
@@ -253,5 +276,5 @@ def test_slopes_of_activations():
 
     x = jnp.linspace(-6, 6, 20_001)
     for name, f in ACTIVATIONS.items():
-        steepest = float(jnp.max(jnp.abs(jax.vmap(jax.grad(f))(x))))
+        steepest = float(jnp.max(jnp.abs(jax.jit(jax.vmap(jax.grad(f)))(x))))
         assert 0.99 * STEEPEST[name] < steepest <= STEEPEST[name]

@@ -15,7 +15,9 @@ import deep_spi
 from envs.confounding_gridworld import RIGHT, UP, ConfoundingGridworld
 from networks.architectures import ActorCritic
 from tests.probes import CueEnv, make_iteration
-from utils.distributions import Categorical
+from tests.utils.dreams.test_dreams import PerAction, SmallEncoder
+from tests.utils.dreams.test_replay import noise
+from utils.distributions import Categorical, Deterministic
 from utils.guarantees.bounds import local_error, stepwise_bound, value_span
 from utils.guarantees.monitor import PREFIX, model_terms, monitor
 from utils.guarantees.tabular import (
@@ -175,20 +177,32 @@ def test_merged_choices_are_flagged_and_faithful_ones_are_not(played):
     assert zeta["faithful"] < 1e-4 < real  # the bound promises the whole improvement
 
 
+class CueCodes(nn.Module):
+    """The cue that an observation of `CueEnv` shows is the latent."""
+
+    def __call__(self, obs):
+        return obs[:, None]
+
+
 def test_training_is_the_same_with_it_and_only_every_so_often_measured():
+    """With tables as networks, which compile faster."""
     plain = deep_spi.Args(
-        num_envs=8, num_steps=4, num_minibatches=2, total_timesteps=32 * 3, fc_layers=(16,), learning_rate=1e-3,
-        latent="categorical", num_categories=2, num_classes=4,
-    )  # fmt: skip
+        num_envs=8, num_steps=4, num_minibatches=2, total_timesteps=32 * 3, learning_rate=1e-1, latent="categorical"
+    )
+    rng = np.random.default_rng(0)
+    model_tables = table(rng.normal(size=(3, 3, 3))), table(rng.normal(size=(3, 3)))
+    params = deep_spi.Params({}, table(0.1 * rng.normal(size=(3, 3))), *model_tables)
+    agent = deep_spi.Agent(CueCodes(), TableHeads(), Table(lambda rows: Categorical(rows[:, None])), Table(lambda rows: rows))
     results = []
     for args in (plain, replace(plain, monitor_guarantee=True, monitor_every=2)):
-        env = CueEnv(8)
-        agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
+        env, optimizer = CueEnv(8), deep_spi.make_optimizer(args)
         iteration = make_iteration(deep_spi, env, agent, optimizer, args)
-        state, history = deep_spi.init_state(args, env, agent, optimizer), []
+        start = jax.jit(optimizer.init)(params), *env.reset(), jax.random.key(0), jnp.zeros((), jnp.int32)
+        state, history = deep_spi.TrainState(params, *start), []
         for _ in range(3):
             state, metrics = iteration(state)
             history.append(jax.device_get(metrics))
+        assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, jax.device_get((params, state.params))), strict=True))
         results.append((state.params, history))
     (params, history), (watched, watched_history) = results
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(watched), strict=True):
@@ -208,31 +222,41 @@ def test_training_is_the_same_with_it_and_only_every_so_often_measured():
     assert last[PREFIX + "zeta_stepwise"] < last[PREFIX + "zeta"] or np.isinf(last[PREFIX + "zeta"])
 
 
-@pytest.mark.parametrize(
-    "flags, infinite",
-    [
-        ({"transition_density": "deterministic"}, set()),
-        ({"lipschitz_nets": False}, {"k_reward", "k_transition", "k_value"}),
-        ({"transition_density": "deterministic", "lipschitz_constant": 1.02}, {"k_value"}),
-        ({"transition_density": "deterministic", "use_layer_norm": True}, {"k_policy", "k_value"}),
-        ({"latent": "categorical", "num_categories": 4, "num_classes": 4}, set()),
-    ],
-)
-def test_constants_that_are_not_certified_are_infinite(flags, infinite):
+CONSTANTS = [
+    ({"transition_density": "deterministic"}, set()),
+    ({"lipschitz_nets": False}, {"k_reward", "k_transition", "k_value"}),
+    ({"transition_density": "deterministic", "lipschitz_constant": 1.02}, {"k_value"}),
+    ({"transition_density": "deterministic", "use_layer_norm": True}, {"k_policy", "k_value"}),
+    ({"latent": "categorical", "num_categories": 4, "num_classes": 4}, set()),
+]
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags, infinite", CONSTANTS)
+def test_constants_that_are_not_certified_are_infinite(flags, infinite, real):
+    """Flags say what is certified, and the heads how steep the policy is: unless `real`, other networks are small ones."""
     args = deep_spi.Args(num_envs=4, num_steps=3, fc_layers=(16,), **flags)
     check_flags(replace(args, num_envs=8))
     env = CueEnv(4)
     agent = deep_spi.make_agent(args, 3)
-    env_state, obs = env.reset()
-    params = deep_spi.init_params(jax.random.key(0), agent, obs)
-    state = deep_spi.TrainState(params, None, env_state, obs, jax.random.key(1), None)
-    _, steps = deep_spi.rollout(state, env, agent, args)
-    reward_error, distance, constants = model_terms(params, agent, steps, jax.random.key(2), args, env.reward_range)
-    assert {name for name, value in constants.items() if np.isinf(value)} == infinite
-    assert bool(jnp.isfinite(reward_error).all() and jnp.isfinite(distance).all())
-    assert bool((reward_error >= 0).all() and (distance >= 0).all())
+    if not real:
+        small = (CueCodes(), Categorical) if args.latent == "categorical" else (SmallEncoder(), Deterministic)
+        agent = agent._replace(encoder=small[0], transition=PerAction(small[1]), reward=PerAction())
+    steps = noise(0, 5, 4)
+    steps = steps._replace(obs=jax.nn.one_hot(jnp.argmax(steps.obs, axis=-1), 3))
+    assert not steps.valid.all() and steps.terminated.any() and steps.truncated.any()
     span = value_span(env.reward_range, args.gamma)
-    assert bool(jnp.isfinite(local_error(reward_error, distance, constants["k_value"], args.gamma, span)).all())
+
+    @jax.jit
+    def measure(key):
+        params = deep_spi.init_params(key, agent, steps.obs[0])
+        errors = model_terms(params, agent, steps, jax.random.key(2), args, env.reward_range)
+        return errors, local_error(*errors[:2], errors[2]["k_value"], args.gamma, span)
+
+    (reward_error, distance, constants), error = jax.device_get(measure(jax.random.key(0)))
+    assert {name for name, value in constants.items() if np.isinf(value)} == infinite
+    assert all(np.isfinite(x).all() for x in (reward_error, distance, error))
+    assert (reward_error >= 0).all() and (distance >= 0).all()
 
 
 def test_distance_of_continuous_latents_by_hand():
@@ -250,14 +274,19 @@ def test_distance_of_continuous_latents_by_hand():
         def __call__(self, obs):
             return obs
 
-    obs = jnp.broadcast_to(jnp.arange(2.0)[:, None, None, None], (3, 2, 1, 1, 4))
-    false = jnp.zeros((2, 2), bool)
-    reward, ended, masked = jnp.array([[0.25, -1.0], [1.0, 0.0]]), false.at[0, 1].set(True), false.at[1, 1].set(True)
-    episodes = {"reward": reward, "terminated": ended, "truncated": false, "valid": ~masked}
-    steps = SimpleNamespace(obs=obs, action=jnp.zeros((2, 2), int), **episodes)
+    obs = np.broadcast_to(np.arange(2.0, dtype=np.float32)[:, None, None, None], (3, 2, 1, 1, 4))
+    flags = lambda *where: jnp.asarray(np.array([[(t, b) in where for b in (0, 1)] for t in (0, 1)]))  # noqa: E731
+    reward = jnp.array([[0.25, -1.0], [1.0, 0.0]])
+    episodes = {"reward": reward, "terminated": flags((0, 1)), "truncated": flags(), "valid": flags((0, 0), (0, 1), (1, 0))}
+    steps = SimpleNamespace(obs=jnp.asarray(obs), action=jnp.asarray(np.zeros((2, 2), np.int32)), **episodes)
     agent = deep_spi.Agent(AsIs(), ActorCritic(2, ()), Moved(), Half())
-    params = deep_spi.Params({}, agent.actor_critic.init(jax.random.key(0), obs[0]), {}, {})
     args = deep_spi.Args(gamma=0.5)
-    reward_error, distance, _ = model_terms(params, agent, steps, jax.random.key(0), args, (-1.0, 1.0))
+
+    @jax.jit
+    def measure(key):
+        params = deep_spi.Params({}, agent.actor_critic.init(key, steps.obs[0]), {}, {})
+        return model_terms(params, agent, steps, key, args, (-1.0, 1.0))
+
+    reward_error, distance, _ = measure(jax.random.key(0))
     assert_allclose(distance, [[6.0, 0.0], [6.0, 0.0]])
     assert_allclose(reward_error, [[0.75, 2.0], [0.0, 0.0]])  # the prediction, 7, counts as 1

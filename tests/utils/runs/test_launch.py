@@ -15,9 +15,11 @@ import time
 import jax
 import pytest
 
+import deep_spi
 from tests.commands import CARTPOLE, PPO, ROOT, command, run
 from tests.event_files import scalars
 from tests.wandb_files import exit_codes
+from utils.runs.flags import parse_flags
 from utils.runs.quiet_start import Unbreakable
 
 # what starts the tests may ignore Ctrl-C, and what it starts would too
@@ -165,15 +167,16 @@ def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path):
     assert_one_line(done, "file")
 
 
-def test_numbers_that_are_none_stop_no_healthy_run(tmp_path):
-    """One environment, one step: returns have no variance. Under JAX_DEBUG_NANS a NaN anywhere would be an error."""
+def test_numbers_that_are_none_stop_no_healthy_run(tmp_path, capsys):
+    """One environment, one step: returns have no variance. With jax_debug_nans, a NaN anywhere would be an error."""
     flags = ["--env-id=CartPole-v1", "--num-envs=1", "--num-steps=1", "--num-minibatches=1", "--total-timesteps=4"]
     flags += ["--no-norm-adv"]
     flags += ["--fc-layers=8", "--monitor-guarantee", "--monitor-every=2"]
     flags += ["--latent=categorical", "--num-categories=2", "--num-classes=2"]
-    done = run("deep_spi.py", *flags, f"--logdir={tmp_path}", JAX_DEBUG_NANS="1")
-    assert done.returncode == 0, done.stderr
-    assert "not finite" not in done.stdout and done.stderr == ""
+    with jax.debug_nans(True):
+        deep_spi.main(parse_flags(deep_spi.Args, [*flags, f"--logdir={tmp_path}"]))
+    out, err = capsys.readouterr()
+    assert "not finite" not in out and err == ""
     (folder,) = tmp_path.iterdir()
     written = scalars(folder)
     assert "losses/explained_variance" not in written and len(written["losses/value_loss"]) == 4

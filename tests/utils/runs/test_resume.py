@@ -75,17 +75,12 @@ def stop_after(monkeypatch, updates):
 
 
 @pytest.fixture
-def compiled_once(tmp_path, monkeypatch):
-    """What is compiled is kept, here and in processes that are started."""
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")  # as here: XLA has a thread for each, and sums by threads
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+def same_threads(monkeypatch):
+    """Processes that are started have two devices, as here: XLA has a thread for each, and sums by threads."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
 
 
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_path, compiled_once):
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_path, same_threads):
     """kill -9, twice: before the second checkpoint, and later; it saves after every update. Films change nothing. And what is
     known of the gridworld exactly is logged."""
     ppo.main(args_of(ppo, GRIDWORLD, tmp_path, run_name="whole", capture_video=True, video_every=150))
@@ -123,7 +118,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_pa
         pytest.param(dream_spi, ["--progressive=linear"], 7, marks=pytest.mark.slow),
     ],
 )
-def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(script, flags, at, tmp_path, compiled_once, monkeypatch, capsys):
+def test_asked_to_stop_it_saves_and_goes_on_to_the_bit(script, flags, at, tmp_path, same_threads, monkeypatch, capsys):
     of = lambda **more: args_of(script, [*GRIDWORLD, *flags], tmp_path, **more)  # noqa: E731
     script.main(of(run_name="whole", keep_checkpoints=0))  # saving changes nothing either
     with monkeypatch.context() as patched, pytest.raises(Interrupted) as stopped:
@@ -429,7 +424,7 @@ def test_a_process_that_died_left_its_folder_free(stopped):
     assert Run(stopped, "test", 10).iteration == 3
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(count, stopped, tmp_path):
     rng, went_on = np.random.default_rng(count), 0
     for k in range(count):
