@@ -30,11 +30,11 @@ REPLAY |= {"replay_ratio": 1.0}
     "script, flags",
     [
         (ppo, {}),
-        (deep_spi, {}),
+        (deep_spi, CODES),
         slow(deep_mdp_ppo, {"transition_density": "deterministic"}),
         (dream_spi, {"log_dreams": True}),
         slow(ppo, {"overlap_rollout": True}),
-        slow(deep_spi, CODES),
+        slow(deep_spi, {}),
         slow(deep_spi, CODES | {"world_model": "transformer"}),
         slow(deep_spi, CODES | {"world_model": "softmoe"}),
         slow(deep_spi, {"lipschitz_nets": False, "transition_density": "normal", "monitor_guarantee": True}),
@@ -45,7 +45,8 @@ REPLAY |= {"replay_ratio": 1.0}
 )
 def test_lowers_for_cuda(script, flags):
     """The platform's own convolution, forwards and backwards; of the host a step needs but the emulators' two calls."""
-    args = make_args(script.Args, env_id="Breakout-v5", num_envs=32, **flags)
+    # few games, because each takes a tenth of a second to make
+    args = make_args(script.Args, env_id="Breakout-v5", num_envs=4, num_steps=64, num_minibatches=2, **flags)
     check_flags(args)
     env = make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)

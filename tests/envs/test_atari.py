@@ -1,5 +1,6 @@
 """envpool behind the protocol: seeds, the dummy step after each end, episode statistics."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import envpool
@@ -13,6 +14,7 @@ from envs.atari import STOCHASTIC, Pool, env_seeds, make_pool
 from envs.registry import atari_protocol, env_ids, make_env
 
 
+@cache  # several tests read the same steps
 def play(env_id, steps, seed=1, num_envs=4, **options):
     return play_in(make_pool(env_id, num_envs, seed, **options), steps)
 
@@ -51,16 +53,21 @@ def test_different_seeds_share_no_environment_stream():
     assert seeds[3] == env_seeds(3, 128)
     later = [env_seeds(3, 128, iteration) for iteration in (1, 2, 3)]  # where a run goes on
     assert len({*seeds[3], *sum(later, [])}) == 4 * 128
+
     # and the games follow the seeds: the stochastic protocol starts each of them differently
-    (a, one), (_, same), (_, other) = (play("Pong-v5", 30, seed, protocol=STOCHASTIC) for seed in (1, 1, 2))
-    np.testing.assert_array_equal(one.obs, same.obs)
+    def frames(seed):
+        pool = make_pool("Pong-v5", 4, seed, protocol=STOCHASTIC).pool
+        return np.stack([pool.reset()[0], *(pool.step(np.arange(4, dtype=np.int32) + 2)[0] for _ in range(30))])
+
+    one, same, other = (frames(seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
     for i in range(4):
         for j in range(4):
-            assert (one.obs[:, i] != other.obs[:, j]).any()
+            assert (one[:, i] != other[:, j]).any()
 
 
 def test_breakout_steps_follow_the_convention():
-    _, steps = play("Breakout-v5", 400, reward_clip=True)
+    _, steps = play("Breakout-v5", 300)
     done = steps.terminated | steps.truncated
     assert done.any() and steps.episode.finished.any()
     np.testing.assert_array_equal(~steps.valid[1:], done[:-1])
@@ -73,7 +80,7 @@ def test_breakout_steps_follow_the_convention():
     # the statistics, recounted: a game lasts from one end to the next, lost lives within
     for i in range(4):
         length, total = 0, 0.0
-        for t in range(400):
+        for t in range(300):
             length += int(steps.valid[t, i])
             total += float(steps.reward[t, i])  # Breakout's lowest bricks pay 1, so that clipping changes little early on
             if steps.episode.finished[t, i]:
@@ -83,8 +90,8 @@ def test_breakout_steps_follow_the_convention():
 
 
 def test_unclipped_rewards_are_counted_when_clipped_ones_are_paid():
-    _, clipped = play("SpaceInvaders-v5", 600, reward_clip=True)
-    _, plain = play("SpaceInvaders-v5", 600, reward_clip=False)
+    _, clipped = play("SpaceInvaders-v5", 500, num_envs=2, reward_clip=True)
+    _, plain = play("SpaceInvaders-v5", 500, num_envs=2, reward_clip=False)
     assert clipped.reward.max() == 1.0 and plain.reward.max() >= 5.0
     np.testing.assert_array_equal(clipped.episode.episode_return, plain.episode.episode_return)
     assert clipped.episode.finished.any()
@@ -98,12 +105,13 @@ def test_cartpole_through_the_same_protocol():
     np.testing.assert_array_equal(steps.episode.episode_return[ends], steps.episode.episode_length[ends])
 
 
-@pytest.mark.parametrize("env_id, steps", [("Breakout-v5", 400), ("CartPole-v1", 100)])
+@pytest.mark.parametrize("env_id, steps", [("Breakout-v5", 300), ("CartPole-v1", 100)])
 def test_stepping_through_python_is_the_same(env_id, steps):
-    found = [play(env_id, steps, stepping=stepping) for stepping in ("xla", "callback", "auto")]
-    assert found[0][1].episode.finished.any() and (found[0][1].reward != 0).any()
-    for other in found[1:]:
-        for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
+    automatic = play(env_id, steps)
+    assert automatic[1].episode.finished.any() and (automatic[1].reward != 0).any()
+    for stepping in ("xla", "callback") if env_id == "CartPole-v1" else ("callback",):
+        other = play(env_id, steps, stepping=stepping)
+        for a, b in zip(jax.tree.leaves(automatic), jax.tree.leaves(other), strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
 
@@ -162,8 +170,10 @@ def test_games_start_with_up_to_noop_max_no_ops():
     for _ in range(11):
         memories.append(game.step(np.zeros(1, np.int32))[-1]["ram"][0].copy())
     for longest in (1, 12):
-        ram = make_env(atari_args(num_envs=8 * longest, noop_max=longest)).pool.reset()[1]["ram"]
-        found = [np.flatnonzero((memories == memory).all(axis=1)) for memory in ram]
+        pool = make_env(atari_args(num_envs=longest, noop_max=longest)).pool
+        ram = [pool.reset()[1]["ram"].copy() for _ in range(8)]  # an emulator takes ten times longer to make than to reset
+        same = (np.concatenate(ram)[:, None] == np.array(memories))[..., np.arange(128) != 1]  # a reset leaves byte 1 as it is
+        found = [np.flatnonzero(frames) for frames in same.all(axis=2)]
         assert all(len(frames) == 1 for frames in found)
         counts = np.bincount(np.concatenate(found), minlength=12)
         assert (counts[:longest] > 0).all() and not counts[longest:].any()
@@ -174,14 +184,15 @@ def test_games_start_with_up_to_noop_max_no_ops():
 def test_actions_are_repeated_with_their_probability(sticky):
     """Freeway's chicken climbs one pixel in each frame whose action is up. A step is 4 frames: where the action before was to
     wait, all 4 climb with probability 1 - p, 3 with (1 - p) p, and so on; none with p^4."""
-    env = make_env(atari_args(num_envs=64, repeat_action_probability=sticky))
-    height = env.pool.reset()[1]["ram"][:, 14].astype(int)
+    pool = make_env(atari_args(num_envs=4, repeat_action_probability=sticky)).pool
     climbed = []
-    for t in range(12):  # no car is met so early
-        before = height
-        action = np.full(64, 1 if t % 3 == 2 else 0, np.int32)
-        height = env.pool.step(action)[-1]["ram"][:, 14].astype(int)
-        climbed += [height - before] * (t % 3 == 2)
+    for _ in range(16):
+        height = pool.reset()[1]["ram"][:, 14].astype(int)
+        for t in range(12):  # no car is met so early
+            before = height
+            action = np.full(4, 1 if t % 3 == 2 else 0, np.int32)
+            height = pool.step(action)[-1]["ram"][:, 14].astype(int)
+            climbed += [height - before] * (t % 3 == 2)
     found = np.bincount(np.concatenate(climbed), minlength=5) / 256
     expected = [sticky**4, *((1 - sticky) * sticky**k for k in (3, 2, 1, 0))]
     np.testing.assert_allclose(found, expected, atol=4 * np.sqrt(0.25 / 256))

@@ -80,8 +80,8 @@ def test_dynamics_by_hand():
     assert (model.reward[model.terminal] == 0).all()
 
 
-@settings(max_examples=500, deadline=None)
-@given(n_path=st.integers(2, 9), epsilon=st.floats(0.01, 1), gamma=st.floats(0.6, 0.99), seed=st.integers(0, 99))
+@settings(max_examples=200, deadline=None)
+@given(n_path=st.sampled_from([2, 5, 9]), epsilon=st.floats(0.01, 1), gamma=st.floats(0.6, 0.99), seed=st.integers(0, 99))
 def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsilon, gamma, seed):
     model = build_model(n_path, epsilon, gamma)
     policy = np.random.default_rng(seed).dirichlet(np.ones(4), len(model.reward)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_values_solve_bellmans_equation_and_none_beats_the_optimum(n_path, epsil
     assert_array_equal(value[model.terminal], 0.0)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
 def test_monte_carlo_agrees_with_the_exact_value(seed):
     """10,000 episodes of a random policy; what a time limit cuts off is replaced by its exact value."""
     env = ConfoundingGridworld(10_000, seed)
@@ -157,10 +157,11 @@ def test_time_limit_cuts_off_and_starts_anew():
 def test_hazard_leads_down_as_often_as_epsilon_says():
     env = ConfoundingGridworld(20_000, 3, epsilon=0.2)
     state, _ = env.reset()
+    step = jax.jit(lambda state: env.step(state, jnp.full(20_000, RIGHT))[0])  # without the frames, which take a second to draw
     for _ in range(2):
-        state, _ = jax.jit(env.step)(state, jnp.full(20_000, RIGHT))
-    below = jnp.mean(jnp.asarray(env.model.coordinates)[state.cell, 0] == 3)
-    assert abs(float(below) - 0.2) < 4 * (0.2 * 0.8 / 20_000) ** 0.5
+        state = step(state)
+    below = np.mean(env.model.coordinates[state.cell, 0] == 3)
+    assert abs(below - 0.2) < 4 * (0.2 * 0.8 / 20_000) ** 0.5
 
 
 @pytest.mark.parametrize("n_path", [2, 5, 81])
@@ -212,18 +213,26 @@ def test_gymnasium_environment():
 def test_gymnasium_environment_is_the_jax_one():
     single = gymnasium.make(ENV_ID, n_path=3, epsilon=1.0)
     many = ConfoundingGridworld(1, 0, n_path=3, epsilon=1.0)
+    step = jax.jit(many.step)
     obs, _ = single.reset(seed=0)
     state, first = many.reset()
     assert_array_equal(obs, first[0])
     for action in (UP, RIGHT, DOWN, RIGHT, RIGHT, LEFT, UP):
         obs, reward, terminated, truncated, _ = single.step(action)
-        state, after = many.step(state, jnp.array([action]))
+        state, after = step(state, jnp.array([action]))
         assert_array_equal(obs, after.obs[0])
         assert_allclose(reward, after.reward[0], rtol=1e-6)
         assert (terminated, truncated) == (bool(after.terminated[0]), bool(after.truncated[0]))
     assert terminated and reward < -3
     _, *rest = [single.reset()] + [single.step(LEFT) for _ in range(TIME_LIMIT)]
     assert [r[3] for r in rest] == [False] * (TIME_LIMIT - 1) + [True]
+
+
+def with_vectors(env):
+    """Cells seen as unit vectors: encoders of frames take most of the time to compile."""
+    env.frames = np.eye(len(env.frames), dtype=np.float32)
+    env.obs_spec = jax.ShapeDtypeStruct(env.frames.shape[1:], env.frames.dtype)
+    return env
 
 
 def test_flags_reach_the_environment():
@@ -236,25 +245,30 @@ def test_flags_reach_the_environment():
 
 @pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
 def test_scripts_log_the_exact_value_of_their_policy(script):
-    code = {"latent": "categorical", "num_categories": 8, "num_classes": 8, "fc_layers": (32,)}
+    code = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
     check_flags(args)
-    env = script.make_env(args)
+    env = with_vectors(script.make_env(args))
     agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
-    state = script.init_state(args, env, agent, optimizer)
-    iteration = make_iteration(script, env, agent, optimizer, args)
-    state, metrics = iteration(state)
-    z = agent.encoder.apply(state.params.encoder, jnp.asarray(env.frames))
-    policy = np.asarray(jax.nn.softmax(agent.actor_critic.apply(state.params.actor_critic, z)[0]), np.float64)
+    state = jax.jit(lambda: script.init_state(args, env, agent, optimizer))()
+    state, metrics = make_iteration(script, env, agent, optimizer, args)(state)
+
+    @jax.jit
+    def act(params):
+        z = agent.encoder.apply(params.encoder, jnp.asarray(env.frames))
+        return z, jax.nn.softmax(agent.actor_critic.apply(params.actor_critic, z)[0])
+
+    z, policy = jax.device_get(act(state.params))
+    policy = policy.astype(np.float64)
     value = np.zeros(16)
     for _ in range(3000):  # the slow, obvious way
         value = np.sum(policy * (env.model.reward + GAMMA * env.model.probability @ value), axis=1)
     assert_allclose(metrics["charts/init_value"], value[env.model.start], rtol=1e-3, atol=1e-3)
     assert_allclose(metrics["values/3_5"], value[env.model.choices[1]], rtol=1e-3)
-    different = jnp.sum(z[env.model.choices[0]] != z[env.model.choices[1]])  # two numbers for each variable that differs
+    different = np.sum(z[env.model.choices[0]] != z[env.model.choices[1]])  # two numbers for each variable that differs
     assert different > 0
     assert_allclose(metrics["charts/representation_distance"], np.sqrt(different), rtol=1e-5)
-    assert metrics["charts/distinct_latents"] == len({np.asarray(x).tobytes() for x in z}) > 1
+    assert metrics["charts/distinct_latents"] == len({x.tobytes() for x in z}) > 1
     picture = metrics["charts/policy_matrix"]
     assert picture.shape == (12 * 16, 4 * 16)
     assert_allclose(picture[8::16, 8::16] / 255, policy[~env.model.terminal], atol=0.003)
@@ -286,9 +300,11 @@ def test_benchmark_trains_as_the_script_does(script):
     assert_allclose(value, other_value, atol=1e-3)
 
 
-def test_benchmark_writes_figure_and_numbers(tmp_path):
+def test_benchmark_writes_figure_and_numbers(tmp_path, monkeypatch):
     from experiments import confounding_gridworld as benchmark
 
+    make = benchmark.make_env
+    monkeypatch.setattr(benchmark, "make_env", lambda args: with_vectors(make(args)))
     args = benchmark.Args(output=str(tmp_path / "grid"), seeds=(1, 2), algorithms=("PPO",), total_timesteps=2048)
     benchmark.main(args)
     assert (tmp_path / "grid.png").stat().st_size > 10_000

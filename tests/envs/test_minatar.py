@@ -21,6 +21,7 @@ MINIMAL = {  # what the actions of each minimal set are called in the original
 }  # fmt: skip
 TRIED = {"freeway": "nuuuud", "seaquest": "nlurdfdlrf"}  # actions drawn for those that would see little of the game otherwise
 STEPS = 10_000
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 SAME = {  # fields of the same name and meaning
     "asterix": "player_x player_y spawn_speed spawn_timer move_speed move_timer ramp_timer ramp_index",
     "breakout": "ball_y ball_x ball_dir pos brick_map strike last_x last_y",
@@ -89,14 +90,14 @@ class Before:
         self.e_spawn_timer, self.d_spawn_timer = (getattr(original, f"{x}_spawn_timer", None) for x in "ed")
 
 
-def play_original(name: str, seed: int):
+def play_original(name: str, seed: int, steps: int):
     """Random steps of the original, without sticky actions: states, actions, draws, and what the steps returned."""
     game = importlib.import_module(f"minatar.environments.{name}").Env()
     game.random = Recorder(seed)
     game.reset()
     policy = np.random.RandomState(seed + 1)
     states, actions, draws, returned = [], [], [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         if name == "seaquest" and policy.rand() < 0.02:  # random play collects hardly any
             game.diver_count = policy.randint(7)
         before, state = Before(game), fields_of(name, game)
@@ -138,12 +139,20 @@ def rows_in_order(field: str, x: np.ndarray) -> np.ndarray:
     return np.array([rows[np.lexsort(rows.T)] for rows in x]) if field in LISTS else x
 
 
-@pytest.mark.parametrize("env_id", GAMES)
-def test_steps_are_those_of_the_original(env_id):
-    """From states of equal meaning, with the same draws: observation, reward, end and next state of 10,000 steps. Seaquest's
-    differ in what docs/minatar.md says, and nowhere else."""
+@pytest.mark.parametrize(
+    ("env_id", "count"),
+    [
+        ("Breakout-MinAtar", 5_000),
+        ("Freeway-MinAtar", STEPS),
+        ("Seaquest-MinAtar", 5_000),
+        *(slow(env_id, STEPS) for env_id in ("Asterix-MinAtar", "SpaceInvaders-MinAtar", "Seaquest-MinAtar")),
+    ],
+)
+def test_steps_are_those_of_the_original(env_id, count):
+    """From states of equal meaning, with the same draws: observation, reward, end and next state of thousands of steps.
+    Seaquest's differ in what docs/minatar.md says, and nowhere else."""
     name = NAMES[env_id]
-    states, actions, draws, returned = play_original(name, 0)
+    states, actions, draws, returned = play_original(name, 0, count)
     states, drawn = stack(states), stack(draws) if draws[0] else {}
     obs, reward, terminal, after = jax.tree.map(np.asarray, jax.jit(jax.vmap(library_step(name)))(states, actions, drawn))
     wanted_obs, wanted_reward, wanted_terminal = (np.stack(x) for x in list(zip(*returned, strict=True))[:3])
@@ -152,14 +161,14 @@ def test_steps_are_those_of_the_original(env_id):
     low, high = GAMES[env_id].reward_range
     assert np.all((low <= wanted_reward) & (wanted_reward <= high))
 
-    none = np.zeros(STEPS, bool)
+    none = np.zeros(count, bool)
     drowning, surfacing, shot = none, none, none
     if name == "seaquest":
         drowning = states["oxygen"] == 0
         surfacing = ~states["surface"] & wanted_after["surface"]
         shot = (states["e_subs"][..., 3:] == 0).all(-1).any(-1) & (wanted_reward > 0)
         assert np.sum(drowning & ~terminal) > 3 and np.sum(surfacing & (after["move_speed"] != wanted_after["move_speed"])) > 3
-    different = lambda x, y: (x != y).reshape(STEPS, -1).any(axis=1)  # noqa: E731
+    different = lambda x, y: (x != y).reshape(count, -1).any(axis=1)  # noqa: E731
     assert not np.any(different(obs, wanted_obs) & ~drowning & ~shot)
     assert not np.any(different(terminal, wanted_terminal) & ~drowning)
     assert np.array_equal(reward, wanted_reward)
@@ -167,6 +176,15 @@ def test_steps_are_those_of_the_original(env_id):
         allowed = {"move_speed": surfacing, "e_bullets": shot}.get(field, none)
         ours, theirs = (rows_in_order(field, x[field]) for x in (after, wanted_after))
         assert not np.any(different(ours, theirs) & ~allowed), field
+
+
+@pytest.mark.parametrize("env_id", ["Asterix-MinAtar", "SpaceInvaders-MinAtar"])
+def test_rewards_of_the_original_are_in_the_range(env_id):
+    """Of those games whose steps only the slow tests compare."""
+    *_, returned = play_original(NAMES[env_id], 0, 1_000)
+    rewards = [reward for _, reward, _, _ in returned]
+    low, high = GAMES[env_id].reward_range
+    assert low <= min(rewards) < max(rewards) <= high
 
 
 def test_submarines_shot_while_moving_fire_in_the_original_alone():
@@ -208,7 +226,13 @@ def test_surfacing_without_oxygen_costs_a_point_in_the_library():
     assert terminal and reward == GAMES["Seaquest-MinAtar"].reward_range[0] == -1
 
 
-@pytest.mark.parametrize("env_id", GAMES)
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "Asterix-MinAtar",  # whose empty array is replaced
+        *(slow(f"{name}-MinAtar") for name in ("Breakout", "Freeway", "Seaquest", "SpaceInvaders")),
+    ],
+)
 def test_a_checkpoint_holds_a_game(env_id, tmp_path):
     state = MinAtar(env_id, 3, 0).reset()[0]
     begin_writing(tmp_path / "state", {"state": state}, {})()
@@ -230,25 +254,31 @@ def play(env: MinAtar, policy: jax.Array, steps: int):
     )
 
 
+@functools.cache
+def random_play(env_id: str, steps: int):
+    """What `play` returns of many games of a seed, which two tests read."""
+    env = MinAtar(env_id, 400, 3)
+    return play(env, jnp.arange(env.num_actions), steps)
+
+
 @pytest.mark.parametrize(
     ("env_id", "steps"),
     [
-        pytest.param("Asterix-MinAtar", 1500, marks=pytest.mark.slow),
         ("Breakout-MinAtar", 600),
-        pytest.param("SpaceInvaders-MinAtar", 1500, marks=pytest.mark.slow),
-        pytest.param("Seaquest-MinAtar", 1500, marks=pytest.mark.slow),
-        pytest.param("Freeway-MinAtar", 2501, marks=pytest.mark.slow),
+        slow("Asterix-MinAtar", 1500),
+        slow("SpaceInvaders-MinAtar", 1500),
+        slow("Seaquest-MinAtar", 1500),
+        slow("Freeway-MinAtar", 2501),
     ],
 )
 def test_returns_of_random_play_are_those_of_the_original(env_id, steps):
     """With sticky actions, ramp and starts: the mean return and length of the first episodes, within 3 standard errors."""
     name, episodes = NAMES[env_id], 400
-    env = MinAtar(env_id, episodes, 3)
-    _, after, _ = play(env, jnp.arange(env.num_actions), steps)
+    _, after, _ = random_play(env_id, steps)
     assert after.episode.finished.any(axis=0).all()
     first = after.episode.finished.argmax(axis=0), np.arange(episodes)
     ours = np.stack([after.episode.episode_return[first], after.episode.episode_length[first]])
-    low, high = env.reward_range
+    low, high = GAMES[env_id].reward_range
     assert after.reward.min() >= low and after.reward.max() <= high
 
     game = importlib.import_module("minatar.environment").Environment(name, sticky_action_prob=0.1)
@@ -266,7 +296,7 @@ def test_returns_of_random_play_are_those_of_the_original(env_id, steps):
     assert np.all(np.abs(ours.mean(axis=1) - theirs.mean(axis=1)) <= 3 * error)
 
 
-@pytest.mark.parametrize("env_id", ["Breakout-MinAtar", "Asterix-MinAtar"])
+@pytest.mark.parametrize("env_id", ["Breakout-MinAtar", slow("Asterix-MinAtar")])
 def test_steps_follow_the_convention(env_id, monkeypatch):
     """The last observation of an episode is returned, what follows is no transition but a new start; time limits truncate."""
     monkeypatch.setattr(minatar, "TIME_LIMIT", 12)
@@ -291,8 +321,7 @@ def test_steps_follow_the_convention(env_id, monkeypatch):
 
 def test_actions_stick_with_probability_a_tenth():
     """In one state of the game that is the previous action's, whatever is chosen; new in each episode."""
-    env = MinAtar("Breakout-MinAtar", 256, 2)
-    action, after, executed = play(env, jnp.arange(3), 400)
+    action, after, executed = random_play("Breakout-MinAtar", 600)
     executed = np.searchsorted([0, 1, 3], executed)
     before, now = after.valid[:-1] & ~(after.terminated | after.truncated)[:-1], slice(1, None)
     changed = before & (action[now] != executed[:-1])  # only there the two cases can be told apart

@@ -4,7 +4,9 @@ import csv
 import errno
 import json
 import os
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from tests.commands import run
 from utils.evaluation import video
 from utils.evaluation.play import Film, Game, play, quotas
 from utils.evaluation.video import check_path, write_video
+from utils.runs import quiet_start
 from utils.runs.flags import UsageError, make_args
 
 
@@ -158,54 +161,66 @@ def test_machado_et_al_know_no_lives():
     env = make_machado_pool("Breakout-v5", 4, 3)
     assert env.num_actions == 18 and make_pool("Breakout-v5", 1, 3, full_action_space=True).num_actions == 18
     state, _ = env.reset()
-    ended = jnp.zeros(4, bool)
-    step, ends = jax.jit(env.step), 0
-    for action in np.random.default_rng(0).integers(0, 18, (600, 4)):
-        state, after = step(state, jnp.asarray(action, jnp.int32))
-        assert np.array_equal(after.terminated, after.episode.finished) and np.array_equal(after.valid, ~ended)
-        ended, ends = after.terminated, ends + int(after.terminated.sum())
-    assert ends > 0
+    actions = np.random.default_rng(0).integers(0, 18, (400, 4), np.int32)
+
+    def step(state, action):
+        state, after = env.step(state, action)
+        return state, (after.terminated, after.episode.finished, after.valid)
+
+    terminated, finished, valid = jax.device_get(jax.jit(lambda state: jax.lax.scan(step, state, actions)[1])(state))
+    assert np.array_equal(terminated, finished) and terminated.any()
+    assert valid[0].all() and np.array_equal(valid[1:], ~terminated[:-1])
+
+
+def to_the_left(state, steps, advantages, key, agent, optimizer, args):
+    """In the place of PPO's `update`: the first action nearly always, which pays half of what untrained networks get."""
+    heads = state.params.actor_critic["params"]
+    heads = {"params": heads | {"actor": heads["actor"] | {"bias": jnp.array([3.0, 0.0])}}}
+    metrics = dict.fromkeys(("losses/policy_loss", "charts/learning_rate"), jnp.ones(()))
+    return state._replace(params=state.params._replace(actor_critic=heads), iteration=state.iteration + 1), metrics
 
 
 @pytest.fixture(scope="module")
-def gridworld(tmp_path_factory):
+def cartpole(tmp_path_factory):
     """A short run."""
     logdir = tmp_path_factory.mktemp("runs")
-    small = {"num_envs": 16, "num_steps": 32, "fc_layers": (8,), "total_timesteps": 16 * 32 * 6, "update_epochs": 1}
-    codes = {"latent": "categorical", "num_categories": 2, "num_classes": 2}
-    ppo.main(make_args(ppo.Args, env_id="ConfoundingGridworld-v0", logdir=str(logdir), run_name="g", **small, **codes))
-    return logdir / "g"
+    small = {"num_envs": 16, "num_steps": 32, "fc_layers": (8,), "total_timesteps": 16 * 32 * 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "update", to_the_left)
+        ppo.main(make_args(ppo.Args, env_id="CartPole-v1", logdir=str(logdir), run_name="c", **small))
+    return logdir / "c"
 
 
-def test_a_run_gets_the_return_that_it_ended_with(gridworld, tmp_path, capsys):
-    args = evaluate.Args(run=gridworld, episodes=300, output=tmp_path / "t.csv", video=tmp_path / "v.mp4")
+def test_a_run_gets_the_return_that_it_ended_with(cartpole, tmp_path, capsys):
+    args = evaluate.Args(run=cartpole, episodes=300, output=tmp_path / "t.csv", video=tmp_path / "v.mp4")
     evaluate.main(args)
     said = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     assert len(rows) == 300 and {row["env"] for row in rows} == {str(i) for i in range(128)}
-    assert {(row["run"], row["run_seed"], row["step"], row["protocol"]) for row in rows} == {("g", "1", "3072", "train")}
-    logged = [json.loads(line) for line in (gridworld / "metrics.jsonl").read_text().splitlines()][-1]
+    assert {(row["run"], row["run_seed"], row["step"], row["protocol"]) for row in rows} == {("c", "1", "3072", "train")}
+    logged = [json.loads(line) for line in (cartpole / "metrics.jsonl").read_text().splitlines()][-1]
     returns = np.array([float(row["episodic_return"]) for row in rows])
     lengths = np.array([int(row["episodic_length"]) for row in rows])
+    assert returns.mean() < 14
     for found, ended in ((returns, logged["charts/episodic_return"]), (lengths, logged["charts/episodic_length"])):
         error = found.std() * np.sqrt(1 / 300 + 1 / logged["charts/episodes"])
         assert abs(found.mean() - ended) < 4 * error + 1e-9
     assert f"return: mean {returns.mean():.2f}, 95% interval" in said and f"median {np.median(returns):.2f}" in said
     size, frames = decode(tmp_path / "v.mp4")
-    assert size == (420, 420) and f"{frames:,} frames" in said
+    assert size == (600, 400) and f"{frames:,} frames" in said
     evaluate.main(replace(args, video=None))  # the same seed plays the same games
     assert list(csv.DictReader((tmp_path / "t.csv").open())) == rows
 
 
-def test_mistakes_of_an_evaluation(gridworld, tmp_path):
+def test_mistakes_of_an_evaluation(cartpole, tmp_path):
     for flags, said in (
         ({"episodes": 0}, "--episodes 0"),
         ({"num_envs": 200}, "--num-envs 200: must be 1 to --episodes 100"),
-        ({"protocol": "machado"}, "was trained on ConfoundingGridworld-v0, not Atari; leave it out"),
+        ({"protocol": "machado"}, "was trained on CartPole-v1, not Atari; leave it out"),
         ({"output": tmp_path / "no" / "t.csv"}, "--output .*t.csv: folder .*no does not exist"),
         ({"output": Path("/proc/t.csv")}, "--output /proc/t.csv: cannot be written .*; name another file with --output"),
         ({"output": Path("/dev/null")}, "--output /dev/null: is not a regular file"),
-        ({"output": gridworld / "metrics.jsonl"}, "metrics.jsonl: exists, and is not a table of games"),
+        ({"output": cartpole / "metrics.jsonl"}, "metrics.jsonl: exists, and is not a table of games"),
         ({"output": Path("~nobody-at-all/t.csv")}, "--output ~nobody-at-all/t.csv: ~nobody-at-all is no home folder"),
         ({"run": Path("~nobody-at-all/r")}, "~nobody-at-all is no home folder"),
         ({"video": Path("/proc/v.gif")}, "--video /proc/v.gif: cannot be written"),
@@ -214,14 +229,14 @@ def test_mistakes_of_an_evaluation(gridworld, tmp_path):
         ({"run": tmp_path}, "neither a model nor a checkpoint"),
     ):
         with pytest.raises(UsageError, match=said):
-            evaluate.main(replace(evaluate.Args(run=gridworld), **flags))
+            evaluate.main(replace(evaluate.Args(run=cartpole), **flags))
 
 
 @pytest.fixture
-def played(gridworld, tmp_path, monkeypatch):
+def played(cartpole, tmp_path, monkeypatch):
     """Evaluate a copy of the run; the games are those of a list, which is returned with the folder."""
     folder, returns = tmp_path / "r", []
-    shutil.copytree(gridworld, folder)
+    shutil.copytree(cartpole, folder)
     monkeypatch.setattr(evaluate, "play", lambda *_: [Game(i, x, 10, False) for i, x in enumerate(returns)])
     return folder, returns
 
@@ -258,7 +273,7 @@ def test_home_is_expanded(played, tmp_path, monkeypatch):
     assert (tmp_path / "t.csv").exists() and check_path(Path("~/a.gif")) == tmp_path / "a.gif"
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_the_games(gridworld, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_known_before_the_games(cartpole, monkeypatch):
     """The folder of a colleague's run."""
 
     def refuse(*_, **__):
@@ -267,9 +282,9 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_games(gridworld, mo
     monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
     monkeypatch.setattr(evaluate, "play", lambda *_: pytest.fail("games were played"))
     with pytest.raises(UsageError, match="--output .*evaluation.csv: cannot be written .Permission denied.; name another file"):
-        evaluate.main(evaluate.Args(run=gridworld))
+        evaluate.main(evaluate.Args(run=cartpole))
     with pytest.raises(UsageError, match="--video .*v.gif: cannot be written"):
-        evaluate.main(evaluate.Args(run=gridworld, video=gridworld / "v.gif"))
+        evaluate.main(evaluate.Args(run=cartpole, video=cartpole / "v.gif"))
 
 
 def test_scores_are_printed_before_the_table_is_written(played, monkeypatch, capsys):
@@ -296,20 +311,25 @@ def test_an_older_video_is_mentioned(played, capsys):
     assert capsys.readouterr().out.endswith(" (replaces an older video)\n")
 
 
-def test_where_the_table_goes(gridworld):
-    loaded = evaluate.read_run(gridworld)
+def test_where_the_table_goes(cartpole):
+    loaded = evaluate.read_run(cartpole)
     where = lambda path, **flags: evaluate.default_output(evaluate.Args(run=path, **flags), loaded)  # noqa: E731
-    assert where(gridworld) == where(gridworld / "model") == gridworld / "evaluation.csv"
-    assert where(gridworld, protocol="machado", greedy=True) == gridworld / "evaluation_machado_greedy.csv"
-    assert where(gridworld / "checkpoints" / "000000003072") == gridworld / "evaluation_3072.csv"
+    assert where(cartpole) == where(cartpole / "model") == cartpole / "evaluation.csv"
+    assert where(cartpole, protocol="machado", greedy=True) == cartpole / "evaluation_machado_greedy.csv"
+    assert where(cartpole / "checkpoints" / "000000003072") == cartpole / "evaluation_3072.csv"
 
 
-def test_the_command_line(gridworld, tmp_path):
-    done = run("evaluate.py", str(gridworld), "--episodes=5", "--greedy", f"--video={tmp_path / 'v.gif'}")
+def test_the_command_line(cartpole, tmp_path, monkeypatch, capsys):
+    """A process of its own; a mistake ends one as it ends this script here."""
+    done = run("evaluate.py", str(cartpole), "--episodes=5", "--greedy", f"--video={tmp_path / 'v.gif'}")
     assert (done.returncode, done.stderr) == (0, "") and "5 games under the train protocol, most likely actions" in done.stdout
-    assert (gridworld / "evaluation_greedy.csv").exists() and (tmp_path / "v.gif").exists()
-    wrong = run("evaluate.py", str(tmp_path))
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    assert (cartpole / "evaluation_greedy.csv").exists() and (tmp_path / "v.gif").exists()
+    monkeypatch.setattr(quiet_start, "start_quietly", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(evaluate.__file__, run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.slow
