@@ -176,7 +176,7 @@ class ConfoundingGridworld:
 
     def reset(self) -> tuple[GridState, Num[Array, "B *obs"]]:
         """Put every agent at the start."""
-        cell = jnp.full(self.num_envs, self.model.start)
+        cell = jnp.full(self.num_envs, self.model.start, jnp.int32)  # as `step` returns it: one program
         state = GridState(
             cell,
             jnp.zeros(self.num_envs, jnp.int32),
