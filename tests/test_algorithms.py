@@ -493,7 +493,8 @@ def test_beside_adams_epsilon_smaller_gradients_move_little(script):
         assert_allclose(step["w"], 1e-5 / (1e-5 + eps), rtol=1e-4)
 
 
-@pytest.mark.parametrize("script", [pytest.param(ppo, marks=pytest.mark.slow), deep_spi])
+@pytest.mark.slow  # by default, the runs of tests/utils/runs/test_resume.py are compared with each other
+@pytest.mark.parametrize("script", [ppo, deep_spi])
 def test_end_to_end_is_reproducible(script):
     """Three updates, twice from the same seed: PPO on real Atari, Deep SPI on vectors and codes, which compile faster."""
     env_id, num_actions = ("Pong-v5", 6) if script is ppo else ("CartPole-v1", 2)

@@ -32,7 +32,7 @@ from envs.confounding_gridworld import (
     policy_value,
 )
 from tests.probes import make_iteration
-from utils.runs.flags import check_flags
+from utils.runs.flags import UsageError, check_flags
 
 GAMMA = 0.99
 
@@ -316,5 +316,5 @@ def test_benchmark_writes_figure_and_numbers(tmp_path, monkeypatch):
     # Student's t with one degree of freedom, by hand: 12.706 * |a - b| / 2
     assert_allclose(numbers["final value"]["95% interval"], 12.706 * abs(finals[0] - finals[1]) / 2, rtol=1e-3)
     for mistake in ({"algorithms": ("SARSA",)}, {"seeds": (1, 1)}, {"seeds": ()}, {"latent": "continuous", "num_classes": 3}):
-        with pytest.raises(benchmark.UsageError, match=f"^--{list(mistake)[-1].replace('_', '-')} ?"):
+        with pytest.raises(UsageError, match=f"^--{list(mistake)[-1].replace('_', '-')} ?"):
             benchmark.main(benchmark.Args(**mistake))

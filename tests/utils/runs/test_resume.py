@@ -111,7 +111,8 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_numbers(tmp_pa
 @pytest.mark.parametrize(
     "script, flags, at",
     [
-        (ppo, ["--env-id=Asterix-MinAtar"], 7),
+        (ppo, [], 7),
+        pytest.param(ppo, ["--env-id=Asterix-MinAtar"], 7, marks=pytest.mark.slow),
         pytest.param(deep_spi, [], 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 7, marks=pytest.mark.slow),
         pytest.param(dream_spi, REPLAYED, 1, marks=pytest.mark.slow),  # while the buffer is filled

@@ -29,6 +29,7 @@ from tests.wandb_files import exit_codes, history, records
 from utils.dreams import traces
 from utils.occasionally import MEASURED
 from utils.runs.flags import RunArgs, UsageError
+from utils.runs.folder import copied_from, describe_run
 from utils.runs.logs import final_return
 from utils.runs.run import Run
 from utils.runs.signals import Interrupted, Signals
@@ -301,49 +302,6 @@ def test_wandb_goes_on_under_the_same_id_and_its_steps_never_go_back(tmp_path):
     assert [step for step, _ in scalars(tmp_path / "a")["losses/policy_loss"]] == steps
 
 
-def test_what_wandb_lost_is_sent_again(tmp_path):
-    """A signal to all processes of a job ends W&B's own process first, which leaves its file cut off."""
-    go_on(tmp_path, last=4)
-    (first,) = wandb_folders(tmp_path)
-    (file,) = first.glob("run-*.wandb")
-    whole = file.stat().st_size
-    while steps_in(first) and steps_in(first)[-1] > 10:
-        whole -= 50
-        os.truncate(file, whole)
-    assert steps_in(first) == [10]
-    assert "W&B lacked the last 1 updates before this step" in go_on(tmp_path)
-    assert [steps_in(folder) for folder in wandb_folders(tmp_path)] == [[10], [20, 30, 40, 50, 60]]
-
-
-def test_a_copy_of_a_run_gets_a_wandb_run_of_its_own(tmp_path):
-    go_on(tmp_path, last=4)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    out = go_on(tmp_path, "b")
-    assert f"copied from {tmp_path / 'a'}" in out.replace("/./", "/")
-    ours, theirs = wandb_folders(tmp_path)
-    assert ours.name.rpartition("-")[2] != theirs.name.rpartition("-")[2]
-    assert steps_in(theirs) == [10, 20, 30, 40, 50, 60]
-    (tmp_path / "a").rename(tmp_path / "c")  # a run that was moved stays the same W&B run
-    assert "copied" not in go_on(tmp_path, "c")
-    assert wandb_folders(tmp_path)[-1].name.rpartition("-")[2] == ours.name.rpartition("-")[2]
-
-
-def test_wandb_gets_sizes_a_final_score_the_code_and_the_model(tmp_path):
-    go_on(tmp_path, upload_model=True, track_every=7, track_params=True)
-    (folder,) = wandb_folders(tmp_path)
-    written = records(folder)
-    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.config.update}
-    config |= {item.key: json.loads(item.value_json) for r in written for item in r.run.config.update}
-    sizes = {"exp_name": "flags", "batch_size": 10, "num_iterations": 6, "num_actions": 2, "obs_shape": [3]}
-    assert sizes.items() <= config.items() and config["num_parameters"] > 0 and "gridworld_epsilon" not in config
-    (group,) = [record.run.run_group for record in written if record.HasField("run")][:1]
-    assert group == "Breakout-v5__test__total-timesteps-60---track-params---track-every-7"
-    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.summary.update}
-    assert summary["final_return"] == 5.0
-    artifacts = {r.request.log_artifact.artifact.type or r.artifact.type: r for r in written if "artifact" in str(r)[:3000]}
-    assert {"code", "model"} <= set(artifacts)
-
-
 EVALUATE = """
 import json, sys
 from pathlib import Path
@@ -353,14 +311,58 @@ add_to_summary(identity, {"evaluation/return_mean": 2.5})
 """
 
 
-def test_an_evaluation_is_in_the_summary_of_the_wandb_run(tmp_path):
-    go_on(tmp_path)
+def test_wandb_of_a_copied_a_damaged_and_an_evaluated_run(tmp_path):
+    """A copy gets a W&B run of its own, with all rows. Then W&B's file of the first run is cut off, as by a signal that ends W&B's
+    own process: what it lost is sent again."""
+    go_on(tmp_path, last=4)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    out = go_on(tmp_path, "b", upload_model=True)
+    assert f"copied from {tmp_path / 'a'}" in out.replace("/./", "/")
+    ours, theirs = wandb_folders(tmp_path)
+    name_of = lambda folder: folder.name.rpartition("-")[2]  # noqa: E731
+    assert name_of(ours) != name_of(theirs) and steps_in(theirs) == [10, 20, 30, 40, 50, 60]
+
+    written = records(theirs)
+    config = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.config.update}
+    config |= {item.key: json.loads(item.value_json) for r in written for item in r.run.config.update}
+    sizes = {"exp_name": "flags", "batch_size": 10, "num_iterations": 6, "num_actions": 2, "obs_shape": [3]}
+    assert sizes.items() <= config.items() and config["num_parameters"] > 0 and "gridworld_epsilon" not in config
+    (group,) = [record.run.run_group for record in written if record.HasField("run")][:1]
+    assert group == "Breakout-v5__test__total-timesteps-60"
+    summary = {item.key or item.nested_key[0]: json.loads(item.value_json) for r in written for item in r.summary.update}
+    assert summary["final_return"] == 5.0
+    artifacts = {r.request.log_artifact.artifact.type or r.artifact.type for r in written if "artifact" in str(r)[:3000]}
+    assert {"code", "model"} <= artifacts
+
+    (file,) = ours.glob("run-*.wandb")
+    whole = file.stat().st_size
+    while steps_in(ours) and steps_in(ours)[-1] > 10:
+        whole -= 50
+        os.truncate(file, whole)
+    assert steps_in(ours) == [10]
+    assert "W&B lacked the last 1 updates before this step" in go_on(tmp_path)
+    resumed = wandb_folders(tmp_path)[-1]
+    assert name_of(resumed) == name_of(ours) and steps_in(resumed) == [20, 30, 40, 50, 60]
+
     log_in_a_process(EVALUATE, tmp_path)
-    first, second = wandb_folders(tmp_path)
-    assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2]
-    items = [item for record in records(second) for item in record.summary.update]
+    evaluated = wandb_folders(tmp_path)[-1]
+    assert name_of(evaluated) == name_of(ours)
+    items = [item for record in records(evaluated) for item in record.summary.update]
     (value,) = [item.value_json for item in items if "evaluation/return_mean" in (item.key, *item.nested_key)]
     assert json.loads(value) == 2.5
+
+
+def test_a_run_that_was_moved_stays_the_same_wandb_run(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    record = {"id": "i", "project": "p", "entity": None, "logged_to": 0, "folder": str(tmp_path / "a")}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(describe_run(RunArgs(), "a", "a") | {"sittings": [], "wandb": record}))
+    assert copied_from(record, tmp_path / "b") == tmp_path / "a"
+    assert copied_from(record, tmp_path / "a") is None
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert copied_from(record, tmp_path / "link") is None
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert copied_from(record, tmp_path / "c") is None
 
 
 def test_the_final_score_is_the_reports(tmp_path):
