@@ -312,8 +312,7 @@ add_to_summary(identity, {"evaluation/return_mean": 2.5})
 
 
 def test_wandb_of_a_copied_a_damaged_and_an_evaluated_run(tmp_path):
-    """A copy gets a W&B run of its own, with all rows. Then W&B's file of the first run is cut off, as by a signal that ends W&B's
-    own process: what it lost is sent again."""
+    """A copy gets a W&B run of its own, with all rows. What W&B's file of the first run loses is sent again."""
     go_on(tmp_path, last=4)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     out = go_on(tmp_path, "b", upload_model=True)
