@@ -471,6 +471,7 @@ def test_learns_from_pixels_at_the_default_rate():
     assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.9
 
 
+@pytest.mark.slow
 def test_ppo_learns_cartpole():
     """Settings with which four seeds end between 409 and 484; random play has 22."""
     args = ppo.Args(

@@ -191,8 +191,11 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
 
 def place_of(logdir: Path, name: str) -> int | None:
     """Return the number of the slot of the run's last process, which may still be running; None if unknown."""
-    path = log_path(logdir, name)
-    found = re.findall(rf"^{BEGAN} \S+ in place (\d+): ", path.read_text(errors="replace"), re.M) if path.exists() else []
+    try:
+        text = log_path(logdir, name).read_text(errors="replace")
+    except OSError:  # missing or unreadable
+        return None
+    found = re.findall(rf"^{BEGAN} \S+ in place (\d+): ", text, re.M)
     return int(found[-1]) if found else None
 
 

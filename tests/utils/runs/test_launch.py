@@ -134,6 +134,22 @@ def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
     assert [len(scalars(run)["losses/policy_loss"]) for run in runs] == [3, 3]
 
 
+OUT_OF_MEMORY = """
+import jax
+from utils.runs.launch import run_main
+def main():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+run_main(main)
+"""
+
+
+def test_out_of_memory_is_one_line_and_a_failure():
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert_one_line(done, "out of memory", "--num-envs")
+
+
+@pytest.mark.slow
 def test_out_of_memory_in_the_last_update_is_one_line_and_a_failure(tmp_path):
     """A rollout of half a petabyte, for which no address space has room."""
     flags = ["--env-id=Breakout-v5", "--num-envs=8", "--num-steps=500000000", "--total-timesteps=4000000000"]
@@ -167,6 +183,7 @@ def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path):
     assert_one_line(done, "file")
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_stop_no_healthy_run(tmp_path, capsys):
     """One environment, one step: returns have no variance. With jax_debug_nans, a NaN anywhere would be an error."""
     flags = ["--env-id=CartPole-v1", "--num-envs=1", "--num-steps=1", "--num-minibatches=1", "--total-timesteps=4"]
