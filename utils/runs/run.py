@@ -215,7 +215,9 @@ class Run:
         about = {name: self.record[name] for name in ("algorithm", "script")}
         about |= {name: sitting[name] for name in ("device", "git_commit", "git_dirty", "versions")}
         sizes = {"batch_size": self.steps_per_iteration, "num_iterations": self.num_iterations}
-        if hasattr(self.args, "num_minibatches"):
+        if getattr(self.args, "use_replay_buffer", False):
+            sizes["minibatch_size"] = self.args.replay_batch_size * self.args.replay_length
+        elif hasattr(self.args, "num_minibatches"):
             sizes["minibatch_size"] = self.steps_per_iteration // self.args.num_minibatches
         unread = () if self.args.env_id == GRIDWORLD else [name for name in flags if name.startswith("gridworld_")]
         return {"exp_name": self.record["script"]} | sizes | about | {k: v for k, v in flags.items() if k not in unread}
