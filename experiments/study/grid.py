@@ -37,7 +37,6 @@ ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Ait
 SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
 SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
 RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that the launcher sets
-IMPORTED = ("envs", "utils", "networks")  # packages that scripts import
 RECORD = "study.json"
 LOGS = "logs"
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
@@ -86,7 +85,7 @@ def script_path(word: str) -> Path:
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
         taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
         require(not taken, f"--scripts {word}: has the name of one of this project's scripts; rename it")
-        beside = [path for name in IMPORTED for path in (own.with_name(f"{name}.py"), own.with_name(name) / "__init__.py")]
+        beside = [path for name in folder.CODE for path in (own.with_name(f"{name}.py"), own.with_name(name) / "__init__.py")]
         hides = next((path.relative_to(own.parent).parts[0] for path in beside if path.exists()), None)
         require(hides is None, f"--scripts {word}: {hides} in its folder hides this project's; rename that, or move the script")
         known[stem] = own

@@ -1,13 +1,8 @@
 """CPU time under the quotas of control groups of both versions. Their folders: also tests/utils/test_memory.py."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.commands import ROOT
+from tests.control_groups import printed_in_group
 from utils.control_groups import cpu_quota
 
 
@@ -56,26 +51,5 @@ def test_without_control_groups_there_is_no_quota(tmp_path):
 
 def test_a_real_group():
     """One of version 1 or 2, made for this test, where the machine lets us."""
-    for mount, contents in (
-        ("cpu", {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "150000"}),
-        ("", {"cpu.max": "150000 100000"}),
-    ):
-        group = Path("/sys/fs/cgroup") / mount / f"cpu_quota_{os.getpid()}"
-        try:
-            group.mkdir()
-            for name, text in contents.items():
-                (group / name).write_text(text)
-            break
-        except OSError:
-            if group.exists():
-                group.rmdir()
-    else:
-        pytest.skip("no control group can be made here")
-    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-    code += "from utils.control_groups import cpu_quota; print(cpu_quota())"
-    try:
-        done = subprocess.run([sys.executable, "-c", code, str(group)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert 0 < float(done.stdout) <= 1.5
-    finally:
-        group.rmdir()
+    limits = {"cpu": {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "150000"}, "": {"cpu.max": "150000 100000"}}
+    assert 0 < float(printed_in_group("from utils.control_groups import cpu_quota; print(cpu_quota())", limits)) <= 1.5

@@ -1,13 +1,10 @@
 """Free memory, under the limits of control groups of both versions and of a device."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.control_groups import printed_in_group
 from utils import memory
 from utils.memory import free_host_memory, free_memory
 
@@ -83,25 +80,9 @@ def test_version_1_beside_an_empty_version_2(host):
 
 def test_a_real_group():
     """One of version 1 or 2, made for this test, where the machine lets us."""
-    for mount, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
-        group = Path("/sys/fs/cgroup") / mount / f"free_memory_{os.getpid()}"
-        try:
-            group.mkdir()
-            (group / limit).write_text(str(300 * MIB))
-            break
-        except OSError:
-            if group.exists():
-                group.rmdir()
-    else:
-        pytest.skip("no control group can be made here")
-    code = "import os, pathlib, sys; pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-    code += "from utils.memory import free_host_memory; print(free_host_memory())"
-    try:
-        done = subprocess.run([sys.executable, "-c", code, str(group)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert 0 < int(done.stdout) <= 300 * MIB
-    finally:
-        group.rmdir()
+    limits = {"memory": {"memory.limit_in_bytes": str(300 * MIB)}, "": {"memory.max": str(300 * MIB)}}
+    code = "from utils.memory import free_host_memory; print(free_host_memory())"
+    assert 0 < int(printed_in_group(code, limits)) <= 300 * MIB
 
 
 def test_of_a_device(monkeypatch):

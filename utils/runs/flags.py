@@ -179,11 +179,8 @@ def check_minibatches(args: Any) -> None:
     Raises:
         UsageError: it does not; the message names the flags to change.
     """
-    steps, shares, by_env = (
-        args.num_envs * args.num_steps,
-        args.num_devices * (1 + args.overlap_rollout),
-        args.minibatch_by == "env",
-    )
+    steps, by_env = args.num_envs * args.num_steps, args.minibatch_by == "env"
+    shares = args.num_devices * (1 + args.overlap_rollout)
     rows, what = (args.num_envs, "environments") if by_env else (steps, "transitions")
     replayed = getattr(args, "use_replay_buffer", False)  # its minibatches are not parts of a rollout
     sizes = f"--num-envs {args.num_envs}" + ("" if by_env else f" x --num-steps {args.num_steps} = {steps} transitions")
