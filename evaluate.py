@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
 import contextlib
 import csv
-import io
 import os
 import time
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from envs.registry import atari_protocol, family, make_env
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
-from utils.runs.checkpoints import write_whole
+from utils.runs.checkpoints import csv_text, write_whole
 from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL, read_record
@@ -113,14 +112,12 @@ def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
 
 def table(games: list[Game], run: LoadedRun, args: Args) -> bytes:
     """Return a CSV table with one row per game and the columns of `COLUMNS`."""
-    rows: list[tuple] = [COLUMNS]
+    rows = []
     of_run = (run.progress["name"], run.progress["script"], run.args.env_id, run.progress["seed"], run.progress["step"])
     for i, game in enumerate(games):
         played = (game.env, f"{game.episodic_return:g}", game.episodic_length, int(game.truncated))
         rows.append((*of_run, args.protocol, int(args.greedy), args.seed, i, *played))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode(errors="replace")
+    return csv_text(COLUMNS, rows).encode(errors="replace")
 
 
 def games_in(path: Path) -> int | None:

@@ -62,11 +62,16 @@ def write_whole(path: Path, content: bytes) -> None:
     _to_disk(path.parent)
 
 
-def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV table atomically."""
+def csv_text(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a CSV table as text."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    write_whole(path, text.getvalue().encode())
+    return text.getvalue()
+
+
+def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV table atomically."""
+    write_whole(path, csv_text(head, rows).encode())
 
 
 def write_json(path: Path, value: Any) -> None:
