@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
 from envs.frames import Stacks
+from envs.observations import Part
 from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
 from envs.scan import scan_steps
@@ -39,7 +40,7 @@ from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighborhood import backtrack, gradient_steps, ratio_metrics
-from utils.runs.flag_types import Count, Default, InsideUnit, Needs, NotNegative, Positive, Share
+from utils.runs.flag_types import Count, InsideUnit, Needs, NotNegative, Positive, Share
 from utils.runs.flags import RunArgs, check_minibatches
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
@@ -51,9 +52,9 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     """Train Deep SPI."""
 
     # rollout
-    num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
+    num_envs: Count = 128
     """number of parallel environments (B)"""
-    num_steps: Annotated[Count, Default(minatar=128, classic=128)] = 8
+    num_steps: Count = 8
     """steps per environment in each rollout (T)"""
     # world model
     transition_loss_coef: NotNegative = 5e-4
@@ -67,15 +68,15 @@ class Args(WorldModelArgs, NetworkArgs, MonitorArgs, RunArgs):
     drift_coef: Annotated[Share, Needs(drift_formulation=True)] = 1.0
     """weight of the drift penalty, in [0, 1]; at 1 the loss equals the clipped loss"""
     # optimization
-    learning_rate: Annotated[Positive, Default(minatar=1e-3, classic=1e-3)] = 2.5e-4
+    learning_rate: Positive = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """anneal the learning rate linearly to 0 over the run"""
     update_epochs: Count = 4
     """epochs over the rollout per update"""
-    num_minibatches: Annotated[Count, Default(minatar=8)] = 4
+    num_minibatches: Count = 4
     """minibatches per epoch"""
-    minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
+    minibatch_by: Literal["env", "transition"] = "env"
     """unit of shuffling. env: all T steps of an environment, so a world model needs each frame encoded once, not twice.
     transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
@@ -145,6 +146,7 @@ class Rollout(NamedTuple):
     truncated: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
     episode: EpisodeStats  # [T, B]
+    unseen_end: Bool[Array, "T B"]  # the step ended an episode and reset: `obs[t + 1]` does not follow from it
 
 
 class Minibatch(NamedTuple):
@@ -158,6 +160,7 @@ class Minibatch(NamedTuple):
     target: Float[Array, " N"]
     reward: Float[Array, " N"]
     valid: Bool[Array, " N"]
+    unseen_end: Bool[Array, " N"]
 
 
 class TrainState(NamedTuple):
@@ -171,12 +174,12 @@ class TrainState(NamedTuple):
     iteration: Int[Scalar, ""]
 
 
-def make_agent(args: Args, num_actions: int) -> Agent:
+def make_agent(args: Args, num_actions: int, obs_parts: tuple[Part, ...] | None = None) -> Agent:
     """Build the networks that the flags select."""
     transition, reward = make_world_model(args, num_actions)
     return Agent(
-        encoder=make_encoder(args),
-        actor_critic=make_actor_critic(args, num_actions),
+        encoder=make_encoder(args, obs_parts),
+        actor_critic=make_actor_critic(args, num_actions, obs_parts),
         transition=transition,
         reward=reward,
     )
@@ -263,13 +266,14 @@ def loss_fn(
     # U = A - c_R l_R - c_P l_P. No gradient is stopped: U trains both networks, and the encoder through z and z'.
     predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
     predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
-    transition_losses = distance(predict_z(z), next_z, key, args)
+    seen = batch.valid & ~batch.unseen_end  # where the next observation is known
+    transition_losses = jnp.where(seen, distance(predict_z(z), next_z, key, args), 0.0)
     reward_losses = smooth_l1_loss(predict_reward(z) - batch.reward)
-    model_metrics = {"losses/transition_loss": mean(transition_losses), "losses/reward_loss": mean(reward_losses)}
+    model_metrics = {"losses/transition_loss": masked_mean(transition_losses, seen), "losses/reward_loss": mean(reward_losses)}
     model_metrics["losses/weighted_transition_loss"] = args.transition_loss_coef * model_metrics["losses/transition_loss"]
     model_metrics["losses/weighted_reward_loss"] = args.reward_loss_coef * model_metrics["losses/reward_loss"]
     if not args.piecewise_auxiliary_ratio:
-        transition_losses, reward_losses = mean(transition_losses), mean(reward_losses)
+        transition_losses, reward_losses = model_metrics["losses/transition_loss"], model_metrics["losses/reward_loss"]
     utility = advantage - args.reward_loss_coef * reward_losses - args.transition_loss_coef * transition_losses
     model_metrics["losses/utility"] = mean(utility)
 
@@ -332,6 +336,7 @@ def gather(
         target=advantages[taken] + steps.value[taken],
         reward=steps.reward[taken],
         valid=steps.valid[taken],
+        unseen_end=steps.unseen_end[taken],
     )
 
 
@@ -415,7 +420,7 @@ def main(args: Args) -> None:
     check_run(args)
     run = Run(args, "deep_spi", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)
-    agent = make_agent(args, env.num_actions)
+    agent = make_agent(args, env.num_actions, env.obs_parts)
     optimizer = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
     act = jit(partial(rollout, env=env, agent=agent, args=args))

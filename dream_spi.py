@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
 import deep_spi
 from deep_spi import Minibatch, Rollout, compute_gae, gather, minibatch_indices, rollout
+from envs.observations import Part
 from envs.protocol import Env
 from envs.registry import make_env
 from networks.architectures import to_range
@@ -37,7 +38,7 @@ from networks.world_models import make_end_predictor
 from utils.devices import by_device, on_each_device
 from utils.dreams import replay, traces
 from utils.dreams.discriminator import DiscriminatorArgs, transition_distance, update_discriminator
-from utils.dreams.ends import EndArgs, end_logit, end_losses
+from utils.dreams.ends import EndArgs, check_ends, end_logit, end_losses
 from utils.dreams.optimizers import DreamOptimizerArgs, Optimizers, descend, learning_rates, make_optimizer
 from utils.dreams.traces import DreamTraceArgs, trace_dreams
 from utils.histograms import track_gradients
@@ -187,10 +188,10 @@ class TrainState(NamedTuple):
     iteration: Int[Scalar, ""]
 
 
-def make_agent(args: Args, num_actions: int) -> Agent:
+def make_agent(args: Args, num_actions: int, obs_parts: tuple[Part, ...] | None = None) -> Agent:
     """Build the networks that the flags select."""
     others = make_end_predictor(args, num_actions), make_discriminator(args, num_actions)
-    return Agent(*deep_spi.make_agent(args, num_actions), *others, slow_critic=args.slow_critic > 0)
+    return Agent(*deep_spi.make_agent(args, num_actions, obs_parts), *others, slow_critic=args.slow_critic > 0)
 
 
 def init_params(key: jax.Array, agent: Agent, obs: Num[Array, "B *obs"]) -> Params:
@@ -468,8 +469,9 @@ def main(args: Args) -> None:
     check_run(args)
     run = Run(args, "dream_spi", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)
+    check_ends(env, args)
     replay.check_memory(env, args)
-    agent = make_agent(args, env.num_actions)
+    agent = make_agent(args, env.num_actions, env.obs_parts)
     optimizers = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
     act = jit(partial(rollout, env=env, agent=agent, args=args))

@@ -26,7 +26,7 @@ import tyro
 from envs.atari import make_machado_pool
 from envs.atari_scores import reference
 from envs.protocol import Env
-from envs.registry import atari_protocol, family, make_env
+from envs.registry import atari_protocol, family, make_env, refusal
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
@@ -37,11 +37,13 @@ from utils.runs.folder import CHECKPOINTS, MODEL, read_record
 from utils.runs.launch import describe_device, fail, run_main
 from utils.runs.load_run import LoadedRun, read_run
 from utils.runs.outputs import check_output, expand
+from utils.runs.stored_flags import slug
 from utils.runs.wandb_run import add_to_summary
 from utils.statistics import CONFIDENCE, mean, with_interval
 
 COLUMNS = ("run", "script", "env_id", "run_seed", "step", "protocol", "greedy", "seed", "game", "env")
 COLUMNS += ("episodic_return", "episodic_length", "truncated")
+OPTION = "env_option"  # a column that only tables with --env-option have
 SAID_SECONDS = 10.0  # between two progress messages
 
 
@@ -58,6 +60,9 @@ class Args:
     protocol: Literal["train", "machado"] = "train"
     """train: the environments of the run. machado: Atari with sticky actions (0.25), all 18 actions and no loss-of-life signal
     (Machado et al., 2018), for runs with --full-action-space or on games that use all 18 actions"""
+    env_option: tuple[str, ...] = ()
+    """options of the environment that differ from the run's, such as num_levels=0 start_level=1000000: levels of Procgen that
+    training has not seen"""
     greedy: bool = False
     """take the most likely action instead of sampling one"""
     seed: int = 1
@@ -79,7 +84,8 @@ def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
     """
     env_id = run.args.env_id
     if args.protocol == "train":
-        return make_env(replace(run.args, num_envs=num_envs, seed=seed))
+        return make_env(replace(with_options(args, run), num_envs=num_envs, seed=seed))
+    require(not args.env_option, f"--env-option {args.env_option[0] if args.env_option else ''}: needs --protocol train")
     require(family(env_id) == "atari", f"--protocol machado: {args.run} was trained on {env_id}, not Atari; leave it out")
     env = make_machado_pool(env_id, num_envs, seed, run.args.env_step)
     if env.num_actions != run.env.num_actions:
@@ -88,6 +94,24 @@ def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
             f"{run.env.num_actions} of {env_id}; train it with --full-action-space, or leave out --protocol"
         )
     return env
+
+
+def with_options(args: Args, run: LoadedRun) -> Any:
+    """Return the run's flags with the options of --env-option in place of its own.
+
+    Raises:
+        UsageError: the environment has no such option, or the option changes observations or actions.
+    """
+    if not args.env_option:
+        return run.args
+    options = dict(word.partition("=")[::2] for word in (*run.args.env_option, *args.env_option))
+    flags = replace(run.args, env_option=tuple(f"{name}={value}" for name, value in options.items()))
+    said = refusal(flags.env_id, args.env_option) or refusal(flags.env_id, flags.env_option)
+    require(said is None, said or "")
+    env = make_env(replace(flags, num_envs=1))
+    now, before = ((e.obs_spec.shape, e.obs_spec.dtype, e.num_actions) for e in (env, run.env))
+    require(now == before, f"--env-option {' '.join(args.env_option)}: changes what {args.run} observes, or its actions")
+    return flags
 
 
 def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:
@@ -117,6 +141,8 @@ def table(games: list[Game], run: LoadedRun, args: Args) -> bytes:
     for i, game in enumerate(games):
         played = (game.env, f"{game.episodic_return:g}", game.episodic_length, int(game.truncated))
         rows.append((*of_run, args.protocol, int(args.greedy), args.seed, i, *played))
+    if args.env_option:
+        return csv_text((*COLUMNS, OPTION), [(*row, " ".join(args.env_option)) for row in rows]).encode(errors="replace")
     return csv_text(COLUMNS, rows).encode(errors="replace")
 
 
@@ -152,6 +178,7 @@ def write_table(path: Path, content: bytes, numbered: bool) -> Path:
 def default_output(args: Args, run: LoadedRun) -> Path:
     """Return the default path of the table, which is in the run's folder but never inside a model or checkpoint."""
     kind = [args.protocol] * (args.protocol != "train") + ["greedy"] * args.greedy
+    kind += [slug(list(args.env_option))] * bool(args.env_option)
     if args.run.absolute().parent.name == CHECKPOINTS:
         kind = [f"{run.progress['step']}", *kind]
     return run_folder(args.run) / f"{'_'.join(['evaluation', *kind])}.csv"
@@ -236,7 +263,8 @@ def main(args: Args) -> None:
     keys = jax.random.split(jax.random.key(seeds[1]))
     games = play(env, policy_of(run.params, run.agent), args.episodes, keys[0], args.greedy, say)
     how = "most likely actions" if args.greedy else "sampled actions"
-    print(f"{len(games)} games under the {args.protocol} protocol, {how}, seed {args.seed}:")
+    options = "".join(f", {word}" for word in args.env_option)
+    print(f"{len(games)} games under the {args.protocol} protocol{options}, {how}, seed {args.seed}:")
     print("\n".join(describe(games, run, args.protocol)), flush=True)
     try:
         output = write_table(output, table(games, run, args), args.output is None)

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Num, Scalar
 
 from envs.frames import Stacks
+from envs.observations import Part
 from envs.protocol import Env, EpisodeStats
 from envs.registry import make_env
 from envs.scan import scan_steps
@@ -32,7 +33,7 @@ from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighborhood import backtrack, gradient_steps, ratio_metrics
-from utils.runs.flag_types import Count, Default, InsideUnit, NotNegative, Positive, Share
+from utils.runs.flag_types import Count, InsideUnit, NotNegative, Positive, Share
 from utils.runs.flags import RunArgs, check_minibatches
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
@@ -43,20 +44,20 @@ class Args(NetworkArgs, RunArgs):
     """Train PPO."""
 
     # rollout
-    num_envs: Annotated[Count, Default(minatar=64, classic=8)] = 128
+    num_envs: Count = 128
     """number of parallel environments (B)"""
-    num_steps: Annotated[Count, Default(minatar=128, classic=128)] = 8
+    num_steps: Count = 8
     """steps per environment in each rollout (T)"""
     # optimization
-    learning_rate: Annotated[Positive, Default(minatar=1e-3, classic=1e-3)] = 2.5e-4
+    learning_rate: Positive = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """anneal the learning rate linearly to 0 over the run"""
     update_epochs: Count = 4
     """epochs over the rollout per update"""
-    num_minibatches: Annotated[Count, Default(minatar=8)] = 4
+    num_minibatches: Count = 4
     """minibatches per epoch"""
-    minibatch_by: Annotated[Literal["env", "transition"], Default(classic="transition")] = "env"
+    minibatch_by: Literal["env", "transition"] = "env"
     """unit of shuffling. env: all T steps of an environment, so a world model needs each frame encoded once, not twice.
     transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
@@ -122,6 +123,7 @@ class Rollout(NamedTuple):
     truncated: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
     episode: EpisodeStats  # [T, B]
+    unseen_end: Bool[Array, "T B"]  # the step ended an episode and reset: `obs[t + 1]` does not follow from it
 
 
 class Minibatch(NamedTuple):
@@ -135,6 +137,7 @@ class Minibatch(NamedTuple):
     target: Float[Array, " N"]
     reward: Float[Array, " N"]
     valid: Bool[Array, " N"]
+    unseen_end: Bool[Array, " N"]
 
 
 class TrainState(NamedTuple):
@@ -148,11 +151,11 @@ class TrainState(NamedTuple):
     iteration: Int[Scalar, ""]
 
 
-def make_agent(args: Args, num_actions: int) -> Agent:
+def make_agent(args: Args, num_actions: int, obs_parts: tuple[Part, ...] | None = None) -> Agent:
     """Build the networks that the flags select."""
     return Agent(
-        encoder=make_encoder(args),
-        actor_critic=make_actor_critic(args, num_actions),
+        encoder=make_encoder(args, obs_parts),
+        actor_critic=make_actor_critic(args, num_actions, obs_parts),
     )
 
 
@@ -275,6 +278,7 @@ def gather(
         target=advantages[taken] + steps.value[taken],
         reward=steps.reward[taken],
         valid=steps.valid[taken],
+        unseen_end=steps.unseen_end[taken],
     )
 
 
@@ -353,7 +357,7 @@ def main(args: Args) -> None:
     check_run(args)
     run = Run(args, "ppo", args.num_envs * args.num_steps)
     env = make_env(args, run.iteration)
-    agent = make_agent(args, env.num_actions)
+    agent = make_agent(args, env.num_actions, env.obs_parts)
     optimizer = make_optimizer(args)
     jit = partial(jax.jit, donate_argnums=0)
     act = jit(partial(rollout, env=env, agent=agent, args=args))

@@ -133,7 +133,7 @@ def compile_update(name: str, flags: dict) -> str:
         require(False, "NVIDIA's packages are missing: use uv run --extra cuda13 benchmarks/gpu_kernels.py, or --extra cuda12")
     with use_devices(args.num_devices, gpus):
         env = make_env(args)
-        agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+        agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
         state = jax.eval_shape(lambda: script.init_state(args, env, agent, optimizer))
         given = jax.eval_shape(partial(script.rollout, env=env, agent=agent, args=args), state)
         if args.num_devices == 1:

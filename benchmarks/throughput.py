@@ -165,7 +165,8 @@ class Setting:
         self.label += "".join(f" {key}={flags[key]}" for key in flags if key not in ("env_id", "num_envs", "num_steps"))
         plain = not set(flags) - {"env_id", "num_envs", "num_steps", "minibatch_by", "env_step", "overlap_rollout"}
         self.counted = plain and name != "dream_spi" and family(self.args.env_id) == "atari"
-        agent, optimizer = module.make_agent(self.args, self.env.num_actions), module.make_optimizer(self.args)
+        agent = module.make_agent(self.args, self.env.num_actions, self.env.obs_parts)
+        optimizer = module.make_optimizer(self.args)
         self.state = module.init_state(self.args, self.env, agent, optimizer)
         rollout = lambda state: module.rollout(state, self.env, agent, self.args)  # noqa: E731
         learn = lambda state, steps: module.learn(state, steps, self.env, agent, optimizer, self.args)  # noqa: E731

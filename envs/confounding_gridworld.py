@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
-from envs.protocol import EpisodeStats, Timestep, own_seed
+from envs.protocol import Env, EpisodeStats, Timestep, own_seed
 
 ENV_ID = "ConfoundingGridworld-v0"
 ACTIONS = ("up", "down", "left", "right")
@@ -151,16 +151,14 @@ class GridState(NamedTuple):
     episode: EpisodeStats
 
 
-class ConfoundingGridworld:
-    """The environment in JAX, implementing `envs.protocol.Env`. Rewards are never clipped.
+class ConfoundingGridworld(Env):
+    """The environment in JAX. Rewards are never clipped.
 
     Raises:
         ValueError: see `build_model`.
     """
 
     num_actions = len(ACTIONS)
-    saveable = True
-    stacks_frames = False
 
     def __init__(self, num_envs: int, seed: int, n_path: int = 5, epsilon: float = 0.2, gamma: float = 0.99):
         self.num_envs, self.gamma = num_envs, gamma

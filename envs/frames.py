@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Array, Int8, Num, UInt8
 
 STACK = 4  # frames per stack
-SMALLEST_FRAME = 36  # pixels along each axis, for the encoder of frames; a smaller image is a grid of cells
 
 
 class Newest(NamedTuple):

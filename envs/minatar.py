@@ -2,20 +2,19 @@
 
 The games come from the library pgx-minatar, an optional extra because of its license (GPL-3): `uv run --extra minatar ...`. An
 action is replaced by the previous one with probability 0.1 (sticky actions), and some games get harder over time. The actions
-are those with an effect in the game. An observation has one binary map per type of object. This module adds the handling of
-episode ends (`envs.protocol.Timestep`) and a time limit that truncates. docs/minatar.md lists differences from the original.
+are those with an effect in the game. An observation has one binary map per type of object. A time limit truncates.
+docs/minatar.md lists differences from the original.
 """
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 
-from envs.protocol import EpisodeStats, Timestep, own_seed
+from envs.jax_env import JaxEnv, JaxState
 
 CELL_PIXELS = 16
 COLORS = np.array([
@@ -56,18 +55,8 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in PACKAGES)
 
 
-class MinAtarState(NamedTuple):
-    """State of B games."""
-
-    game: Any  # the library's state, each array [B, ...]
-    steps: Int[Array, " B"]  # taken in the current episode
-    over: Bool[Array, " B"]  # the last step ended the episode
-    key: jax.Array
-    episode: EpisodeStats
-
-
-class MinAtar:
-    """A game that implements `envs.protocol.Env`. Rewards are never clipped.
+class MinAtar(JaxEnv):
+    """B games that step together. Rewards are never clipped.
 
     Args:
         env_id: one of `GAMES`.
@@ -78,55 +67,32 @@ class MinAtar:
         ImportError: the extra is not installed.
     """
 
-    saveable = True
-    stacks_frames = False
+    time_limit = TIME_LIMIT
 
     def __init__(self, env_id: str, num_envs: int, seed: int):
         if not is_installed():
             raise ImportError(f"{env_id}: {NEEDED}")
         import pgx
 
-        self.num_envs = num_envs
         name, self.reward_range = GAMES[env_id]
-        self.game = pgx.make(name)
-        self.num_actions = self.game.num_actions
-        self.obs_spec = jax.ShapeDtypeStruct(self.game.observation_shape, jnp.uint8)
-        self.seed = own_seed(seed)
+        self.rules = pgx.make(name)
+        self.num_actions = self.rules.num_actions
+        super().__init__(num_envs, seed)
 
-    def _start(self, key: jax.Array) -> Any:
-        game = jax.vmap(self.game.init)(jax.random.split(key, self.num_envs))
+    def start_one(self, key: jax.Array) -> Any:
+        """Return the library's state of a new game."""
         # Asterix has an unused array without elements, which checkpoints cannot store
-        return jax.tree.map(lambda x: x if x.size else jnp.zeros(self.num_envs, x.dtype), game)
+        return jax.tree.map(lambda x: x if x.size else jnp.zeros((), x.dtype), self.rules.init(key))
 
-    def reset(self) -> tuple[MinAtarState, UInt8[Array, "B 10 10 C"]]:
-        """Start a new game in each environment."""
-        key, draw = jax.random.split(jax.random.key(self.seed))
-        game = jax.jit(self._start)(draw)
-        none = jnp.zeros(self.num_envs, jnp.int32), jnp.zeros(self.num_envs, bool)
-        return MinAtarState(game, *none, key, EpisodeStats.zeros(self.num_envs)), game.observation.astype(jnp.uint8)
+    def observe_one(self, game: Any) -> UInt8[Array, "10 10 C"]:
+        """Return one binary map per type of object."""
+        return game.observation.astype(jnp.uint8)
 
-    def step(self, state: MinAtarState, action: Int[Array, " B"]) -> tuple[MinAtarState, Timestep]:
-        """Step every game; see `envs.protocol.Timestep`."""
-        key, draw, draw_start = jax.random.split(state.key, 3)
-        valid = ~state.over
-        stepped = jax.vmap(self.game.step)(state.game, action, jax.random.split(draw, self.num_envs))
+    def step_one(self, key: jax.Array, game: Any, action: Int[Array, ""]) -> tuple[Any, Array, Array, Array]:
+        """Play one step by the rules."""
+        game = self.rules.step(game, action, key)
+        return game, game.rewards[0], game.terminated, jnp.zeros_like(game.terminated)
 
-        def choose(stepped, fresh):
-            return jnp.where(valid.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
-
-        game = jax.tree.map(choose, stepped, self._start(draw_start))
-        reward = game.rewards[:, 0]  # 0 for a new game
-        steps = jnp.where(valid, state.steps + 1, 0)
-        terminated = game.terminated
-        truncated = (steps == TIME_LIMIT) & ~terminated
-        episode = state.episode.update(reward, valid, terminated | truncated)
-        timestep = Timestep(game.observation.astype(jnp.uint8), reward, terminated, truncated, valid, episode)
-        return MinAtarState(game, steps, terminated | truncated, key, episode), timestep
-
-    def render(self, state: MinAtarState) -> UInt8[np.ndarray, "160 160 3"]:
+    def render(self, state: JaxState) -> UInt8[np.ndarray, "160 160 3"]:
         """Draw the grid of the first game; see `in_colors`."""
         return in_colors(np.asarray(state.game.observation[0])).repeat(CELL_PIXELS, 0).repeat(CELL_PIXELS, 1)
-
-    def exact_metrics(self, policy: Callable) -> dict[str, Array]:
-        """Return no metrics: a game's dynamics are a program, not a table."""
-        return {}

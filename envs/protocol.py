@@ -1,12 +1,14 @@
 """The interface between scripts and environments, for emulators and pure JAX environments."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from envs.observations import Part
 
 DEVICES = "devices"  # axis of the device mesh along which the environments are divided
 
@@ -37,8 +39,9 @@ class EpisodeStats(NamedTuple):
         """Return the statistics after a step with this unclipped reward. If the last episode had ended, a new one starts."""
         episode_return = jnp.where(self.finished, 0.0, self.episode_return) + jnp.where(valid, reward, 0.0)
         episode_length = jnp.where(self.finished, 0, self.episode_length) + valid
-        age = jnp.where(valid, self.age + 1, 0)
-        previous_age = jnp.where(valid, self.previous_age, self.age)
+        begins = self.finished & valid  # an environment without reset steps
+        age = jnp.where(valid, jnp.where(begins, 0, self.age) + 1, 0)
+        previous_age = jnp.where(valid & ~begins, self.previous_age, self.age)
         return EpisodeStats(episode_return, episode_length, finished, age, previous_age, self.counts | self.finished)
 
     def to_count(self) -> Bool[Array, "*T B"]:
@@ -56,6 +59,10 @@ class Timestep(NamedTuple):
     If a step returns `terminated` or `truncated`, its `obs` is the terminal observation. The next step is a reset step: it
     ignores its action and returns the first observation of a new episode, with reward 0 and both flags False. Its `valid` is
     False: it is not a transition, and nothing may learn from it.
+
+    Some environments reset within the step that ends an episode. Their terminal observation is unknown: `obs` is already the
+    first one of the next episode, and no reset step follows. `unseen_end` marks such a step. A termination is still learned
+    from, except by the world model's transition. `valid` is False if the step was truncated: its value is unknown too.
     """
 
     obs: Num[Array, "B *obs"]
@@ -64,28 +71,37 @@ class Timestep(NamedTuple):
     truncated: Bool[Array, " B"]  # cut off by a time limit: bootstrap from the value of `obs`
     valid: Bool[Array, " B"]
     episode: EpisodeStats
+    unseen_end: Bool[Array, " B"] | bool = False
 
 
-@runtime_checkable
-class Env(Protocol):
-    """B environments that step together. For videos, an environment also needs a method `render`, which takes the state and
-    returns an image of the first environment, UInt8[np.ndarray, "H W 3"] on the host."""
+class Env:
+    """B environments that step together: what scripts need of an environment. `reset`, `step`, and the attributes without a
+    value here have to be provided; the rest has defaults.
+
+    For videos, an environment also needs a method `render(state)`, which returns an image of the first environment,
+    UInt8[np.ndarray, "H W 3"], on the host. `envs.jax_env.JaxEnv` is the shortest way to an environment written in JAX.
+    """
 
     num_envs: int
     num_actions: int
     obs_spec: jax.ShapeDtypeStruct  # observation of one environment
-    stacks_frames: bool  # observations are stacked frames; `envs.frames` stores only the newest one
-    reward_range: tuple[float, float]  # of the rewards used for training; infinite if unknown
-    saveable: bool  # the returned state is complete, so a checkpoint can store it and a resumed run is bit-exact
+    obs_parts: tuple[Part, ...] | None = None  # what its numbers are, if shape and dtype do not say it (`envs.observations`)
+    reward_range: tuple[float, float] = (-np.inf, np.inf)  # of the rewards used for training; infinite if unknown
+    saveable: bool = True  # the state is complete, so a checkpoint can store it and a resumed run is bit-exact
+    stacks_frames: bool = False  # observations are stacked frames; `envs.frames` stores only the newest one
 
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:
-        """Reset. Return the state to thread through `step`, and the first observations."""
+        """Reset. Return the state to thread through `step`, and the first observations. No array may be in both: scripts donate
+        them."""
+        raise NotImplementedError
 
     def step(self, state: Any, action: Int[Array, " B"]) -> tuple[Any, Timestep]:
         """Step every environment. Pure in the state and jittable."""
+        raise NotImplementedError
 
     def exact_metrics(self, policy: Callable[[Num[Array, "N *obs"]], tuple[Array, Array]]) -> dict[str, Array]:
         """Compute metrics of a policy to log, from the environment's dynamics if they are known. Jittable.
 
         `policy` maps observations to latents and action probabilities.
         """
+        return {}

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Int8, Num
 
-from envs.atari import Pool, in_order
 from envs.frames import Newest, Stacks, observations
+from envs.pool import Pool, in_order
 from envs.protocol import Env, Timestep
 
 Act = Callable[[Num[Array, "B *obs"], jax.Array], tuple[Int[Array, " B"], Any]]
@@ -47,13 +47,18 @@ def keep(env: Env, env_state: Any, obs: Num[Array, "B *obs"]) -> Newest | Num[Ar
     return Newest(obs[:, -1], env_state.age) if env.stacks_frames else obs
 
 
+def without_obs(after: Timestep) -> Timestep:
+    """Return what a step returned, for all environments, but its observations."""
+    return after._replace(obs=None, unseen_end=jnp.broadcast_to(after.unseen_end, after.valid.shape))
+
+
 def _scan(act: Act, env: Env, env_state: Any, obs: Num[Array, "B *obs"], keys: jax.Array) -> tuple[Any, Array, tuple]:
     def step(carry, key):
         env_state, obs = carry
         action, noted = act(obs, key)
         kept = keep(env, env_state, obs)
         env_state, after = env.step(env_state, action)
-        return (env_state, after.obs), (kept, action, noted, after._replace(obs=None))
+        return (env_state, after.obs), (kept, action, noted, without_obs(after))
 
     (env_state, obs), steps = jax.lax.scan(step, (env_state, obs), keys)
     return env_state, obs, steps
@@ -71,7 +76,7 @@ class HalvesState(NamedTuple):
         return jnp.concatenate([self.first.age, self.second.age])
 
 
-class Halves:
+class Halves(Env):
     """Two pools as one environment. In `scan_steps`, the policy acts in one half while the other half's emulators run.
 
     Args:
@@ -80,7 +85,7 @@ class Halves:
 
     def __init__(self, first: Pool, second: Pool):
         self.first, self.second, self.num_envs = first, second, 2 * first.num_envs
-        for name in ("num_actions", "obs_spec", "stacks_frames", "reward_range", "saveable", "exact_metrics"):
+        for name in ("num_actions", "obs_spec", "obs_parts", "stacks_frames", "reward_range", "saveable", "exact_metrics"):
             setattr(self, name, getattr(first, name))
 
     def reset(self) -> tuple[HalvesState, Num[Array, "B *obs"]]:
@@ -115,7 +120,7 @@ def _scan_halves(act: Act, env: Halves, env_state: Any, obs: Num[Array, "B *obs"
 
     def receive(pool, state, earlier, begun):
         state, after = pool.receive(in_order(state, earlier))
-        return state, after.obs, (*begun, after._replace(obs=None))
+        return state, after.obs, (*begun, without_obs(after))
 
     def half_step(carry, key):  # act in the second half, then wait for the first half's observations
         a, begun, b, obs = carry

@@ -136,7 +136,7 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     script, flags = SCRIPTS[name], script_args(name, args)
     check_flags(flags)
     env, frames = make_cells(flags)
-    agent, optimizer = script.make_agent(flags, env.num_actions), script.make_optimizer(flags)
+    agent, optimizer = script.make_agent(flags, env.num_actions, env.obs_parts), script.make_optimizer(flags)
     agent = agent._replace(encoder=OncePerCell(agent.encoder, frames))
     steps_per_iteration = flags.num_envs * flags.num_steps
     row = np.cumsum(~env.model.terminal) - 1  # row of each cell in the policy matrix

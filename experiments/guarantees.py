@@ -97,7 +97,7 @@ def train(mode: str, args: Args) -> tuple[dict[str, np.ndarray], dict[str, np.nd
     flags = mode_args(mode, args)
     check_flags(flags)
     env, frames = gridworld.make_cells(flags)
-    agent, optimizer = deep_spi.make_agent(flags, env.num_actions), deep_spi.make_optimizer(flags)
+    agent, optimizer = deep_spi.make_agent(flags, env.num_actions, env.obs_parts), deep_spi.make_optimizer(flags)
     agent = agent._replace(encoder=gridworld.OncePerCell(agent.encoder, frames))
     tables_of = partial(as_tables, agent=agent, cells=len(frames), codes=words(flags), num_actions=env.num_actions)
 

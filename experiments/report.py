@@ -43,6 +43,7 @@ from experiments.study.comparison import (  # noqa: E402
     unequal,
     usual_scale,
 )
+from experiments.study.evaluations import evaluations  # noqa: E402
 from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
 from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
 from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
@@ -209,10 +210,16 @@ def main(args: Args) -> None:
             ],
         ),
     ]
+    played, unread = evaluations(comparison)
+    for line in unread:
+        print(f"*** {line} ***")
+    if played:
+        words = "Games of evaluate.py after each run's last step. Cells: mean ± standard deviation over runs."
+        sections.append(Section("Evaluations", [words, Table(played)]))
     if settings:
         words = "The runs differ in these settings. A dash: the default, or the algorithm has no such setting."
         sections.append(Section("Settings that differ", [words, Table(settings)]))
-    lines = comparison.missing + problems
+    lines = comparison.missing + problems + unread
     if lines:
         sections.append(
             Section(

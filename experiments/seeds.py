@@ -74,7 +74,7 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         runs: each run's seed, and its values of the varied flags (of `VARIABLE`); all runs vary the same flags.
     """
     env = make_env(args)
-    agent, optimizer = module.make_agent(args, env.num_actions), module.make_optimizer(args)
+    agent, optimizer = module.make_agent(args, env.num_actions, env.obs_parts), module.make_optimizer(args)
     states = []
     for run in runs:
         seeded = replace(args, seed=run["seed"])

@@ -47,17 +47,38 @@ def conv2d(
     return unit_stride_conv(*space_to_depth(x, kernel, stride))
 
 
-def frames_conv2d(frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int) -> Float[Array, "N h w O"]:
-    """Compute the VALID convolution of frames as emulators return them: channels first, each pixel divided by 255.
+def frames_conv2d(
+    frames: Num[Array, "N C H W"], kernel: Float[Array, "kh kw C O"], stride: int, padding: str = "VALID"
+) -> Float[Array, "N h w O"]:
+    """Compute the convolution of frames as emulators return them: channels first, each pixel divided by 255.
 
     Args:
         frames: bytes, or any other type (which is slower).
         kernel: the filters; their type is used for multiplications.
         stride: the same for both axes.
+        padding: see `conv2d`.
     """
-    if frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0:
+    if padding == "VALID" and frames.dtype == jnp.uint8 and stride == 4 and kernel.shape[0] % 4 == kernel.shape[1] % 4 == 0:
         return unit_stride_conv(*bytes_to_depth(frames, kernel))
-    return conv2d((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride)
+    return conv2d((frames.astype(jnp.float32) / 255.0).transpose(0, 2, 3, 1).astype(kernel.dtype), kernel, stride, padding)
+
+
+def halve(x: Float[Array, "N H W C"]) -> Float[Array, "N h w C"]:
+    """Return the maxima over windows of 3 x 3 pixels with a stride of 2 (SAME padding): half the pixels along each axis.
+
+    Each axis in turn, and by slices: the gradient of a pooling operation is tens of times slower on a CPU. Where values are
+    equal, the gradient is divided among them.
+    """
+    for axis in (1, 2):
+        size = x.shape[axis]
+        low, high = lax.padtype_to_pads((size,), (3,), (2,), "SAME")[0]
+        pads = [(0, 0)] * 4
+        pads[axis] = low, high
+        padded = jnp.pad(x, pads, constant_values=-jnp.inf)
+        count = -(-size // 2)
+        windows = [lax.slice_in_dim(padded, i, i + 2 * count - 1, stride=2, axis=axis) for i in range(3)]
+        x = jnp.maximum(jnp.maximum(windows[0], windows[1]), windows[2])
+    return x
 
 
 def grid_layer(

@@ -6,11 +6,11 @@ The choices of a flag come from the registries of the code: `ACTIVATIONS`, `DENS
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from envs.registry import pays_beyond_one
-from networks.architectures import ACTIVATIONS
+from envs.registry import observes_images, pays_beyond_one
+from networks.architectures import ACTIVATIONS, IMAGE_ENCODERS
 from networks.world_models import CATEGORICAL
 from utils.distributions import DENSITIES, INITIAL_SCALE
-from utils.runs.flag_types import Count, Default, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least
+from utils.runs.flag_types import Count, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least
 from utils.runs.flags import LAYERS, require
 from utils.world_model import CATEGORICAL_COSTS
 
@@ -22,6 +22,7 @@ CODES = Needs(latent="categorical")
 PENALIZED = Needs(lipschitz_nets=False)
 SAMPLES = Needs(f"a sampled cost, --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
 SCALES = Needs("a density with scales", transition_density=WITH_SCALE)
+IMAGES = Needs("image observations", lambda args: observes_images(args.env_id, args.env_option))
 Density = Annotated[Literal[*DENSITIES], CONTINUOUS]
 
 
@@ -35,9 +36,14 @@ class NetworkArgs:
     """categorical latents: number of variables"""
     num_classes: Annotated[int, at_least(2), CODES] = 32
     """categorical latents: number of classes per variable"""
+    encoder: Annotated[Literal[*IMAGE_ENCODERS], IMAGES] = "nature"
+    """network for image observations. nature: the three convolutions of the Nature DQN (Mnih et al., 2015). impala: IMPALA's
+    residual network (Espeholt et al., 2018), deeper and about 20 times the operations"""
+    layer_norm_latent: bool = False
+    """normalize the encoder's features to mean 0 and variance 1 (layer normalization, with a learned scale and shift)"""
     activation: Literal[*ACTIVATIONS] = "relu"
     """activation of the encoder, actor and critic"""
-    fc_layers: Annotated[Sizes, Default(minatar=())] = (512,)
+    fc_layers: Sizes = (512,)
     """sizes of the dense layers between the latent and the heads (actor and critic)"""
     use_layer_norm: Annotated[bool, LAYERS] = False
     """layer normalization in the dense layers of --fc-layers, before the activation"""

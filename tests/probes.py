@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.protocol import EpisodeStats, Timestep
+from envs.protocol import Env, EpisodeStats, Timestep
 
 
 class CueState(NamedTuple):
@@ -16,13 +16,11 @@ class CueState(NamedTuple):
     episode: EpisodeStats
 
 
-class CueEnv:
+class CueEnv(Env):
     """One-step episodes: the observation shows which of the actions pays 1; the optimal value is 1. Written in JAX, with the
     dummy step after each episode that emulators have."""
 
     reward_range = (0.0, 1.0)
-    saveable = True
-    stacks_frames = False
 
     def __init__(self, num_envs, num_actions=3):
         self.num_envs, self.num_actions = num_envs, num_actions
@@ -44,9 +42,6 @@ class CueEnv:
         episode = state.episode.update(reward, valid, valid)
         state = CueState(cue, key, valid, episode)
         return state, Timestep(self._obs(cue), reward, valid, jnp.zeros_like(valid), valid, episode)
-
-    def exact_metrics(self, policy):
-        return {}
 
 
 class PixelCueEnv(CueEnv):
@@ -80,6 +75,7 @@ def random_steps(module, key, num_steps, num_envs, obs_shape=(4, 84, 84), num_ac
         truncated=truncated & valid,
         valid=valid,
         episode=EpisodeStats.zeros(num_envs),
+        unseen_end=jnp.zeros(shape, bool),
     )
 
 

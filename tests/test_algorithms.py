@@ -15,8 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 import deep_mdp_ppo as deep_mdp
 import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
-from envs.atari import make_pool
 from envs.protocol import EpisodeStats
+from envs.registry import make_pool
 from tests.probes import CueEnv, PixelCueEnv, make_iteration, random_steps, state_without_env
 from utils.distributions import Deterministic
 from utils.runs.flags import check_flags
@@ -44,6 +44,7 @@ def test_gae_by_hand():
         truncated=column(0, 0, 0, 1, 0, 0, dtype=bool),
         valid=column(1, 1, 0, 1, 0, 1, dtype=bool),
         episode=None,
+        unseen_end=column(0, 0, 0, 0, 0, 0, dtype=bool),
     )
     # t=5: 3 + 0.5*8 - 6 = 1.   t=4: dummy.   t=3: truncated, bootstraps from its last observation: 2 + 0.5*50 - 4 = 23.
     # t=2: dummy.   t=1: terminated: 1 - 2 = -1.   t=0: 1 + 0.5*2 - 1 = 1, and 0.25 * (-1) of what follows.
@@ -108,6 +109,7 @@ def tiny_batch(script):
         target=jnp.array([1.0, -1.0, 9.0]),
         reward=jnp.array([0.5, 2.0, 9.0]),
         valid=jnp.array([True, True, False]),
+        unseen_end=jnp.zeros(3, bool),
     )
 
 
@@ -212,6 +214,44 @@ def test_deep_spi_loss_by_hand():
     assert_allclose(
         metrics["losses/policy_loss"], (-utility[0] * (1.2 if utility[0] > 0 else 1.25) - utility[1]) / 2, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("script", [deep_spi, deep_mdp])
+def test_an_unseen_terminal_observation_is_in_no_loss(script):
+    """The second transition ends an episode, and its next observation is the first one of the next episode: its transition loss
+    is masked, its reward, advantage and value are not."""
+    flags = {"transition_loss_coef": 0.5, "reward_loss_coef": 2.0}
+    agent, params, args = tiny(script, **flags)
+    batch = tiny_batch(script)._replace(unseen_end=jnp.array([False, True, False]))
+    loss, metrics = script.loss_fn(params, batch, jax.random.key(0), agent, args)
+    transition, reward = [0.125, 0.0], [0.125, 1.5]  # as above, but for the second transition
+    assert_allclose([metrics["losses/transition_loss"], metrics["losses/reward_loss"]], [0.125, 0.8125], rtol=1e-5)
+    if script is deep_spi:
+        utility = [2.0 - 2.0 * reward[0] - 0.5 * transition[0], -1.0 - 2.0 * reward[1]]
+        assert_allclose(metrics["losses/policy_loss"], (-utility[0] * 1.2 - utility[1]) / 2, rtol=1e-5)
+    other = batch._replace(obs=batch.obs.at[4].set(-5.0))  # that next observation
+    gradient = lambda batch: jax.grad(script.loss_fn, has_aux=True)(params, batch, jax.random.key(0), agent, args)[0]  # noqa: E731
+    for a, b in zip(*(jax.tree.leaves(gradient(x)) for x in (batch, other)), strict=True):
+        assert_array_equal(a, b)
+
+
+def test_gae_where_ends_are_unseen():
+    """A termination, the next episode's first steps, and a truncation, which is no transition: the step before it bootstraps
+    from the value of the state that was cut off. Gamma 0.5, lambda 0.5."""
+    steps = ppo.Rollout(
+        obs=jnp.zeros((5, 1, 1)),
+        value=column(1.0, 2.0, 4.0, 6.0, 80.0),
+        action=None,
+        log_probs=None,
+        reward=column(1.0, 3.0, 2.0, 9.0),
+        terminated=column(1, 0, 0, 0, dtype=bool),
+        truncated=column(0, 0, 0, 1, dtype=bool),
+        valid=column(1, 1, 1, 0, dtype=bool),
+        episode=None,
+        unseen_end=column(1, 0, 0, 1, dtype=bool),
+    )
+    # t=3: no transition.   t=2: 2 + 0.5*6 - 4 = 1.   t=1: 3 + 0.5*4 - 2 = 3, and 0.25 * 1.   t=0: 1 - 1, nothing of t=1
+    assert_allclose(ppo.compute_gae(steps, 0.5, 0.5)[:, 0], [0.0, 3.25, 1.0, 0.0], rtol=1e-6)
 
 
 def test_deep_mdp_loss_by_hand():
@@ -435,7 +475,7 @@ def test_what_the_scripts_share_is_the_same(theirs, ours, may_differ):
 
 
 def learn(script, env, args, updates):
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
     iteration = make_iteration(script, env, agent, optimizer, args)
     history = []
@@ -454,7 +494,7 @@ def test_learns_a_probe_of_known_value(script, flags):
     state, history = learn(script, env, args, 60)
     assert history[0]["charts/episodic_return"] < 0.7
     assert np.mean([h["charts/episodic_return"] for h in history[-5:]]) > 0.95
-    agent = script.make_agent(args, env.num_actions)
+    agent = script.make_agent(args, env.num_actions, env.obs_parts)
     obs = env.reset()[1]
     _, value = agent.actor_critic.apply(state.params.actor_critic, agent.encoder.apply(state.params.encoder, obs))
     assert_allclose(value, 1.0, atol=0.15)

@@ -49,7 +49,7 @@ def test_lowers_for_cuda(script, flags):
     args = make_args(script.Args, env_id="Breakout-v5", num_envs=4, num_steps=64, num_minibatches=2, **flags)
     check_flags(args)
     env = make_env(args)
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     state = jax.eval_shape(lambda: script.init_state(args, env, agent, optimizer))
     iteration = make_iteration(script, env, agent, optimizer, args)
     text = iteration.trace(state).lower(lowering_platforms=("cuda",)).as_text()

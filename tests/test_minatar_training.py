@@ -26,7 +26,7 @@ def train(script, args, run_seeds=(1,)):
     """The metrics of three updates, for each seed."""
     check_flags(args)
     env = make_env(args)
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     iteration = jax.jit(
         lambda state: script.learn(*script.rollout(state, env, agent, args), env, agent, optimizer, args), donate_argnums=0
     )

@@ -59,7 +59,8 @@ def test_loss_gradients_and_a_gradient_step_are_those_of_the_script():
     log_probs = jax.nn.log_softmax(jax.random.normal(next(keys), (n, NUM_ACTIONS)))
     value, advantage, reward = (jax.random.normal(k, (n,)) for k in (next(keys), next(keys), next(keys)))
     key = next(keys)
-    batch = deep_spi.Minibatch(obs, action, log_probs, value, advantage, advantage + value, reward, jnp.ones(n, bool))
+    masks = jnp.ones(n, bool), jnp.zeros(n, bool)
+    batch = deep_spi.Minibatch(obs, action, log_probs, value, advantage, advantage + value, reward, *masks)
     loss_fn = partial(deep_spi.loss_fn, agent=agent, args=args)
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, batch, key)
 

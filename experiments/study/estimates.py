@@ -48,7 +48,7 @@ def disk_bytes(run: PlannedRun) -> int | None:
         return None
     args = parse_flags(script.Args, run.command[2:])
     env = make_env(dataclasses.replace(args, num_envs=1))  # creating 128 emulators is slow, and they are not saved
-    agent = script.make_agent(args, env.num_actions)
+    agent = script.make_agent(args, env.num_actions, env.obs_parts)
     state = jax.eval_shape(partial(script.init_state, args, env, agent, script.make_optimizer(args)))
     state = state._replace(env_state=None, obs=None)
     if hasattr(state, "replay"):
@@ -58,17 +58,23 @@ def disk_bytes(run: PlannedRun) -> int | None:
     return size(state) * args.keep_checkpoints + size(state.params) * args.save_model + updates * LOG_BYTES
 
 
+def kind_of(run: PlannedRun) -> tuple[str, str]:
+    """Return the script and family of a run. Environments of your own are no family."""
+    kind = family(run.env_id)
+    return run.script, run.env_id if kind == "own" else kind
+
+
 def describe(logdir: Path, runs: list[PlannedRun], together: int) -> list[str]:
     """Return the estimates and their source, as lines."""
     states: dict[str, Progress] = {run.name: state_of(logdir, run) for run in runs}
     finished = sum(state.kind == "finished" for state in states.values())
-    sizes = {}  # one environment represents its family
+    sizes = {}  # one environment represents its family, whose networks are alike
     for run in runs:
-        key = run.script, family(run.env_id)
+        key = kind_of(run)
         if key not in sizes:
             sizes[key] = disk_bytes(run)
     known = None not in sizes.values()
-    total = sum(sizes[run.script, family(run.env_id)] for run in runs) if known else 0
+    total = sum(sizes[kind_of(run)] for run in runs) if known else 0
     published, where = _published(runs)
     own = rates(runs, states)
     seconds = seconds_left(runs, states, published | own)

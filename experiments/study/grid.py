@@ -24,7 +24,7 @@ except ImportError:  # Windows
 from envs.atari_scores import ale57, ale61
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.minatar import GAMES as MINATAR
-from envs.registry import family
+from envs.registry import family, file_name
 from utils.runs import folder
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
@@ -162,7 +162,7 @@ def plan(
                 more, kind = [*own, *flags], (script, family(env_id))
                 if kind not in parsed:  # the environments of a family share their defaults
                     parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
-                name = f"{env_id}__{script}__{seed}"
+                name = f"{file_name(env_id)}__{script}__{seed}"
                 of_run = {"env_id": env_id, "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
                 args = dataclasses.replace(parsed[kind], **of_run)
                 check_flags(args)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import deep_spi
-from envs.atari import STOCHASTIC, Pool, env_seeds, make_pool
-from envs.registry import atari_protocol, env_ids, make_env
+from envs.atari import STOCHASTIC
+from envs.pool import Pool, env_seeds
+from envs.registry import atari_protocol, env_ids, make_env, make_pool
 
 
 @cache  # several tests read the same steps

@@ -249,7 +249,7 @@ def test_scripts_log_the_exact_value_of_their_policy(script):
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)
     check_flags(args)
     env = with_vectors(script.make_env(args))
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     state = jax.jit(lambda: script.init_state(args, env, agent, optimizer))()
     state, metrics = make_iteration(script, env, agent, optimizer, args)(state)
 
@@ -284,7 +284,7 @@ def test_benchmark_trains_as_the_script_does(script):
     args = script.Args(env_id=ENV_ID, latent="categorical", num_categories=4, num_classes=4, **small)
     env = script.make_env(args)
     cells, pictures = benchmark.make_cells(args)
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     short_cut = agent._replace(encoder=benchmark.OncePerCell(agent.encoder, pictures))
     results = []
     for environment, networks in ((env, agent), (cells, short_cut)):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 import deep_spi
-from envs.atari import FramePool, Pool, env_seeds
+from envs.atari import FramePool
 from envs.frames import STACK, Newest, Stacks, observations
+from envs.pool import Pool, env_seeds
 from envs.scan import keep
 from utils.dreams import replay
 
@@ -137,8 +138,9 @@ def init_replay():
 @jax.jit
 def add(buffer, kept, reward):
     false = jnp.zeros((8, 2), bool)
-    steps = observations(*kept), None, jnp.zeros((8, 2), jnp.int32), jnp.zeros((8, 2, 3)), reward, false, false, ~false, None
-    return replay.add(buffer, deep_spi.Rollout(*steps), SIZES)
+    told = reward, false, false, ~false, None, false
+    steps = deep_spi.Rollout(observations(*kept), None, jnp.zeros((8, 2), jnp.int32), jnp.zeros((8, 2, 3)), *told)
+    return replay.add(buffer, steps, SIZES)
 
 
 @jax.jit

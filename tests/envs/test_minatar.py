@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from envs import minatar
 from envs.minatar import GAMES, MinAtar
 from tests.states import same
 from utils.runs.checkpoints import begin_writing, find, load
@@ -299,7 +298,7 @@ def test_returns_of_random_play_are_those_of_the_original(env_id, steps):
 @pytest.mark.parametrize("env_id", ["Breakout-MinAtar", slow("Asterix-MinAtar")])
 def test_steps_follow_the_convention(env_id, monkeypatch):
     """The last observation of an episode is returned, what follows is no transition but a new start; time limits truncate."""
-    monkeypatch.setattr(minatar, "TIME_LIMIT", 12)
+    monkeypatch.setattr(MinAtar, "time_limit", 12)
     env = MinAtar(env_id, 32, 0)
     state, obs = env.reset()
     assert obs.shape[1:] == env.obs_spec.shape and obs.dtype == env.obs_spec.dtype and set(np.unique(obs)) == {0, 1}

@@ -2,7 +2,9 @@
 
 import pytest
 
-from envs.registry import env_ids, ids_like
+from envs.atari import atari_ids
+from envs.minatar import GAMES
+from envs.registry import GRIDWORLD, env_ids, ids_like
 from utils.runs.flags import RunArgs, UsageError, check_flags
 
 PONG = ("PongNoFrameskip-v4", "ALE/Pong-v5", "PongDeterministic-v4", "Pong-ramNoFrameskip-v4", "Pong-ram-v0", "Pong-v0", "pong")
@@ -25,7 +27,9 @@ def test_names_of_other_libraries(env_id):
         ("minatar-breakout", ["Breakout-MinAtar"]),
         ("BrakoutNoFrameskip-v4", ["Breakout-v5"]),
         ("Brekout-MinAtar", ["Breakout-MinAtar"]),
-        ("CartPole-v0", ["CartPole-v1"]),
+        ("CartPole-v7", ["CartPole-v0", "CartPole-v1", "phys2d/CartPole-v0"]),
+        ("LunarLander-v1", ["LunarLander-v2", "LunarLander-v3"]),
+        ("CoinrunEasy-v1", ["CoinrunEasy-v0"]),
         ("ms_pacman", ["MsPacman-v5"]),
         ("HalfCheetah-v4", []),
         ("", []),
@@ -35,5 +39,7 @@ def test_what_a_wrong_id_may_mean(env_id, expected):
     assert ids_like(env_id) == expected
 
 
-def test_every_id_is_first_among_those_like_it():
-    assert [ids_like(env_id)[0] for env_id in env_ids()] == env_ids()
+def test_every_game_is_among_those_like_it():
+    games = [*GAMES, GRIDWORLD, *atari_ids()]
+    assert set(games) <= set(env_ids())
+    assert [ids_like(env_id)[0] for env_id in games] == games

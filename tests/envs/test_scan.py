@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from envs.atari import make_pool
+from envs.registry import make_pool
 from envs.scan import Halves, scan_steps
 from tests.states import State
 from tests.utils.test_devices import two

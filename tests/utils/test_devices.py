@@ -35,7 +35,7 @@ def train(script, iterations, **flags):
     with use_devices(args.num_devices):
         env = make_env(args)
         env = with_vectors(env) if args.env_id == "ConfoundingGridworld-v0" else env
-        agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+        agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
         rollout = jax.jit(partial(script.rollout, env=env, agent=agent, args=args), donate_argnums=0)
         learn = jax.jit(lambda state, steps: script.learn(state, steps, env, agent, optimizer, args), donate_argnums=0)
         state = distribute(script.init_state(args, env, agent, optimizer))

@@ -188,7 +188,7 @@ def test_backtracking_holds_categorical_policies_in_training():
     args = deep_spi.Args(num_envs=16, num_steps=4, num_minibatches=2, total_timesteps=64 * 8, fc_layers=(), **code)
     args = replace(args, learning_rate=0.01, enforce_neighborhood="backtrack")
     env = CueEnv(16)
-    agent, optimizer = deep_spi.make_agent(args, env.num_actions), deep_spi.make_optimizer(args)
+    agent, optimizer = deep_spi.make_agent(args, env.num_actions, env.obs_parts), deep_spi.make_optimizer(args)
     agent = agent._replace(encoder=CodeEncoder(), transition=PerAction(Categorical), reward=PerAction())
     state = deep_spi.init_state(args, env, agent, optimizer)
     iteration = make_iteration(deep_spi, env, agent, optimizer, args)

@@ -16,7 +16,7 @@ from scipy.spatial import distance
 
 import deep_mdp_ppo as deep_mdp
 import deep_spi
-from envs.atari import make_pool
+from envs.registry import make_pool
 from networks.architectures import ACTIVATIONS, Encoder, make_encoder
 from networks.world_models import CATEGORICAL as WORLD_MODELS
 from networks.world_models import make_world_model, softmoe, transformer, unconstrained
@@ -389,7 +389,7 @@ def train_a_little(script, env_id, flags):
     args = script.Args(env_id=env_id, num_envs=4, num_steps=4, num_minibatches=2, total_timesteps=48, fc_layers=(32,), **flags)
     check_flags(args)
     env = make_pool(args.env_id, 4, 1)
-    agent, optimizer = script.make_agent(args, env.num_actions), script.make_optimizer(args)
+    agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
     state = script.init_state(args, env, agent, optimizer)
     iteration = make_iteration(script, env, agent, optimizer, args)
     for _ in range(3):
@@ -425,13 +425,15 @@ def test_the_encoder_is_chosen_by_the_shape_of_an_observation():
     shapes = {
         (4, 84, 84): (7, 7, 64),
         (1, 36, 40): (1, 1, 64),
+        (84, 84, 3): (7, 7, 64),
+        (4, 64, 32): (4, 1, 64),
         (10, 10, 7): (1, 1, 128),
-        (5, 35, 3): (1, 1, 128),
+        (5, 31, 3): (1, 1, 128),
         (4,): (1, 1, 64),
     }
     for obs, z in shapes.items():
         assert jax.eval_shape(lambda o: encoder.init_with_output(KEY, o)[0], jnp.zeros((2, *obs), jnp.uint8)).shape == (2, *z)
-    for obs in ((84, 84, 3), (1, 32, 32), (2, 10, 4)):
+    for obs in ((84, 20, 3), (1, 31, 40), (2, 10, 4)):
         with pytest.raises(ValueError, match="must be frames"):
             encoder.init(KEY, jnp.zeros((2, *obs), jnp.uint8))
 

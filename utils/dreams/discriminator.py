@@ -63,7 +63,7 @@ def update_discriminator(
 
     def loss(params, key):
         distance = transition_distance(agent.discriminator, params.discriminator, z[:n], batch.action)
-        return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid)
+        return -masked_mean(distance(predicted, z[-n:], key, args), batch.valid & ~batch.unseen_end)
 
     def step(carry, key):
         return descend("discriminator", jax.grad(loss)(carry[0], key), rates, *carry, optimizers), None

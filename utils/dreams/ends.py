@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from envs.protocol import Env
 from utils.losses import smooth_l1_loss
 from utils.runs.flag_types import NotNegative
 from utils.runs.flags import require
@@ -27,6 +28,12 @@ class EndArgs:
         """Raise UsageError if the flags contradict each other."""
         said = "--end-loss huber: is part of the reward loss; set --reward-loss-coef above 0"
         require(self.end_loss == "cross_entropy" or self.reward_loss_coef > 0, said)
+
+
+def check_ends(env: Env, args: Any) -> None:
+    """Raise UsageError if the end predictor would learn from terminal observations that the environment does not return."""
+    said = "--end-loss huber: learns from terminal observations, which this environment does not return; use cross_entropy"
+    require(args.end_loss == "cross_entropy" or not getattr(env, "resets_within", False), said)
 
 
 def end_logit(

@@ -94,6 +94,7 @@ class Replayed(NamedTuple):
     terminated: Bool[Array, "T B"]
     truncated: Bool[Array, "T B"]
     valid: Bool[Array, "T B"]
+    unseen_end: Bool[Array, "T B"]
 
 
 def prefill_iterations(args: Any) -> int:
@@ -153,7 +154,7 @@ def _empty_step(env: Any) -> Replayed:
     flag, number, num_actions = jnp.zeros((), bool), jnp.zeros(()), env.num_actions
     shape, dtype = env.obs_spec.shape, env.obs_spec.dtype
     obs = Newest(jnp.zeros(shape[1:], dtype), jnp.zeros((), jnp.int8)) if env.stacks_frames else jnp.zeros(shape, dtype)
-    return Replayed(obs, jnp.zeros((), jnp.int32), jnp.zeros(num_actions), number, flag, flag, flag)
+    return Replayed(obs, jnp.zeros((), jnp.int32), jnp.zeros(num_actions), number, flag, flag, flag, flag)
 
 
 def check_memory(env: Env, args: Any) -> None:
@@ -217,6 +218,7 @@ def for_policy(
     steps = jax.tree.map(lambda x: flat(x[:-1]), steps._replace(obs=None))
     fields = {"obs": obs, "action": steps.action, "log_probs": flat(log_probs[:-1]), "value": flat(value[:-1])}
     fields |= {"advantage": flat(advantage), "target": flat(target), "reward": steps.reward, "valid": steps.valid}
+    fields["unseen_end"] = steps.unseen_end
     return fields, steps.terminated, flat(weight[:-1])
 
 

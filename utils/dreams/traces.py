@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num, UInt8
 
-from envs.frames import SMALLEST_FRAME
 from envs.minatar import in_colors
+from envs.observations import channels_first, is_image
 from utils.figures import own_style
 from utils.runs.flag_types import Count, Needs
 
@@ -66,16 +66,17 @@ def trace_dreams(params: Any, steps: Any, key: jax.Array, agent: Any, args: Any,
         z, alive = carry
         real, key = now
         alive = alive * real.valid
+        goes_on = alive * ~(real.terminated | real.truncated)
         next_z, reward, ends = dream_step(params, z, real.action, key, agent, args)
-        return (next_z, alive), (
+        return (next_z, goes_on), (
             {
                 "alive": alive,
                 "reward": real.reward,
                 "dreamed_reward": reward,
                 "end": real.terminated.astype(jnp.float32),
                 "dreamed_end": ends,
-                "error": distance(next_z, real.obs),
-                "no_change": distance(real_z[0], real.obs),
+                "error": jnp.where(real.unseen_end, 0.0, distance(next_z, real.obs)),
+                "no_change": jnp.where(real.unseen_end, 0.0, distance(real_z[0], real.obs)),
             },
             next_z,
         )
@@ -194,8 +195,11 @@ def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: f
     if obs is None:
         for side in axes.spines.values():
             side.set_visible(False)
-    elif obs.ndim == 3 and min(obs.shape[1:]) >= SMALLEST_FRAME:
-        axes.imshow(obs[-1], cmap="gray", vmin=0, vmax=255)
+    elif is_image(obs.shape) and not (channels_first(obs.shape) and obs.shape[0] == 3):
+        plane = obs[-1] if channels_first(obs.shape) else obs[..., -1]
+        axes.imshow(plane, cmap="gray", vmin=0, vmax=255 if obs.dtype == np.uint8 else 1)
+    elif is_image(obs.shape):
+        axes.imshow(np.moveaxis(obs, 0, -1))
     elif obs.ndim == 3 and min(obs.shape[:2]) > 1:
         axes.imshow(in_colors(obs))
     elif obs.ndim == 2:

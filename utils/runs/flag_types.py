@@ -3,7 +3,7 @@
     gae_lambda: Share = 0.95
     num_classes: Annotated[int, at_least(2), Needs(latent="categorical")] = 32
     save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
-    num_envs: Annotated[Count, Default(minatar=64)] = 128
+    ent_coef: Annotated[NotNegative, Default(atari=0.1)] = 0.01
 
 `utils.runs.flags` reads them: `check_flags` checks all flags of a run, and `make_args` creates flags with their defaults.
 """
@@ -38,7 +38,8 @@ class Needs:
 
 
 class Default:
-    """The default of a flag in these families of environments (`envs.registry.family`); overrides the field's default."""
+    """The default of a flag in these families of environments (`envs.registry.family`). It replaces what all scripts have in
+    common there (`utils.runs.family_defaults`), in other families too."""
 
     def __init__(self, **families: Any):
         self.families = families

@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from envs import minatar
-from envs.registry import GRIDWORLD, check_gridworld, family, ids_like
+from envs.options import WORDS
+from envs.registry import GRIDWORLD, can_render, check_gridworld, family, ids_like, is_pooled, refusal
+from utils.runs.family_defaults import FAMILY_DEFAULTS
 from utils.runs.flag_types import (
     ANY,
     LARGEST,
@@ -41,8 +43,8 @@ class UsageError(Exception):
 
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
-POOL = Needs("an envpool environment", lambda args: family(args.env_id) in ("atari", "classic"))
-DRAWN = Needs("an environment that can be rendered", lambda args: args.env_id != "Catch-v0")
+POOL = Needs("an envpool environment", lambda args: is_pooled(args.env_id))
+DRAWN = Needs("an environment that can be rendered", lambda args: can_render(args.env_id))
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
 LAYERS = Needs("dense layers (--fc-layers)", lambda args: len(args.fc_layers) > 0)
@@ -54,8 +56,12 @@ class RunArgs:
     """Flags of every run, independent of the algorithm."""
 
     env_id: str = "Breakout-v5"
-    """environment id: an Atari game as named by envpool; a MinAtar game; ConfoundingGridworld-v0; or
-    CartPole-v1, Acrobot-v1, Catch-v0. Each family has its own defaults (--help --env-id=Breakout-MinAtar shows them)"""
+    """environment id: any environment of envpool with one discrete action (Atari, Procgen, MiniGrid, Craftax, and others); a
+    MinAtar game; ConfoundingGridworld-v0; or your own, my_envs.py:Corridor or my_package.envs:Corridor. Each family has its own
+    defaults (--help --env-id=Breakout-MinAtar shows them)"""
+    env_option: tuple[str, ...] = ()
+    """options of the environment, such as num_levels=200 start_level=0 on Procgen: those of envpool, or your own environment's
+    parameters"""
     reward_clip: Annotated[bool, ATARI] = True
     """Atari: train on the sign of each reward (logged returns are never clipped)"""
     stochastic_env: Annotated[bool, ATARI] = False
@@ -80,7 +86,7 @@ class RunArgs:
     """ConfoundingGridworld-v0: probability of entering the lower path"""
     seed: Seed = 1
     """random seed of parameters, environments, actions and minibatches"""
-    total_timesteps: Annotated[Steps, Default(minatar=5_000_000, classic=500_000)] = 10_000_000
+    total_timesteps: Steps = 10_000_000
     """total environment steps of the run (agent steps; an Atari step is 4 frames)"""
     logdir: Annotated[str, MAY_CHANGE] = "runs"
     """parent of the run folders, which contain logs, checkpoints, the model, and run.json (flags, versions, commands)"""
@@ -127,12 +133,14 @@ class RunArgs:
         gridworld reads `gamma`, which the script declares."""
         if family(self.env_id) is None:
             close = ids_like(self.env_id)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see envs/registry.py for the valid ids"
+            hint = f"did you mean {' or '.join(close)}?" if close else "see docs/environments.md for the valid ids"
             raise UsageError(f"--env-id {self.env_id}: no such environment; {hint}")
         require(
             self.env_id not in minatar.GAMES or minatar.is_installed(),
             f"--env-id {self.env_id}: {minatar.NEEDED}",
         )
+        said = refusal(self.env_id, self.env_option)
+        require(said is None, said or "")
         for flag, path in (("logdir", self.logdir), ("resume", self.resume)):
             try:
                 Path(path).expanduser()
@@ -159,7 +167,7 @@ class RunArgs:
             self.env_step != "xla" or sys.platform.startswith("linux"),
             f"--env-step xla: envpool does not support it on {sys.platform}; leave it out",
         )
-        emulated, linux = family(self.env_id) in ("atari", "classic"), sys.platform.startswith("linux")
+        emulated, linux = is_pooled(self.env_id), sys.platform.startswith("linux")
         require(
             self.num_devices == 1 or not emulated or (linux and self.env_step != "callback"),
             f"--num-devices {self.num_devices}: on several devices envpool needs --env-step xla, which works only on Linux; "
@@ -235,13 +243,15 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
 
 @functools.cache
 def defaults(args_type: type, env_id: str) -> Mapping[str, Any]:
-    """Return the default of each flag in that environment."""
-    values = {field.name: field.default for field in dataclasses.fields(args_type)} | {"env_id": env_id}
+    """Return the default of each flag in that environment: of its annotation, of its family, or of its field."""
+    fields = {field.name: field.default for field in dataclasses.fields(args_type)}
+    values = fields | {"env_id": env_id}
     kind = family(env_id)
+    values |= {name: value for name, value in FAMILY_DEFAULTS.get(kind, {}).items() if name in values}
     for name, hint in get_type_hints(args_type, include_extras=True).items():
         for said in annotations_of(hint):
-            if isinstance(said, Default) and kind in said.families:
-                values[name] = said.families[kind]
+            if isinstance(said, Default):
+                values[name] = said.families.get(kind, fields[name])
     return MappingProxyType(values)
 
 
@@ -293,9 +303,6 @@ def annotations_of(hint: Any) -> Iterator[Any]:
     if get_origin(hint) is not Literal:
         for inner in get_args(hint):
             yield from annotations_of(inner)
-
-
-WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
 def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:

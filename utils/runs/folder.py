@@ -18,6 +18,8 @@ from typing import Any
 import filelock
 import jax
 
+from envs.own import own_files
+from envs.registry import file_name
 from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
 from utils.runs.logs import METRICS
@@ -105,10 +107,12 @@ def describe_run(args: Any, algorithm: str, name: str) -> dict[str, Any]:
 
 
 def code_files(args_type: type) -> dict[str, Path]:
-    """Return the code of a run, by name: the script that declares `args_type`, and this project's modules and lock file."""
+    """Return the code of a run, by name: the script that declares `args_type`, the files of
+    your own environments, and this project's modules and lock file."""
     script = Path(getfile(args_type))
     paths = [*ROOT.glob("*.py"), *(path for name in CODE for path in (ROOT / name).rglob("*.py")), ROOT / "requirements.lock"]
-    return {script.name: script} | {str(path.relative_to(ROOT)): path for path in paths if path.is_file()}
+    ours = {str(path.relative_to(ROOT)): path for path in paths if path.is_file()}
+    return {path.name: path for path in (script, *own_files())} | ours
 
 
 def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
@@ -118,7 +122,7 @@ def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:
         UsageError: --resume names neither a run folder nor a checkpoint.
     """
     if args.resume in ("never", "auto"):
-        name = args.run_name or f"{args.env_id}__{algorithm}__{args.seed}__{int(time.time())}"
+        name = args.run_name or f"{file_name(args.env_id)}__{algorithm}__{args.seed}__{int(time.time())}"
         return expand(args.logdir, "--logdir") / name, None
     path = expand(args.resume, "--resume")
     if (path / RECORD).is_file() or (path / CHECKPOINTS).is_dir():

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from envs.options import EnvError
 from utils.devices import use_devices
 from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
@@ -49,7 +50,7 @@ def run_main(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except UsageError as error:
+    except (UsageError, EnvError) as error:
         fail(str(error), 2)
     except RunIsFinished as finished:
         print(finished)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from envs.options import EnvError
 from envs.protocol import Env
 from envs.registry import UNDIVIDED, make_env
 from utils.runs.checkpoints import Checkpoints, Damaged, Saved, find, load
@@ -85,9 +86,9 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
     args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **UNDIVIDED | flags)
     try:
         env = make_env(args)
-    except ImportError as error:  # an extra is not installed
+    except (ImportError, EnvError) as error:  # an extra, or the file of an environment, is missing
         raise UsageError(f"{path}: {error}") from None
-    agent = script.make_agent(args, env.num_actions)
+    agent = script.make_agent(args, env.num_actions, env.obs_parts)
     obs = jnp.zeros((1, *env.obs_spec.shape), env.obs_spec.dtype)
     params = jax.eval_shape(lambda key: script.init_params(key, agent, obs), jax.random.key(0))
     try:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from envs.registry import GRIDWORLD
+from envs.registry import GRIDWORLD, file_name
 from utils.devices import distribute, on_one_device
 from utils.evaluation.camera import Camera
 from utils.histograms import statistics
@@ -188,7 +188,7 @@ class Run:
         self.logger = Logger(self.args, self.folder, self.steps_per_iteration, self.iteration, progress, self.new)
         self.logger.describe(flags)
         if self.args.track:
-            config, group = self._wandb_config(flags), "__".join([self.args.env_id, self.algorithm])
+            config, group = self._wandb_config(flags), "__".join([file_name(self.args.env_id), self.algorithm])
             group = "__".join(filter(None, [group, slug(changed_flags(self.args))]))[:WANDB_LONGEST]
             self.wandb = self.logger.wandb = WandbRun(self.args, name, group, config, known, self.logger.say)
             self._note_wandb()

@@ -154,7 +154,7 @@ def test_learns_the_optimum_in_dreams_of_the_true_model():
     def iteration(state, key):
         cell_key, key = jax.random.split(key)
         obs = cells[jax.random.choice(cell_key, alive, (9, 64))]
-        steps = deep_spi.Rollout(obs, jnp.zeros((9, 64)), *[None] * 5, jnp.ones((8, 64), bool), None)
+        steps = deep_spi.Rollout(obs, jnp.zeros((9, 64)), *[None] * 5, jnp.ones((8, 64), bool), None, jnp.zeros((8, 64), bool))
         zeros = jnp.zeros((8, 64))
         state, _ = dream_spi.update_heads(state, steps, zeros, key, agent, optimizers, args)
         return state._replace(iteration=state.iteration + 1)
@@ -287,7 +287,7 @@ def dream_setup(real=False, **flags):
     args = dream_spi.Args(num_envs=16, num_steps=8, total_timesteps=128 * 40, imagination_horizon=3, **flags)
     check_flags(args)
     env = CueEnv(16)
-    agent = dream_spi.make_agent(args, env.num_actions)._replace(reward_range=env.reward_range)
+    agent = dream_spi.make_agent(args, env.num_actions, env.obs_parts)._replace(reward_range=env.reward_range)
     if not real:
         small = {"encoder": SmallEncoder(), "transition": PerAction(Deterministic), "reward": PerAction(), "end": PerAction()}
         agent = agent._replace(**small, discriminator=agent.discriminator and SmallCritic())
@@ -441,7 +441,7 @@ def sharpened(args, agent, z, next_z, predicted, steps):
     agent = agent._replace(encoder=Given(jnp.concatenate([z, next_z])), transition=Given(predicted))
     optimizers = dream_spi.make_optimizer(args)
     n = len(z)
-    batch = deep_spi.Minibatch(None, jnp.arange(n) % 2, None, None, None, None, None, jnp.ones(n, bool))
+    batch = deep_spi.Minibatch(None, jnp.arange(n) % 2, None, None, None, None, None, jnp.ones(n, bool), jnp.zeros(n, bool))
     given = {"agent": agent, "optimizers": optimizers, "args": replace(args, discriminator_steps=steps)}
     given["rates"] = dream_spi.Optimizers(*[1e-3] * 4)
 
@@ -539,6 +539,7 @@ def test_traces_of_dreams_by_hand():
         truncated=jnp.zeros_like(ends),
         valid=table([1, 1, 1, 1], [1, 0, 1, 1], dtype=bool),
         episode=None,
+        unseen_end=table([0, 0, 0, 0], [0, 0, 0, 0], dtype=bool),
     )
     agent = dream_spi.Agent(Identity(), None, Plus(), FirstOf(), FirstOf(), None)
     params = dream_spi.Params({}, None, {}, {}, {}, None)

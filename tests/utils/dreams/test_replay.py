@@ -15,8 +15,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import deep_spi
 import dream_spi
-from envs.atari import make_pool
 from envs.protocol import EpisodeStats
+from envs.registry import make_pool
 from tests.probes import CueEnv
 from tests.test_algorithms import column, tiny, tiny_batch
 from tests.utils.dreams.test_dreams import dream_setup
@@ -64,6 +64,7 @@ def test_only_stored_contiguous_sequences_come_back(num_envs, num_steps, spare, 
         truncated=of((time[:-1] + env) % 5 == 0),
         valid=of((time[:-1] + env) % 2 == 0),
         episode=None,
+        unseen_end=of((time[:-1] + env) % 3 == 0),
     )
 
     @jax.jit
@@ -122,6 +123,7 @@ def noise(seed, num_steps, num_envs, obs_shape=(3,), num_actions=3):
         truncated=(ends == 2) & valid,
         valid=valid,
         episode=EpisodeStats(*np.zeros((len(EpisodeStats._fields), num_envs))),
+        unseen_end=np.zeros(shape, bool),
     )
     return jax.tree.map(jnp.asarray, steps)
 
@@ -146,6 +148,7 @@ def test_vtrace_by_hand():
         terminated=column(0, 1, 0, 0, 0, 0, 1, dtype=bool),
         truncated=column(0, 0, 0, 1, 0, 0, 1, dtype=bool),
         valid=column(1, 1, 0, 1, 0, 1, 1, dtype=bool),
+        unseen_end=column(0, 0, 0, 0, 0, 0, 0, dtype=bool),
     )
     value = column(1.0, 2.0, 30.0, 4.0, 50.0, 6.0, 8.0)
     weight = column(0.5, 0.2, 1.0, 0.1, 1.0, 0.3, 1.0)

@@ -22,10 +22,11 @@ from PIL import Image
 
 import evaluate
 import ppo_atari_envpool_xla_jax_scan as ppo
-from envs.atari import make_machado_pool, make_pool
+from envs.atari import make_machado_pool
 from envs.confounding_gridworld import ConfoundingGridworld
 from envs.minatar import COLORS, MinAtar
 from envs.protocol import EpisodeStats, Timestep
+from envs.registry import make_pool
 from tests.commands import run
 from utils.evaluation import video
 from utils.evaluation.play import Film, Game, play, quotas

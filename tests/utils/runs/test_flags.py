@@ -13,7 +13,7 @@ import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs import minatar
-from envs.atari import env_seeds
+from envs.pool import env_seeds
 from tests.commands import ROOT, run
 from utils.runs.flag_types import Count, Default, Needs, NotNegative, Share, Sizes
 from utils.runs.flags import RunArgs, UsageError, check_flags, make_args, own_defaults, parse_flags, refuse_unread, require
