@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from utils.histograms import track_gradients
 from utils.losses import masked_mean, masked_normalize, smooth_l1_loss
 from utils.metrics import rollout_metrics, summarize
 from utils.neighborhood import backtrack, gradient_steps, ratio_metrics
-from utils.runs.flag_types import Count, InsideUnit, NotNegative, Positive, Share
+from utils.runs.flag_types import BY_FAMILY, Count, InsideUnit, NotNegative, Positive, Share
 from utils.runs.flags import RunArgs, check_minibatches
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
@@ -44,20 +44,20 @@ class Args(NetworkArgs, RunArgs):
     """Train PPO."""
 
     # rollout
-    num_envs: Count = 128
+    num_envs: Annotated[Count, BY_FAMILY] = 128
     """number of parallel environments (B)"""
-    num_steps: Count = 8
+    num_steps: Annotated[Count, BY_FAMILY] = 8
     """steps per environment in each rollout (T)"""
     # optimization
-    learning_rate: Positive = 2.5e-4
+    learning_rate: Annotated[Positive, BY_FAMILY] = 2.5e-4
     """learning rate of Adam"""
     anneal_lr: bool = True
     """anneal the learning rate linearly to 0 over the run"""
-    update_epochs: Count = 4
+    update_epochs: Annotated[Count, BY_FAMILY] = 4
     """epochs over the rollout per update"""
-    num_minibatches: Count = 4
+    num_minibatches: Annotated[Count, BY_FAMILY] = 4
     """minibatches per epoch"""
-    minibatch_by: Literal["env", "transition"] = "env"
+    minibatch_by: Annotated[Literal["env", "transition"], BY_FAMILY] = "env"
     """unit of shuffling. env: all T steps of an environment, so a world model needs each frame encoded once, not twice.
     transition: single transitions; better for few environments and many steps"""
     max_grad_norm: Positive = 0.5
@@ -65,13 +65,13 @@ class Args(NetworkArgs, RunArgs):
     adam_eps: Positive = 1e-5
     """epsilon of Adam; gradients below it barely change the parameters"""
     # loss
-    gamma: Share = 0.99
+    gamma: Annotated[Share, BY_FAMILY] = 0.99
     """discount factor"""
-    gae_lambda: Share = 0.95
+    gae_lambda: Annotated[Share, BY_FAMILY] = 0.95
     """lambda of generalized advantage estimation"""
     norm_adv: bool = True
     """normalize the advantages in each minibatch"""
-    clip_coef: InsideUnit = 0.1
+    clip_coef: Annotated[InsideUnit, BY_FAMILY] = 0.1
     """eps: clip the probability ratio to [1 - eps, 1 + eps]"""
     clip_vloss: bool = False
     """also clip the value's change to [-eps, eps]"""

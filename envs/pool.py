@@ -130,9 +130,10 @@ def pool_rewards(env_id: str) -> tuple[float, float]:
 @functools.cache
 def can_be_drawn(env_id: str) -> bool:
     """Return True if the environment draws images of itself."""
-    pool = Pool(env_id, [0], (-np.inf, np.inf))
+    pool = Pool(env_id, [0], (-np.inf, np.inf)).pool  # without JAX, which may not have been started
+    pool.reset()
     try:
-        pool.render(pool.reset()[0])
+        pool.render(env_ids=[0])
     except RuntimeError:
         return False
     return True

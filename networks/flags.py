@@ -10,7 +10,7 @@ from envs.registry import observes_images, pays_beyond_one
 from networks.architectures import ACTIVATIONS, IMAGE_ENCODERS
 from networks.world_models import CATEGORICAL
 from utils.distributions import DENSITIES, INITIAL_SCALE
-from utils.runs.flag_types import Count, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least
+from utils.runs.flag_types import BY_FAMILY, Count, Needs, NotNegative, Positive, Share, Sizes, as_typed, at_least
 from utils.runs.flags import LAYERS, require
 from utils.world_model import CATEGORICAL_COSTS
 
@@ -36,14 +36,14 @@ class NetworkArgs:
     """categorical latents: number of variables"""
     num_classes: Annotated[int, at_least(2), CODES] = 32
     """categorical latents: number of classes per variable"""
-    encoder: Annotated[Literal[*IMAGE_ENCODERS], IMAGES] = "nature"
+    encoder: Annotated[Literal[*IMAGE_ENCODERS], BY_FAMILY, IMAGES] = "nature"
     """network for image observations. nature: the three convolutions of the Nature DQN (Mnih et al., 2015). impala: IMPALA's
     residual network (Espeholt et al., 2018), deeper and about 20 times the operations"""
     layer_norm_latent: bool = False
     """normalize the encoder's features to mean 0 and variance 1 (layer normalization, with a learned scale and shift)"""
     activation: Literal[*ACTIVATIONS] = "relu"
     """activation of the encoder, actor and critic"""
-    fc_layers: Sizes = (512,)
+    fc_layers: Annotated[Sizes, BY_FAMILY] = (512,)
     """sizes of the dense layers between the latent and the heads (actor and critic)"""
     use_layer_norm: Annotated[bool, LAYERS] = False
     """layer normalization in the dense layers of --fc-layers, before the activation"""

@@ -1,6 +1,6 @@
 """Defaults of flags in families of environments (`envs.registry.family`), in all scripts, with their sources.
 
-A flag's own annotation `Default` comes first. Flags that a family does not name have the default of the script.
+They are those of flags with the annotation `BY_FAMILY`. A script that declares a flag anew, without it, has its own default.
 """
 
 from typing import Any

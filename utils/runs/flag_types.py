@@ -38,13 +38,13 @@ class Needs:
 
 
 class Default:
-    """The default of a flag in these families of environments (`envs.registry.family`). It replaces what all scripts have in
-    common there (`utils.runs.family_defaults`), in other families too."""
+    """The default of a flag in these families of environments (`envs.registry.family`); overrides the field's default."""
 
     def __init__(self, **families: Any):
         self.families = families
 
 
+BY_FAMILY = "its defaults in families of environments are those that all scripts share (`utils.runs.family_defaults`)"
 MAY_CHANGE = "a resumed run may change it: results are the same up to rounding"
 
 

@@ -22,6 +22,7 @@ from envs.registry import GRIDWORLD, can_render, check_gridworld, family, ids_li
 from utils.runs.family_defaults import FAMILY_DEFAULTS
 from utils.runs.flag_types import (
     ANY,
+    BY_FAMILY,
     LARGEST,
     MAY_CHANGE,
     Count,
@@ -44,7 +45,7 @@ class UsageError(Exception):
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
 POOL = Needs("an envpool environment", lambda args: is_pooled(args.env_id))
-DRAWN = Needs("an environment that can be rendered", lambda args: can_render(args.env_id))
+DRAWN = Needs("an environment that can be rendered", lambda args: not args.capture_video or can_render(args.env_id))
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
 LAYERS = Needs("dense layers (--fc-layers)", lambda args: len(args.fc_layers) > 0)
@@ -86,7 +87,7 @@ class RunArgs:
     """ConfoundingGridworld-v0: probability of entering the lower path"""
     seed: Seed = 1
     """random seed of parameters, environments, actions and minibatches"""
-    total_timesteps: Steps = 10_000_000
+    total_timesteps: Annotated[Steps, BY_FAMILY] = 10_000_000
     """total environment steps of the run (agent steps; an Atari step is 4 frames)"""
     logdir: Annotated[str, MAY_CHANGE] = "runs"
     """parent of the run folders, which contain logs, checkpoints, the model, and run.json (flags, versions, commands)"""
@@ -243,15 +244,15 @@ def refuse_unread(args: Any, flags: tuple[str, ...], needed: str) -> None:
 
 @functools.cache
 def defaults(args_type: type, env_id: str) -> Mapping[str, Any]:
-    """Return the default of each flag in that environment: of its annotation, of its family, or of its field."""
-    fields = {field.name: field.default for field in dataclasses.fields(args_type)}
-    values = fields | {"env_id": env_id}
+    """Return the default of each flag in that environment."""
+    values = {field.name: field.default for field in dataclasses.fields(args_type)} | {"env_id": env_id}
     kind = family(env_id)
-    values |= {name: value for name, value in FAMILY_DEFAULTS.get(kind, {}).items() if name in values}
     for name, hint in get_type_hints(args_type, include_extras=True).items():
         for said in annotations_of(hint):
+            if said is BY_FAMILY:
+                values[name] = FAMILY_DEFAULTS.get(kind, {}).get(name, values[name])
             if isinstance(said, Default):
-                values[name] = said.families.get(kind, fields[name])
+                values[name] = said.families.get(kind, values[name])
     return MappingProxyType(values)
 
 

@@ -25,7 +25,7 @@ import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import make_machado_pool
 from envs.confounding_gridworld import ConfoundingGridworld
 from envs.minatar import COLORS, MinAtar
-from envs.protocol import EpisodeStats, Timestep
+from envs.protocol import Env, EpisodeStats, Timestep
 from envs.registry import make_pool
 from tests.commands import run
 from utils.evaluation import video
@@ -44,11 +44,11 @@ class Turns(NamedTuple):
     episode: EpisodeStats
 
 
-class Uneven:
+class Uneven(Env):
     """Games of environment i take 1 step and 40 (1 + i) in turn; a step pays what the action says; the 20th of a game is a lost
     life."""
 
-    num_actions, saveable, stacks_frames, reward_range = 3, True, False, (0.0, 2.0)
+    num_actions, reward_range = 3, (0.0, 2.0)
     obs_spec = jax.ShapeDtypeStruct((1,), jnp.float32)
 
     def __init__(self, num_envs):
