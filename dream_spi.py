@@ -67,6 +67,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
     lipschitz_nets: Annotated[bool, CONTINUOUS] = False
     lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.0
+    decoupled_repr: bool = False
     value_aware_coef: NotNegative = 1.0
     """weight of the value-aware loss (Farahmand et al., 2017): half the squared difference between the critic's values of the
     predicted and the real next latent, except at terminations. Only the transition network learns from it"""

@@ -49,7 +49,7 @@ class NetworkArgs:
     """layer normalization in the dense layers of --fc-layers, before the activation"""
     decoupled_layers: Annotated[bool, LAYERS, Needs("a shared encoder, without --decoupled-repr", decoupled_repr=False)] = False
     """separate dense layers for actor and critic, with a shared encoder"""
-    decoupled_repr: bool = False
+    decoupled_repr: Annotated[bool, BY_FAMILY] = False
     """separate encoder and dense layers for the critic: actor and critic share nothing"""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """data type in which encoder, actor and critic multiply, except their output layers; all else is float32"""

@@ -18,9 +18,10 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     # rl-starter-files, the training code that MiniGrid's documentation names (minibatches of 256 transitions)
     "minigrid": {"num_envs": 16, "num_steps": 128, "num_minibatches": 8, "minibatch_by": "transition", "learning_rate": 1e-3}
     | {"clip_coef": 0.2, "total_timesteps": 1_000_000},
-    # LunarLander: PPO in RL Baselines3 Zoo (minibatches of 64 transitions)
+    # LunarLander: PPO in RL Baselines3 Zoo (minibatches of 64 transitions, separate networks for actor and critic)
     "box2d": {"num_envs": 16, "num_steps": 1024, "num_minibatches": 256, "minibatch_by": "transition", "learning_rate": 3e-4}
-    | {"gamma": 0.999, "gae_lambda": 0.98, "clip_coef": 0.2, "fc_layers": (64,), "total_timesteps": 1_000_000},
+    | {"gamma": 0.999, "gae_lambda": 0.98, "clip_coef": 0.2, "fc_layers": (64,), "decoupled_repr": True}
+    | {"total_timesteps": 1_000_000},
     # PPO in HighwayEnv's script for Stable Baselines3 (minibatches of 64 transitions), with more environments
     "highway": {"num_envs": 16, "num_steps": 64, "num_minibatches": 16, "minibatch_by": "transition", "learning_rate": 5e-4}
     | {"update_epochs": 10, "gamma": 0.8, "clip_coef": 0.2, "fc_layers": (256,), "total_timesteps": 200_000},
