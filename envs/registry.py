@@ -118,8 +118,10 @@ def observes_images(env_id: str, options: tuple[str, ...] = ()) -> bool:
     return spec.obs_parts is None and is_image(spec.obs_spec.shape) or any(p.kind == "pixels" for p in spec.obs_parts or ())
 
 
-def can_render(env_id: str) -> bool:
-    """Return True if videos can be made of an environment; for one of your own, `render` decides later."""
+def can_render(env_id: str, options: tuple[str, ...] = ()) -> bool:
+    """Return True if videos can be made of an environment."""
+    if own.is_path(env_id):
+        return hasattr(own.make(env_id, 1, 0, options), "render")
     return not is_pooled(env_id) or can_be_drawn(env_id)
 
 

@@ -32,7 +32,7 @@ import tyro  # noqa: E402
 import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
-from envs.registry import family, make_env  # noqa: E402
+from envs.registry import is_pooled, make_env  # noqa: E402
 from experiments.study.records import COLUMNS, table_rows  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
@@ -179,7 +179,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
         for value in values:
             for seed in args.seeds:
                 check_flags(replace(flags, seed=seed, **value))
-        in_jax = family(env_id) in ("minatar", "gridworld")
+        in_jax = not is_pooled(env_id) and make_env(replace(flags, num_envs=1)).saveable
         require(in_jax, f"--env-ids {env_id}: is not written in JAX; start the script once for each seed instead")
         planned[env_id] = flags, [{"seed": seed} | value for value in values for seed in args.seeds]
     return planned

@@ -22,6 +22,7 @@ from networks.products import transposed
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 SAMPLES = 16  # samples per matrix product at most, in the kernel gradient on a CPU
+FEW = 4  # input channels, as of color images, for which products of the kernel gradient are too narrow on a CPU
 BORDER = 1.5  # small map: pixels > BORDER x output pixels; selects the gradient used on a CPU
 
 
@@ -196,7 +197,8 @@ def _backward(residuals, g):
         x_gradient = _input_gradient_by_products(g, kernel)
     else:
         x_gradient = _full_conv(g, kernel[::-1, ::-1].transpose(0, 1, 3, 2))
-    return x_gradient, _kernel_gradient_by_conv(x, g) if small else _kernel_gradient(x, g, kernel.shape)
+    by_conv = small or (not in_bfloat16 and kernel.shape[2] <= FEW)
+    return x_gradient, _kernel_gradient_by_conv(x, g) if by_conv else _kernel_gradient(x, g, kernel.shape)
 
 
 def _conv_by_products(x: Float[Array, "N H W C"], kernel: Float[Array, "kh kw C O"]) -> Float[Array, "N h w O"]:

@@ -182,6 +182,12 @@ def test_an_import_path_makes_an_environment_with_options(tmp_path):
     assert file_name(env_id) == "mine-Corridor" and observes_images(env_id)
 
 
+def test_a_video_needs_a_method_that_draws(tmp_path):
+    env_id = f"{write(tmp_path, HEAD + FILE)}:Corridor"
+    with pytest.raises(UsageError, match="--capture-video: is used only with an environment that can be rendered"):
+        check_flags(make_args(deep_spi.Args, env_id=env_id, capture_video=True))
+
+
 def test_a_module_on_the_path_works_too(tmp_path, monkeypatch):
     write(tmp_path, HEAD + FILE, "a_module_of_mine.py")
     monkeypatch.syspath_prepend(tmp_path)

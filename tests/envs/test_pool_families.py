@@ -1,5 +1,6 @@
 """Each family of envpool's environments behind the protocol: observations, ends, and rewards, held against Python stepping."""
 
+import dataclasses
 import warnings
 from functools import cache
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 import deep_spi
+import dream_spi
 from envs.observations import pack, unpack
 from envs.options import EnvError
 from envs.pool import module_of, pool_ids, pool_options, pool_rewards, pool_spec
-from envs.registry import ids_like, make_env, make_pool, refusal
+from envs.registry import env_ids, family, ids_like, make_env, make_pool, refusal
+from utils.runs.family_defaults import FAMILY_DEFAULTS
 from utils.runs.flags import RunArgs, UsageError, check_flags, make_args
 
 # one id of each family, and the steps in which random play ends some episodes
@@ -136,6 +139,7 @@ def test_packing_is_undone():
         np.testing.assert_array_equal(back, arrays[part.name])
 
 
+@pytest.mark.slow
 def test_ids_count():
     """The families of the table in docs/environments.md can all be trained on, except for the ids that say why not."""
     counts = {"procgen": 50, "minigrid": 178, "craftax": 16, "gfootball": 18, "toy_text": 12, "box2d": 2, "classic_control": 6}
@@ -181,6 +185,38 @@ def test_what_cannot_be_trained_on_says_why(env_id, said):
 )
 def test_wrong_options(env_id, options, said):
     assert said in refusal(env_id, options)
+
+
+def test_only_images_have_a_choice_of_encoders():
+    for env_id, images in (
+        ("CartPole-v1", False),
+        ("MiniGrid-DoorKey-5x5-v0", False),
+        ("Craftax-Pixels-v1", True),
+        ("Pong-v5", True),
+    ):
+        args = make_args(deep_spi.Args, env_id=env_id, encoder="impala")
+        if images:
+            check_flags(args)
+        else:
+            with pytest.raises(UsageError, match="--encoder impala: is used only with image observations"):
+                check_flags(args)
+    assert make_args(deep_spi.Args, env_id="CoinrunEasy-v0").encoder == "impala"
+
+
+def test_defaults_are_those_of_the_family():
+    """By each way of giving them: the family's, a script's own for a family, and a script's own for all."""
+    names = ("num_envs", "num_steps", "gamma", "clip_coef")
+    shapes = {
+        env_id: tuple(getattr(make_args(deep_spi.Args, env_id=env_id), n) for n in names)
+        for env_id in ("Pong-v5", "MazeEasy-v0")
+    }
+    assert shapes == {"Pong-v5": (128, 8, 0.99, 0.1), "MazeEasy-v0": (64, 256, 0.999, 0.2)}
+    lander = make_args(deep_spi.Args, env_id="LunarLander-v3")
+    assert lander.decoupled_repr and not make_args(dream_spi.Args, env_id="LunarLander-v3").decoupled_repr
+    assert [make_args(dream_spi.Args, env_id=e).num_minibatches for e in ("Breakout-MinAtar", "MazeEasy-v0")] == [32, 8]
+    assert set(FAMILY_DEFAULTS) <= {family(env_id) for env_id in env_ids()} | {"own"}
+    for family_flags in FAMILY_DEFAULTS.values():
+        assert family_flags.keys() <= {field.name for field in dataclasses.fields(deep_spi.Args)}
 
 
 def test_options_reach_the_environment():

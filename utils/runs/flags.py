@@ -45,7 +45,9 @@ class UsageError(Exception):
 
 ATARI = Needs("an Atari game", lambda args: family(args.env_id) == "atari")
 POOL = Needs("an envpool environment", lambda args: is_pooled(args.env_id))
-DRAWN = Needs("an environment that can be rendered", lambda args: not args.capture_video or can_render(args.env_id))
+DRAWN = Needs(
+    "an environment that can be rendered", lambda args: not args.capture_video or can_render(args.env_id, args.env_option)
+)
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
 LAYERS = Needs("dense layers (--fc-layers)", lambda args: len(args.fc_layers) > 0)
