@@ -74,6 +74,10 @@ class PoolSpec(NamedTuple):
     resets_within: bool  # the step that ends an episode returns the first observation of the next one
 
 
+class Unsupported(Exception):
+    """Scripts cannot train on this environment. The message says why."""
+
+
 @functools.cache
 def pool_spec(env_id: str, typed: tuple[str, ...] = ()) -> PoolSpec:
     """Read the specification of an environment with these options (`pool_options`).
@@ -81,17 +85,24 @@ def pool_spec(env_id: str, typed: tuple[str, ...] = ()) -> PoolSpec:
     Raises:
         EnvError: scripts cannot train on it. The message says why.
     """
-    spec, module = _make_spec(env_id, **pool_options(env_id, typed)), module_of(env_id)
+    try:
+        return _pool_spec(module_of(env_id), _make_spec(env_id, **pool_options(env_id, typed)))
+    except Unsupported as error:
+        options = f" --env-option {' '.join(typed)}" if typed else ""
+        raise EnvError(f"--env-id {env_id}{options}: {error}") from None
+
+
+def _pool_spec(module: str | None, spec: Any) -> PoolSpec:
     action = spec.action_array_spec.get("action")
     if action is None:
-        raise EnvError("has several agents, but scripts train one")
+        raise Unsupported("has several agents, but scripts train one")
     if not np.issubdtype(action.dtype, np.integer):
-        raise EnvError("has continuous actions, but scripts need one discrete action")
+        raise Unsupported("has continuous actions, but scripts need one discrete action")
     if tuple(action.shape) not in ((), (-1,)):
-        raise EnvError("takes several actions in each step, but scripts need one discrete action")
+        raise Unsupported("takes several actions in each step, but scripts need one discrete action")
     arrays = {name: x for name, x in spec.state_array_spec.items() if name == "obs" or name.startswith("obs:")}
     if any(len(x.shape) > 1 and x.shape[0] == -1 for x in arrays.values()):
-        raise EnvError("has several players, but scripts train one agent")
+        raise Unsupported("has several players, but scripts train one agent")
     parts = []
     for name, x in arrays.items():
         short, shape = name.removeprefix("obs:"), [n for n in x.shape if n != -1]
@@ -101,9 +112,9 @@ def pool_spec(env_id: str, typed: tuple[str, ...] = ()) -> PoolSpec:
         try:
             parts.append(part_of(short, shape, x.dtype, x.minimum, x.maximum, SYMBOLS.get((module, short))))
         except Unreadable as error:
-            raise EnvError(f"has an observation that no encoder reads: {error}") from None
+            raise Unsupported(f"has an observation that no encoder reads: {error}") from None
     obs = arrays.get("obs")
-    if obs is not None and parts[0].kind != "symbols":
+    if obs is not None and parts[0].kind in ("pixels", "numbers"):
         parts, obs_spec = None, jax.ShapeDtypeStruct(tuple(obs.shape), obs.dtype)
     else:
         size = sum(int(np.prod(part.shape)) for part in parts)
@@ -119,7 +130,7 @@ def _make_spec(env_id: str, **options: Any) -> Any:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about the precision of bounds
             return envpool.make_spec(env_id, **options)
     except (RuntimeError, ValueError, TypeError, ImportError) as error:  # a file or package is missing, or an option is wrong
-        raise EnvError(f"envpool cannot make it: {' '.join(str(error).split())}") from None
+        raise Unsupported(f"envpool cannot make it: {' '.join(str(error).split())}") from None
 
 
 def pool_rewards(env_id: str) -> tuple[float, float]:

@@ -87,10 +87,7 @@ def refusal(env_id: str, options: tuple[str, ...] = ()) -> str | None:
             flags = " (see the flags that begin with --gridworld)" if kind == "gridworld" else ""
             return f"--env-option {options[0]}: {env_id} has no options{flags}; leave it out" if options else None
         else:
-            try:
-                pool_spec(env_id)
-            except EnvError as error:
-                return f"--env-id {env_id}: {error}"
+            pool_spec(env_id)  # first without options: what they cannot mend is not their mistake
             pool_spec(env_id, options)
     except EnvError as error:
         return str(error)
