@@ -31,6 +31,17 @@ def is_path(env_id: str) -> bool:
     return re.fullmatch(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_]\w*", env_id) is not None
 
 
+def absolute(env_id: str) -> str:
+    """Return the id with the full path of its file, for processes in another folder; other ids unchanged."""
+    place, _, name = env_id.rpartition(":")
+    return f"{Path(place).expanduser().resolve()}:{name}" if is_path(env_id) and place.endswith(".py") else env_id
+
+
+def short(env_id: str) -> str:
+    """Return the id without the folder of its file, for tables and figures; other ids unchanged."""
+    return Path(env_id).name if is_path(env_id) else env_id
+
+
 def load(env_id: str, options: tuple[str, ...] = ()) -> tuple[Callable, dict[str, Any]]:
     """Return the class or function that an import path names, and the values of the options.
 

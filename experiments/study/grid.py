@@ -24,6 +24,7 @@ except ImportError:  # Windows
 from envs.atari_scores import ale57, ale61
 from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.minatar import GAMES as MINATAR
+from envs.own import absolute, short
 from envs.registry import family, file_name
 from utils.runs import folder
 from utils.runs.checkpoints import write_json
@@ -163,7 +164,7 @@ def plan(
                 if kind not in parsed:  # the environments of a family share their defaults
                     parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
                 name = f"{file_name(env_id)}__{script}__{seed}"
-                of_run = {"env_id": env_id, "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
+                of_run = {"env_id": absolute(env_id), "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
                 args = dataclasses.replace(parsed[kind], **of_run)
                 check_flags(args)
                 record = folder.read_record(logdir / name)
@@ -174,7 +175,7 @@ def plan(
                 given = [f"--{flag.replace('_', '-')}={value}" for flag, value in of_run.items()]
                 one = "WANDB_RUN_ID: would make all runs of the study one W&B run; unset it, or leave out --track"
                 require(not args.track or "WANDB_RUN_ID" not in os.environ, one)
-                runs.append(PlannedRun(name, script, env_id, seed, steps, [sys.executable, str(path), *given, *more]))
+                runs.append(PlannedRun(name, script, short(env_id), seed, steps, [sys.executable, str(path), *given, *more]))
     return runs
 
 

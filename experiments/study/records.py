@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from envs.own import short
 from envs.registry import family
 from experiments.study.grid import LOGS, RUNNERS, SHORT, args_of, read_plan
 from experiments.study.grid import RECORD as STUDY
@@ -114,7 +115,7 @@ def split_flags(flags: str) -> list[str]:
 
 
 def _unread(source: str, script: str, flags: dict[str, Any]) -> Unread:
-    return Unread(source, SHORT.get(script, script), flags["env_id"], typed_flags(script, flags), int(flags["seed"]))
+    return Unread(source, SHORT.get(script, script), short(flags["env_id"]), typed_flags(script, flags), int(flags["seed"]))
 
 
 def _record(source: str, script: str, flags: dict[str, Any], rows: list[tuple], sitting: Any = None) -> RunRecord:
