@@ -110,6 +110,7 @@ IMAGE_ENCODERS = ("nature", "impala")
 
 class Encoder(nn.Module):
     """phi: observation -> latent. What an observation is selects the layers:
+
     - images of at least 32 pixels along each axis, bytes or floats, channels first or last: the convolutions of the Nature DQN
       (Mnih et al., 2015), or `Impala`;
     - smaller maps, channels last: one convolution and a dense layer, as is usual on MinAtar (Young & Tian, 2019);
