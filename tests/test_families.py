@@ -28,7 +28,7 @@ FAMILIES = [
     "Maze-v0",
     "Snake-v1",
 ]
-DEFAULT = [(deep_spi, "MiniGrid-DoorKey-5x5-v0"), (dream_spi, "Craftax-Classic-Symbolic-AutoReset-v1")]
+DEFAULT = [(deep_spi, "MiniGrid-DoorKey-5x5-v0")]
 
 
 def cases():

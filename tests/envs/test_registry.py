@@ -40,6 +40,6 @@ def test_what_a_wrong_id_may_mean(env_id, expected):
 
 
 def test_every_game_is_among_those_like_it():
-    games = [*GAMES, GRIDWORLD, *atari_ids()]
-    assert set(games) <= set(env_ids())
+    games = [*GAMES, GRIDWORLD, *atari_ids()[::12]]
+    assert {*games, *atari_ids()} <= set(env_ids())
     assert [ids_like(env_id)[0] for env_id in games] == games

@@ -177,11 +177,14 @@ def test_grid_layer_equals_lax_conv(n, size, k, c, o):
 
 
 def test_is_what_runs_here():
-    """On a CPU the gradient is the one written with matrix products, of small maps with a plain convolution, in bfloat16 all is
-    products, and only there."""
-    kernel, cpu = jnp.ones((3, 3, 4, 4)), jax.default_backend() == "cpu"
+    """On a CPU the gradient is the one written with matrix products, of small maps or few channels a plain convolution, in
+    bfloat16 all is products, and only there."""
+    cpu = jax.default_backend() == "cpu"
+    few = jax.jit(jax.grad(lambda k: conv2d(jnp.ones((2, 15, 15, 4)), k).sum())).lower(jnp.ones((3, 3, 4, 8))).as_text()
+    assert "dot_general" not in few and ("[f, 0, 1, b]" in few) != cpu
+    kernel = jnp.ones((3, 3, 8, 8))
     for size, small in ((15, False), (9, True)):
-        x = jnp.ones((2, size, size, 4))
+        x = jnp.ones((2, size, size, 8))
         hlo = jax.jit(jax.value_and_grad(lambda k, x=x: conv2d(x, k).sum())).lower(kernel).as_text()
         assert ("dot_general" in hlo) == (cpu and not small) and "convolution" in hlo
         assert ("[f, 0, 1, b]" in hlo) != cpu
