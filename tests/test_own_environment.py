@@ -47,6 +47,7 @@ def test_the_page_s_run_is_trained_filmed_and_loaded(folder, monkeypatch):
     assert [path.suffix for path in (folder / "runs/goal/videos").iterdir()] in ([".gif"], [".mp4"])
 
 
+@pytest.mark.slow
 def test_it_resumes_and_is_evaluated(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     flags = ["--env-id", "my_envs.py:GoToGoal", "--env-option", "size=6", "--run-name", "goal", *TINY[:-1]]

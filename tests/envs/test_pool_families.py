@@ -40,6 +40,15 @@ FAMILIES = {
 }
 WITHIN = {"Craftax-Classic-Symbolic-AutoReset-v1"}  # reset within the step that ends an episode
 ENVS = 3
+# one of each kind of observation and of end in the default run
+QUICK = {"MountainCar-v0", "FrozenLake-v1", "MiniGrid-Empty-5x5-v0", "BigfishEasy-v0", "Highway-v0", *WITHIN}
+
+
+def families(without=()):
+    """The ids, those that are not needed in the default run marked as slow."""
+    return [
+        pytest.param(env_id, marks=() if env_id in QUICK else pytest.mark.slow) for env_id in FAMILIES if env_id not in without
+    ]
 
 
 @cache
@@ -58,7 +67,7 @@ def played(env_id):
     return pool, first, theirs, jax.device_get(obs), jax.device_get(ours)
 
 
-@pytest.mark.parametrize("env_id", FAMILIES)
+@pytest.mark.parametrize("env_id", families())
 def test_steps_equal_python_stepping(env_id):
     """What each step returns, and what ends: the terminal observation, then a reset step whose action is ignored, or, where a
     family resets within the step, no reset step and a marked end."""
@@ -85,7 +94,7 @@ def test_steps_equal_python_stepping(env_id):
         assert not ours.unseen_end.any() and not ours.reward[after].any() and not done[after].any()
 
 
-@pytest.mark.parametrize("env_id", FAMILIES)
+@pytest.mark.parametrize("env_id", families())
 def test_returns_and_lengths_are_those_of_whole_episodes(env_id):
     pool, _, theirs, _, ours = played(env_id)
     total, length = np.zeros(ENVS), np.zeros(ENVS, int)
@@ -99,7 +108,7 @@ def test_returns_and_lengths_are_those_of_whole_episodes(env_id):
         total, length = np.where(done, 0, total), np.where(done, 0, length)
 
 
-@pytest.mark.parametrize("env_id", [env_id for env_id in FAMILIES if env_id not in WITHIN | {"Blackjack-v1"}])
+@pytest.mark.parametrize("env_id", families(without=WITHIN | {"Blackjack-v1"}))
 def test_terminal_observations_belong_to_the_episode_that_ends(env_id):
     """They are not the first observation of the next episode, and nearer to the observation before the end, on average.
     (Football's players are single pixels: however far they move, two pixels change.)"""
@@ -111,7 +120,7 @@ def test_terminal_observations_belong_to_the_episode_that_ends(env_id):
     assert env_id.startswith("gfootball") or np.mean(before) < np.mean(next_one)
 
 
-@pytest.mark.parametrize("env_id", FAMILIES)
+@pytest.mark.parametrize("env_id", families())
 def test_rewards_stay_in_their_range(env_id):
     low, high = pool_rewards(env_id)
     rewards = played(env_id)[4].reward

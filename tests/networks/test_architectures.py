@@ -88,6 +88,7 @@ class PlainImpala(nn.Module):
         return nn.relu(x)
 
 
+@pytest.mark.slow
 def test_impala_equals_flax_layers_with_its_gradients():
     frames = jax.random.randint(jax.random.key(0), (2, 3, 40, 36), 0, 256).astype(jnp.uint8)
     pixels = frames.transpose(0, 2, 3, 1) / 255.0
