@@ -80,12 +80,20 @@ def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
     """Return the environments to play in.
 
     Raises:
-        UsageError: the protocol does not fit the run's game or actions.
+        UsageError: the protocol does not fit the run's game or actions, or --env-option is wrong or changes observations.
     """
     env_id = run.args.env_id
+    typed = f"--env-option {' '.join(args.env_option)}"
     if args.protocol == "train":
-        return make_env(replace(with_options(args, run), num_envs=num_envs, seed=seed))
-    require(not args.env_option, f"--env-option {args.env_option[0] if args.env_option else ''}: needs --protocol train")
+        named = {word.partition("=")[0] for word in args.env_option}
+        options = *(word for word in run.args.env_option if word.partition("=")[0] not in named), *args.env_option
+        said = refusal(env_id, options)
+        require(said is None, said or "")
+        env = make_env(replace(run.args, num_envs=num_envs, seed=seed, env_option=options))
+        now, before = ((e.obs_spec.shape, e.obs_spec.dtype, e.num_actions) for e in (env, run.env))
+        require(now == before, f"{typed}: changes what {args.run} observes, or its actions")
+        return env
+    require(not args.env_option, f"{typed}: needs --protocol train")
     require(family(env_id) == "atari", f"--protocol machado: {args.run} was trained on {env_id}, not Atari; leave it out")
     env = make_machado_pool(env_id, num_envs, seed, run.args.env_step)
     if env.num_actions != run.env.num_actions:
@@ -94,24 +102,6 @@ def make_envs(args: Args, run: LoadedRun, num_envs: int, seed: int) -> Env:
             f"{run.env.num_actions} of {env_id}; train it with --full-action-space, or leave out --protocol"
         )
     return env
-
-
-def with_options(args: Args, run: LoadedRun) -> Any:
-    """Return the run's flags with the options of --env-option in place of its own.
-
-    Raises:
-        UsageError: the environment has no such option, or the option changes observations or actions.
-    """
-    if not args.env_option:
-        return run.args
-    options = dict(word.partition("=")[::2] for word in (*run.args.env_option, *args.env_option))
-    flags = replace(run.args, env_option=tuple(f"{name}={value}" for name, value in options.items()))
-    said = refusal(flags.env_id, args.env_option) or refusal(flags.env_id, flags.env_option)
-    require(said is None, said or "")
-    env = make_env(replace(flags, num_envs=1))
-    now, before = ((e.obs_spec.shape, e.obs_spec.dtype, e.num_actions) for e in (env, run.env))
-    require(now == before, f"--env-option {' '.join(args.env_option)}: changes what {args.run} observes, or its actions")
-    return flags
 
 
 def describe(games: list[Game], run: LoadedRun, protocol: str) -> list[str]:

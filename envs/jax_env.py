@@ -34,7 +34,6 @@ class JaxEnv(Env):
     """
 
     time_limit: int | None = None  # steps after which an episode is truncated
-    resets_within = False  # `step_one` starts the next episode itself, so the terminal observation is unknown
 
     def __init__(self, num_envs: int, seed: int):
         self.num_envs, self.seed = num_envs, own_seed(seed)
@@ -95,7 +94,16 @@ class JaxEnv(Env):
         return JaxState(game, steps, done, key, episode), after
 
 
-class Gymnax(JaxEnv):
+class Adapted(JaxEnv):
+    """Games of another library. The state of a game is the library's, with the observation that the library returned."""
+
+    def observe_one(self, game: tuple[Any, Any]) -> Num[Array, "*obs"]:
+        """Return the observation. Booleans become bytes, 0 or 255 in images, else 0 or 1."""
+        obs = jnp.asarray(game[1])
+        return obs.astype(jnp.uint8) * (255 if is_image(obs.shape) else 1) if obs.dtype == jnp.bool_ else obs
+
+
+class Gymnax(Adapted):
     """A game with gymnax's interface (Lange, 2022): `reset(key, params)` and `step(key, state, action, params)`.
 
         def breakout(num_envs, seed):
@@ -124,10 +132,6 @@ class Gymnax(JaxEnv):
         obs, state = self._reset_game(key, self.params)
         return state, obs
 
-    def observe_one(self, game: Any) -> Num[Array, "*obs"]:
-        """Return the observation; see `_in_numbers`."""
-        return _in_numbers(game[1])
-
     def step_one(self, key: jax.Array, game: Any, action: Int[Array, ""]) -> tuple[Any, Array, Array, Array]:
         """See `JaxEnv.step_one`."""
         obs, state, reward, done, _ = self._step_game(key, game[0], action, self.params)
@@ -139,7 +143,7 @@ class Gymnax(JaxEnv):
         return (state, obs), reward, done & ~truncated, truncated
 
 
-class Octax(JaxEnv):
+class Octax(Adapted):
     """A game with octax's interface (CHIP-8 games): `reset(key)` returns (state, obs, info), and `step(state, action)` returns
     (state, obs, reward, terminated, truncated, info).
 
@@ -159,17 +163,7 @@ class Octax(JaxEnv):
         """Return the game's state and its observation."""
         return self.game.reset(key)[:2]
 
-    def observe_one(self, game: Any) -> Num[Array, "*obs"]:
-        """Return the observation; see `_in_numbers`."""
-        return _in_numbers(game[1])
-
     def step_one(self, key: jax.Array, game: Any, action: Int[Array, ""]) -> tuple[Any, Array, Array, Array]:
         """See `JaxEnv.step_one`. The key is not used: the game's state has its own."""
         state, obs, reward, terminated, truncated, _ = self.game.step(game[0], action)
         return (state, obs), *(jnp.asarray(x) for x in (reward, terminated, truncated))
-
-
-def _in_numbers(obs: Any) -> Num[Array, "*obs"]:
-    """Return an observation of booleans as bytes, 0 or 255 in images, and others unchanged."""
-    obs = jnp.asarray(obs)
-    return obs.astype(jnp.uint8) * (255 if is_image(obs.shape) else 1) if obs.dtype == jnp.bool_ else obs

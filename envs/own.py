@@ -23,8 +23,6 @@ import jax.numpy as jnp
 from envs.options import EnvError, read_options
 from envs.protocol import Env, Timestep
 
-_files: dict[Path, None] = {}  # imported so far
-
 
 def is_path(env_id: str) -> bool:
     """Return True if the id is an import path: a .py file or a module, a colon, and a name."""
@@ -50,8 +48,6 @@ def load(env_id: str, options: tuple[str, ...] = ()) -> tuple[Callable, dict[str
     """
     place, _, name = env_id.rpartition(":")
     module = _import(env_id, place)
-    if getattr(module, "__file__", None):
-        _files[Path(module.__file__)] = None
     if not callable(getattr(module, name, None)):
         own = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", "") == module.__name__]
         has = f"it has {', '.join(own)}" if own else "it defines no class or function"
@@ -117,9 +113,14 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def own_files() -> list[Path]:
-    """Return the files that import paths have named in this process."""
-    return list(_files)
+def source(env_id: str) -> Path | None:
+    """Return the file of an import path; None for other ids, and for a module without a file.
+
+    Raises:
+        EnvError: it cannot be imported.
+    """
+    file = getattr(_import(env_id, env_id.rpartition(":")[0]), "__file__", None) if is_path(env_id) else None
+    return Path(file) if file else None
 
 
 def make(env_id: str, num_envs: int, seed: int, options: tuple[str, ...] = ()) -> Env:

@@ -100,12 +100,12 @@ def _pool_spec(module: str | None, spec: Any) -> PoolSpec:
         raise Unsupported("has continuous actions, but scripts need one discrete action")
     if tuple(action.shape) not in ((), (-1,)):
         raise Unsupported("takes several actions in each step, but scripts need one discrete action")
-    arrays = {name: x for name, x in spec.state_array_spec.items() if name == "obs" or name.startswith("obs:")}
+    arrays = _observed(spec)
     if any(len(x.shape) > 1 and x.shape[0] == -1 for x in arrays.values()):
         raise Unsupported("has several players, but scripts train one agent")
     parts = []
-    for name, x in arrays.items():
-        short, shape = name.removeprefix("obs:"), [n for n in x.shape if n != -1]
+    for short, x in arrays.items():
+        shape = [n for n in x.shape if n != -1]
         if (module, short) in TEXTS:
             parts.append(Part(short, tuple(shape), "text"))
             continue
@@ -121,6 +121,12 @@ def _pool_spec(module: str | None, spec: Any) -> PoolSpec:
         parts, obs_spec = tuple(parts), jax.ShapeDtypeStruct((size,), packed_dtype(parts))
     resets_within = bool(getattr(spec.config, "auto_reset", False))
     return PoolSpec(int(action.maximum) + 1, obs_spec, parts, resets_within)
+
+
+def _observed(spec: Any) -> dict[str, Any]:
+    """Return the specification of each array of an observation, by name; the only one is called "obs"."""
+    arrays = spec.state_array_spec.items()
+    return {name.removeprefix("obs:"): x for name, x in arrays if name == "obs" or name.startswith("obs:")}
 
 
 def _make_spec(env_id: str, **options: Any) -> Any:
@@ -228,8 +234,7 @@ class Pool(Env):
         # from the array specs, because a Gymnasium space would warn about its bounds
         self.num_actions = int(self.pool.spec.action_array_spec["action"].maximum) + 1
         _, self.obs_spec, self.obs_parts, self.resets_within = pool_spec(env_id, typed)
-        arrays = self.pool.spec.state_array_spec.items()
-        self._arrays = nested({name.removeprefix("obs:"): x for name, x in arrays if name == "obs" or name.startswith("obs:")})
+        self._arrays = nested(_observed(self.pool.spec))
         # the info fields that `receive` uses; only Atari has them
         told = {"reward": np.float32, "terminated": np.int32, "lives": np.int32}
         told = told if "info:terminated" in self.pool.spec.state_array_spec else {}

@@ -88,6 +88,7 @@ class Env:
     obs_parts: tuple[Part, ...] | None = None  # what its numbers are, if shape and dtype do not say it (`envs.observations`)
     reward_range: tuple[float, float] = (-np.inf, np.inf)  # of the rewards used for training; infinite if unknown
     saveable: bool = True  # the state is complete, so a checkpoint can store it and a resumed run is bit-exact
+    resets_within: bool = False  # the step that ends an episode starts the next one: terminal observations are unknown
     stacks_frames: bool = False  # observations are stacked frames; `envs.frames` stores only the newest one
 
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:

@@ -3,7 +3,6 @@
 import difflib
 import re
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -67,9 +66,7 @@ def family(env_id: str) -> str | None:
 
 def file_name(env_id: str) -> str:
     """Return the id as part of a file name: without the folder of a path, slashes and colons."""
-    place, colon, name = env_id.rpartition(":")
-    place = Path(place).name.removesuffix(".py") if colon else ""
-    return re.sub(r"[^\w.+-]+", "-", f"{place}{colon}{name}")
+    return re.sub(r"[^\w.+-]+", "-", own.short(env_id).replace(".py:", ":"))
 
 
 def is_pooled(env_id: str) -> bool:
@@ -87,7 +84,7 @@ def refusal(env_id: str, options: tuple[str, ...] = ()) -> str | None:
             flags = " (see the flags that begin with --gridworld)" if kind == "gridworld" else ""
             return f"--env-option {options[0]}: {env_id} has no options{flags}; leave it out" if options else None
         else:
-            pool_spec(env_id)  # first without options: what they cannot mend is not their mistake
+            pool_spec(env_id, ())  # first without options: what they cannot mend is not their mistake
             pool_spec(env_id, options)
     except EnvError as error:
         return str(error)

@@ -85,7 +85,16 @@ class Halves(Env):
 
     def __init__(self, first: Pool, second: Pool):
         self.first, self.second, self.num_envs = first, second, 2 * first.num_envs
-        for name in ("num_actions", "obs_spec", "obs_parts", "stacks_frames", "reward_range", "saveable", "exact_metrics"):
+        for name in (
+            "num_actions",
+            "obs_spec",
+            "obs_parts",
+            "resets_within",
+            "stacks_frames",
+            "reward_range",
+            "saveable",
+            "exact_metrics",
+        ):
             setattr(self, name, getattr(first, name))
 
     def reset(self) -> tuple[HalvesState, Num[Array, "B *obs"]]:

@@ -1,7 +1,5 @@
 """Every script on every family of environments: three updates with finite losses."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import deep_spi
 import dream_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.registry import make_env
+from tests.probes import make_iteration
 from utils.runs.flags import check_flags, make_args
 
 FAMILIES = [
@@ -46,13 +45,11 @@ def test_three_updates_have_finite_losses(script, env_id):
     check_flags(args)
     env = make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
-    act = jax.jit(partial(script.rollout, env=env, agent=agent, args=args))
-    optimizers = {"optimizers" if script is dream_spi else "optimizer": optimizer}
-    learn = jax.jit(partial(script.learn, env=env, agent=agent, args=args, **optimizers))
+    iteration = make_iteration(script, env, agent, optimizer, args)
     state = script.init_state(args, env, agent, optimizer)
     start = jax.device_get(state.params)
     for _ in range(3):
-        state, metrics = learn(*act(state))
+        state, metrics = iteration(state)
         assert all(np.isfinite(value).all() for name, value in jax.device_get(metrics).items() if name.startswith("losses/"))
     moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, jax.device_get(state.params))), strict=True)]
     assert np.mean(moved) > 0.8 and int(state.iteration) == 3

@@ -16,6 +16,7 @@ from envs.observations import pack, unpack
 from envs.options import EnvError
 from envs.pool import module_of, pool_ids, pool_options, pool_rewards, pool_spec
 from envs.registry import env_ids, family, ids_like, make_env, make_pool, refusal
+from utils.dreams.ends import check_ends
 from utils.runs.family_defaults import FAMILY_DEFAULTS
 from utils.runs.flags import RunArgs, UsageError, check_flags, make_args
 
@@ -241,3 +242,14 @@ def test_options_reach_the_environment():
     assert (np.asarray(other[0]) != np.asarray(other[1])).any()
     with pytest.raises(EnvError):
         make_pool("CoinrunEasy-v0", 2, 1, typed=("nothing=1",))
+
+
+def test_two_halves_do_not_hide_what_they_lack():
+    """DreamSPI's end predictor must not learn from terminal observations that neither half returns."""
+    flags = {"env_id": "Craftax-Classic-Symbolic-AutoReset-v1", "num_envs": 2, "end_loss": "huber"}
+    for overlap in (False, True):
+        args = make_args(dream_spi.Args, overlap_rollout=overlap, **flags)
+        env = make_env(args)
+        assert env.resets_within
+        with pytest.raises(UsageError, match="--end-loss huber: learns from terminal observations"):
+            check_ends(env, args)

@@ -33,7 +33,7 @@ class EndArgs:
 def check_ends(env: Env, args: Any) -> None:
     """Raise UsageError if the end predictor would learn from terminal observations that the environment does not return."""
     said = "--end-loss huber: learns from terminal observations, which this environment does not return; use cross_entropy"
-    require(args.end_loss == "cross_entropy" or not getattr(env, "resets_within", False), said)
+    require(args.end_loss == "cross_entropy" or not env.resets_within, said)
 
 
 def end_logit(

@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 import jax
 
-from envs.own import own_files
+from envs import own
 from envs.registry import file_name
 from utils.runs.checkpoints import INCOMPLETE
 from utils.runs.flags import UsageError
@@ -106,13 +106,13 @@ def describe_run(args: Any, algorithm: str, name: str) -> dict[str, Any]:
     return {"name": name, "algorithm": algorithm, "script": script, "seed": args.seed, "flags": to_store(args)}
 
 
-def code_files(args_type: type) -> dict[str, Path]:
-    """Return the code of a run, by name: the script that declares `args_type`, the files of
-    your own environments, and this project's modules and lock file."""
-    script = Path(getfile(args_type))
+def code_files(args: Any) -> dict[str, Path]:
+    """Return the code of a run, by name: the script that declares the flags, the file of
+    your own environment, and this project's modules and lock file."""
+    script, own_env = Path(getfile(type(args))), own.source(args.env_id)
     paths = [*ROOT.glob("*.py"), *(path for name in CODE for path in (ROOT / name).rglob("*.py")), ROOT / "requirements.lock"]
     ours = {str(path.relative_to(ROOT)): path for path in paths if path.is_file()}
-    return {path.name: path for path in (script, *own_files())} | ours
+    return {path.name: path for path in (script, own_env) if path} | ours
 
 
 def locate(args: Any, algorithm: str) -> tuple[Path, Path | None]:

@@ -195,7 +195,7 @@ class Run:
             write_json(self.folder / folder.RECORD, self.record)
             self.wandb.send_missing(rows)
             if self.wandb.saves_code:
-                self.wandb.save_files("code", folder.code_files(type(self.args)))
+                self.wandb.save_files("code", folder.code_files(self.args))
         own = own_defaults(self.args)
         if own:
             self.said.append(f"defaults for environments like {self.args.env_id}: {', '.join(own)}")
