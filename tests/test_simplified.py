@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,11 +51,8 @@ def test_loss_gradients_and_a_gradient_step_are_those_of_the_script():
     n, keys = 16, iter(jax.random.split(jax.random.key(0), 20))
     obs = jax.random.bernoulli(next(keys), 0.2, (2 * n, 10, 10, 4)).astype(jnp.uint8)
     params = jax.jit(deep_spi.init_params, static_argnums=1)(next(keys), agent, obs)
-    leaves, tree = jax.tree.flatten(params)
-    noisy = [
-        x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, jax.random.split(next(keys), len(leaves)), strict=True)
-    ]
-    params = jax.tree.unflatten(tree, noisy)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    params = jax.jit(unravel)(flat + 0.1 * jax.random.normal(next(keys), flat.shape))
     action = jax.random.randint(next(keys), (n,), 0, NUM_ACTIONS)
     log_probs = jax.nn.log_softmax(jax.random.normal(next(keys), (n, NUM_ACTIONS)))
     value, advantage, reward = (jax.random.normal(k, (n,)) for k in (next(keys), next(keys), next(keys)))
@@ -74,12 +72,12 @@ def test_loss_gradients_and_a_gradient_step_are_those_of_the_script():
     jax.tree.map(close, found_grads, simplify(grads))
 
     optimizer = deep_spi.make_optimizer(args)
-    updates, _ = optimizer.update(grads, optimizer.init(params))
-    expected = optax.apply_updates(params, jax.tree.map(lambda u: -args.learning_rate * u, updates))
+    updates, _ = jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params))
+    expected = jax.tree.map(lambda p, u: np.asarray(p) - args.learning_rate * np.asarray(u), params, updates)
     optimizer = simplified.make_optimizer(config)
     # the same gradients: Adam divides by their size, and would turn rounding errors of tiny ones into large differences
-    updates, _ = optimizer.update(simplify(grads), optimizer.init(simplify(params)))
-    jax.tree.map(partial(assert_allclose, atol=1e-6), optax.apply_updates(simplify(params), updates), simplify(expected))
+    step = jax.jit(lambda p, g: optax.apply_updates(p, optimizer.update(g, optimizer.init(p))[0]))
+    jax.tree.map(partial(assert_allclose, atol=1e-6), step(simplify(params), simplify(grads)), simplify(expected))
 
 
 class Cue:

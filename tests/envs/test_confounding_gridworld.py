@@ -243,7 +243,9 @@ def test_flags_reach_the_environment():
     assert_array_equal(env.model.reward, expected.reward)
 
 
-@pytest.mark.parametrize("script", [ppo, pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
+@pytest.mark.parametrize(
+    "script", [pytest.param(ppo, marks=pytest.mark.slow), pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi]
+)
 def test_scripts_log_the_exact_value_of_their_policy(script):
     code = {"latent": "categorical", "num_categories": 4, "num_classes": 4, "fc_layers": (16,)}
     args = script.Args(env_id=ENV_ID, num_envs=8, num_steps=8, num_minibatches=2, total_timesteps=128, **code)

@@ -50,7 +50,6 @@ QUICK = [
     {"transition_density": "mixture_normal"},
     {"transition_density": "deterministic", "lipschitz_nets": False, "transition_layers": (32,)},
     {"latent": "categorical", "world_model": "fc", "categorical_cost": "l2", "use_gumbel_softmax": True},
-    {"latent": "categorical", "world_model": "transformer", "categorical_cost": "hamming", "use_gumbel_softmax": True},
     {"latent": "categorical", "world_model": "softmoe", "categorical_cost": "hamming"},
 ]
 assert all(flags in CONTINUOUS + CATEGORICAL for flags in [UNCONSTRAINED, *QUICK])
@@ -404,10 +403,11 @@ def train_a_little(script, env_id, flags):
     "env_id, flags",
     [
         ("CartPole-v1", {"transition_density": "deterministic", "lipschitz_nets": False}),
-        pytest.param("CartPole-v1", UNCONSTRAINED, marks=pytest.mark.slow),
-        pytest.param("Pong-v5", QUICK[-1], marks=pytest.mark.slow),
+        ("CartPole-v1", UNCONSTRAINED),
+        ("Pong-v5", QUICK[-1]),
     ],
 )
+@pytest.mark.slow
 def test_trains(env_id, flags):
     train_a_little(deep_mdp, env_id, flags)
 

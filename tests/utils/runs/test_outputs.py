@@ -14,13 +14,13 @@ from experiments import confounding_gridworld, guarantees, report, representatio
 from experiments import run as launching
 from experiments.study.records import COLUMNS, RunRecord, read_runs
 from utils.runs.checkpoints import write_csv
-from utils.runs.flags import UsageError
+from utils.runs.flags import GRIDWORLD, UsageError
 from utils.runs.folder import locate
 from utils.runs.load_run import load_run
 from utils.runs.outputs import check_output, expand
 
 TOOLS = (confounding_gridworld, guarantees, report, representations, seeds, throughput)
-RUNS = {"report": ("runs",), "representations": (Path("runs"),)}
+NEEDED = {"report": {"runs": ("runs",)}, "representations": {"runs": (Path("runs"),)}, "seeds": {"env_ids": (GRIDWORLD,)}}
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
@@ -28,7 +28,7 @@ RUNS = {"report": ("runs",), "representations": (Path("runs"),)}
     "path, said", [("~nobody-at-all/x", "~nobody-at-all is no home folder"), ("/proc/x", "cannot be written")]
 )
 def test_an_output_that_cannot_be_written_is_known_before_the_work(tool, path, said, monkeypatch):
-    own = {"runs": RUNS[name]} if (name := tool.__name__.rpartition(".")[2]) in RUNS else {}
+    own = NEEDED.get(tool.__name__.rpartition(".")[2], {})
     kind = type(tool.Args.output)
     with pytest.raises(UsageError, match=f"--output {path}.*{said}"):
         tool.main(tool.Args(output=str(path) if kind is str else Path(path), **own))
@@ -113,7 +113,7 @@ def test_seeds_prints_scores_before_it_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(seeds, "train", lambda module, args, runs: (np.full((2, len(runs)), 7.0), np.ones((2, len(runs)))))
     monkeypatch.setattr(seeds, "write_csv", refuse)
     with pytest.raises(OSError, match="No space left"):
-        seeds.main(seeds.Args(seeds=(1, 2), output=tmp_path / "a.csv"))
+        seeds.main(seeds.Args(seeds=(1, 2), output=tmp_path / "a.csv", **NEEDED["seeds"]))
     assert "7.00 +- 0.00 (2 seeds)" in capsys.readouterr().out
 
 
