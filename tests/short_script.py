@@ -29,6 +29,10 @@ class Args(RunArgs):
     """seconds of an update"""
     gate: str = ""
     """a file without which it does not begin its second half"""
+    level: float = 0.0
+    """what is added to its returns, which count its updates"""
+    diverging: float = 10.0
+    """level from which its loss is infinite in the second half"""
     failing: str = ""
     """a file whose first letter is taken by each process, which fails in its third update, until the file is empty"""
 
@@ -47,10 +51,12 @@ def main(args):
                 time.sleep(0.05)
             if letters and k - first == 2:
                 raise OSError("it was to fail")
-            value = jnp.asarray(float(k))
+            value = jnp.asarray(float(k) + args.level)
             names = ("episodic_return", "episodic_length", "episodes", "learning_rate")
             state = make_state(k + 1)
-            run.log(state, {f"charts/{name}": value + 1 for name in names})
+            infinite = args.level >= args.diverging and k >= run.num_iterations // 2
+            loss = jnp.asarray(jnp.inf if infinite else 0.0)
+            run.log(state, {f"charts/{name}": value + 1 for name in names} | {"losses/policy_loss": loss})
 
 
 if __name__ == "__main__":

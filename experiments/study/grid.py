@@ -121,7 +121,7 @@ def to_paste(run: PlannedRun) -> str:
 
 
 def plan(
-    scripts: tuple[str, ...], env_ids: tuple[str, ...], seeds: list[int], flags: list[str], logdir: Path
+    scripts: tuple[str, ...], env_ids: tuple[str, ...], seeds: list[int], flags: list[str], logdir: Path, prefix: str = ""
 ) -> list[PlannedRun]:
     """Return all runs of a study, ordered by seed, so that an unfinished study has complete seeds to compare.
 
@@ -131,6 +131,7 @@ def plan(
         seeds: one run for each.
         flags: more flags, for all runs.
         logdir: the folder of the study.
+        prefix: begins the names of the runs.
 
     Raises:
         UsageError: a flag is wrong, or a run in the folder was made with other flags.
@@ -163,7 +164,7 @@ def plan(
                 more, kind = [*own, *flags], (script, family(env_id))
                 if kind not in parsed:  # the environments of a family share their defaults
                     parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
-                name = f"{file_name(env_id)}__{script}__{seed}"
+                name = f"{prefix}{file_name(env_id)}__{script}__{seed}"
                 of_run = {"env_id": absolute(env_id), "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
                 args = dataclasses.replace(parsed[kind], **of_run)
                 check_flags(args)

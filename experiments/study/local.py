@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.study import status
-from experiments.study.grid import BEGAN, ENDED, STOPPED, PlannedRun, is_at_work, log_path, python_path, state_of, to_paste
+from experiments.study.grid import (
+    BEGAN,
+    ENDED,
+    STOPPED,
+    PlannedRun,
+    Progress,
+    is_at_work,
+    log_path,
+    python_path,
+    state_of,
+    to_paste,
+)
 from utils.control_groups import cpu_quota
 from utils.runs.flags import require
 from utils.runs.folder import ROOT
@@ -140,7 +151,27 @@ def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     return Worker(run, process, slot)
 
 
-def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[PlannedRun]:
+class Source:
+    """The runs for `launch`. Here they are a fixed list; a subclass may add runs while others are running, and drop runs."""
+
+    def __init__(self, runs: list[PlannedRun]):
+        self.coming: list[PlannedRun] | None = runs
+        self.dropped: set[str] = set()  # names of runs to stop, and not to start
+
+    def more(self) -> list[PlannedRun] | None:
+        """Return more runs, or None if there will be no more. `launch` calls this every `POLL_SECONDS`."""
+        coming, self.coming = self.coming, None
+        return coming
+
+    def over(self, run: PlannedRun, state: Progress) -> None:
+        """Note the state of a run that is finished, or that has failed and will not be retried."""
+
+    def summary(self, runs: list[PlannedRun], states: dict[str, Progress], together: int) -> str:
+        """Return one line about the progress of all runs; see `status.summary`."""
+        return status.summary(runs, states, together)
+
+
+def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | None = None) -> list[PlannedRun]:
     """Run everything until each run is finished or has failed twice (once on a usage error). Return the unfinished runs.
 
     Runs of other processes (orphans of a launcher that was killed) occupy slots, and the launcher waits for them.
@@ -149,29 +180,49 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
         Interrupted: a signal asked to stop; it was forwarded to all runs, and they have saved.
         OSError: a log could not be written; all runs were stopped.
     """
-    states, live, attempts = status.Progresses(logdir, runs), status.Live(), Counter()
-    waiting = [run for run in runs if states.states[run.name].kind != "finished"]
-    live.say(f"{len(runs)} runs, {len(runs) - len(waiting)} already finished; up to {len(slots)} at a time, in {logdir}")
+    runs: list[PlannedRun] = []
+    states, live, attempts = status.Progresses(logdir, runs), live or status.Live(), Counter()
+    waiting: list[PlannedRun] = []
     workers: list[Worker] = []
-    elsewhere, places, looked = set(), set(), 0.0
+    elsewhere, places, looked, stopped, ended = set(), set(), 0.0, set(), False
     signals = Signals()
     signals.watch(lambda signum: live.say(f"stopping {len(workers)} runs, which save first ... (repeat to exit at once)"))
+
+    def over(run: PlannedRun) -> None:
+        source.over(run, state_of(logdir, run))
+
     try:
-        while waiting or workers:
+        while waiting or workers or not ended:
             if signals.received:
                 raise Interrupted(signals.received)
+            new = None if ended else source.more()
+            ended = new is None
+            if new:
+                runs += new
+                states.read()
+                for run in new:
+                    over(run) if states.states[run.name].kind == "finished" else waiting.append(run)
             for worker in [w for w in workers if w.process.poll() is not None]:
                 workers.remove(worker)
-                waiting += _ended(logdir, worker, attempts, live)
-            if time.monotonic() - looked > LOOK_SECONDS:
+                again = _ended(logdir, worker, attempts, live, worker.run.name in source.dropped)
+                waiting += [worker.run] if again else []
+                if not again:
+                    over(worker.run)
+            for worker in workers:
+                if worker.run.name in source.dropped - stopped:
+                    stopped.add(worker.run.name)  # a second signal would end it without saving
+                    worker.process.terminate()
+            waiting = [run for run in waiting if run.name not in source.dropped]
+            if time.monotonic() - looked > LOOK_SECONDS or new:
                 looked = time.monotonic()
                 before, elsewhere = elsewhere, {run.name for run in waiting if is_at_work(logdir / run.name)}
                 places = {place_of(logdir, name) for name in elsewhere}
                 for name in sorted(elsewhere - before):
                     live.say(f"{name} is running in another process: waiting for it")
-                finished = {run.name for run in waiting if run.name in before - elsewhere}
-                finished = {r.name for r in waiting if r.name in finished and state_of(logdir, r).kind == "finished"}
-                waiting = [run for run in waiting if run.name not in finished]
+                for run in [run for run in waiting if run.name in before - elsewhere]:
+                    if state_of(logdir, run).kind == "finished":
+                        waiting.remove(run)
+                        over(run)
             taken = places | {worker.slot.number for worker in workers}
             free = [slot for slot in slots if slot.number not in taken]
             free = free[: max(0, len(slots) - len(workers) - len(elsewhere))]
@@ -180,7 +231,7 @@ def launch(logdir: Path, runs: list[PlannedRun], slots: list[Slot]) -> list[Plan
                 workers.append(start(logdir, run, slot))
             if live.due():
                 now = states.read()
-                live.show([status.summary(runs, now, len(slots)), *status.running(runs, now)])
+                live.show([source.summary(runs, now, len(slots)), *status.running(runs, now)])
             time.sleep(POLL_SECONDS)
     finally:
         _stop(logdir, workers)
@@ -208,20 +259,22 @@ def _note_end(logdir: Path, worker: Worker) -> int:
     return code
 
 
-def _ended(logdir: Path, worker: Worker, attempts: Counter, live: status.Live) -> list[PlannedRun]:
-    """Print how a run ended. Return it if it should be retried."""
+def _ended(logdir: Path, worker: Worker, attempts: Counter, live: status.Live, dropped: bool) -> bool:
+    """Print how a run ended. Return True if it should be retried, or if another process runs it."""
     run, code = worker.run, _note_end(logdir, worker)
     state = state_of(logdir, run)
+    if dropped:
+        return False
     if state.kind == "finished":
         live.say(f"finished: {run.name}")
-        return []
+        return False
     if state.kind == "running":  # another process took the run first
-        return [run]
+        return True
     attempts[run.name] += 1
     again = attempts[run.name] < ATTEMPTS and code != USAGE
     what = f"stopped by a signal at step {state.step:,}" if code in STOPPED else state.error or f"exit code {code}"
     live.say(f"{'retrying' if again else 'FAILED'}: {run.name}: {what} (log: {log_path(logdir, run.name)})")
-    return [run] if again else []
+    return again
 
 
 def _stop(logdir: Path, workers: list[Worker]) -> None:

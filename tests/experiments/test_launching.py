@@ -78,7 +78,7 @@ def test_a_script_in_another_folder_finds_the_project_and_its_own_modules(tmp_pa
     monkeypatch.setenv("PYTHONPATH", "lib")  # relative to here, not to where a run is started
     monkeypatch.syspath_prepend(folder / "lib")
     runs = planned(logdir, scripts=("my_short.py",))
-    assert local.launch(logdir, runs, local.make_slots((), 1, 1)) == []
+    assert local.launch(logdir, local.Source(runs), local.make_slots((), 1, 1)) == []
     typed = to_paste(runs[0])
     monkeypatch.undo()
     done = subprocess.run(["bash", "-c", typed], cwd="/", capture_output=True, text=True, timeout=100)
@@ -322,7 +322,7 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     runs = planned(logdir, "--save-every=0", scripts=scripts)
     (wrong,) = planned(logdir)
     wrong = wrong._replace(command=[*wrong.command, "--gamma=2"])
-    assert local.launch(logdir, [*runs, wrong], local.make_slots((), 1, 2)) == [runs[1], wrong]
+    assert local.launch(logdir, local.Source([*runs, wrong]), local.make_slots((), 1, 2)) == [runs[1], wrong]
     assert always.read_text() == "xxx" and log_path(logdir, wrong.name).read_text().count(f"{ENDED} 2") == 1
     assert [state_of(logdir, run).kind for run in (*runs, wrong)] == ["finished", "failed", "failed"]
     assert state_of(logdir, wrong).error == "exit code 2: Unrecognized options: --gamma=2"
@@ -338,7 +338,7 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     del record["finished_at"]
     (good / "run.json").write_text(json.dumps(record))
     assert state_of(logdir, runs[0]).kind == "stopped"
-    assert local.launch(logdir, runs, local.make_slots((), 1, 2)) == []
+    assert local.launch(logdir, local.Source(runs), local.make_slots((), 1, 2)) == []
     assert sittings(good) == 2 and rows(bad) == list(range(10, 110, 10))
 
 
