@@ -5,7 +5,8 @@
 
 Use it for environments written in JAX, on a GPU, where a single run leaves most of the device idle. Each run equals that of the
 script with the same flags, up to rounding. The table has one row for each of the `--points` bins of a run: the mean return of
-the episodes that ended in it. It is written after each environment; repeating the command trains only runs not in the table.
+the episodes that ended in it. A run that diverges (a loss or a parameter is NaN or infinite) ends there, as in the script, and
+is left out of means. The table is written after each environment; repeating the command trains only runs not in the table.
 """
 
 import sys
@@ -22,34 +23,41 @@ if __name__ == "__main__":
 import shlex  # noqa: E402
 import time  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
-from typing import Any, Literal  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any, Literal, NamedTuple  # noqa: E402
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
+from jaxtyping import Bool, Float, Int, Scalar  # noqa: E402
 
 import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
+import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import is_pooled, make_env  # noqa: E402
-from experiments.study.records import COLUMNS, table_rows  # noqa: E402
+from experiments.study.records import COLUMNS, table_rows, typed_flags  # noqa: E402
+from utils.dreams.replay import prefill_iterations  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
-from utils.runs.flag_types import as_typed  # noqa: E402
-from utils.runs.flags import UsageError, check_flags, parse_flags, require  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, parse_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
+from utils.runs.stored_flags import may_change, to_store  # noqa: E402
 
-SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi}
+SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi, "dream_spi": dream_spi}
 # flags that an update reads only as numbers, so they may differ between the runs of one program
 VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef")
+VARIABLE += ("heads_learning_rate", "real_value_coef")
+# flags without effect here: nothing but returns is logged, and no run has a folder
+UNREAD = ("track_params", "track_grads", "track_every", "monitor_guarantee", "monitor_every", "log_dreams", "log_dreams_every")
 
 
 @dataclass
 class Args:
     """Train a script on several seeds in one program."""
 
-    script: Literal["ppo", "deep_mdp_ppo", "deep_spi"] = "ppo"
+    script: Literal["ppo", "deep_mdp_ppo", "deep_spi", "dream_spi"] = "ppo"
     """training script"""
     env_ids: tuple[str, ...] = ("Breakout-MinAtar",)
     """environments, with one program for each"""
@@ -65,8 +73,22 @@ class Args:
     """path of the table (.csv), to which new runs are added"""
 
 
-def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Train all runs. Return the mean return and the number of the episodes that ended in each update, [updates, runs] each.
+class Returns(NamedTuple):
+    """What is logged of all runs. `finite` is False from the update on in which a run diverged."""
+
+    mean: Float[np.ndarray, "K R"]  # of the episodes that ended in each of K updates of R runs; NaN if none did
+    episodes: Int[np.ndarray, "K R"]  # number of these episodes
+    finite: Bool[np.ndarray, "K R"]
+
+
+def all_finite(tree: Any) -> Bool[Scalar, ""]:
+    """Return True if all numbers are finite."""
+    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
+
+
+def train(module: Any, args: Any, runs: list[dict]) -> Returns:
+    """Train all runs.
 
     Args:
         module: the script.
@@ -74,45 +96,58 @@ def train(module, args, runs: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         runs: each run's seed, and its values of the varied flags (of `VARIABLE`); all runs vary the same flags.
     """
     env = make_env(args)
-    agent, optimizer = module.make_agent(args, env.num_actions, env.obs_parts), module.make_optimizer(args)
+    agent = module.make_agent(args, env.num_actions, env.obs_parts)
     states = []
     for run in runs:
         seeded = replace(args, seed=run["seed"])
-        states.append(module.init_state(seeded, make_env(seeded), agent, optimizer))
+        states.append(module.init_state(seeded, make_env(seeded), agent, module.make_optimizer(args)))
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     varied = {name: jnp.array([run[name] for run in runs]) for name in runs[0] if name != "seed"}
 
-    def iterate(state, varied):
+    def iterate(state, varied, fills):
         flags = replace(args, **varied)
-        state, metrics = module.learn(*module.rollout(state, env, agent, flags), env, agent, optimizer, flags)
-        return state, (metrics["charts/episodic_return"], metrics["charts/episodes"])
+        rolled = module.rollout(state, env, agent, flags)
+        if fills:  # the replay buffer, before the first update
+            state, metrics = module.prefill(*rolled, env, agent, flags)
+        else:
+            state, metrics = module.learn(*rolled, env, agent, module.make_optimizer(flags), flags)
+        losses = [value for name, value in metrics.items() if name.startswith(("losses/", "dreams/"))]
+        finite = all_finite([*state.params, *losses])
+        return state, (metrics["charts/episodic_return"], metrics["charts/episodes"], finite)
 
-    iteration = jax.jit(jax.vmap(iterate), donate_argnums=0)
-    start = time.perf_counter()
-    iteration = iteration.lower(state, varied).compile()
+    start, prefill, compiled = time.perf_counter(), prefill_iterations(args), {}
+    for fills in (True, False) if prefill else (False,):
+        step = jax.jit(jax.vmap(partial(iterate, fills=fills)), donate_argnums=0)
+        compiled[fills] = step.lower(state, varied).compile()
     print(f"{args.env_id}: {len(runs)} runs, compiled in {time.perf_counter() - start:.0f} s", flush=True)
     logged, steps = [], args.num_envs * args.num_steps
     updates = args.total_timesteps // steps
     start = time.perf_counter()
     for update in range(1, updates + 1):
-        state, metrics = iteration(state, varied)
+        state, metrics = compiled[update <= prefill](state, varied)
         logged.append(jax.device_get(metrics))
         if update % max(1, updates // 10) == 0:
             elapsed = time.perf_counter() - start
             rate = update * steps * len(runs) / elapsed
             print(f"  {update * steps:,} steps per run, {rate:,.0f} steps/s in total, {elapsed:.0f} s", flush=True)
-    returns, episodes = zip(*logged, strict=True)
-    return np.stack(returns), np.stack(episodes)
+    mean, episodes, finite = map(np.stack, zip(*logged, strict=True))
+    return Returns(mean, episodes.astype(int), np.logical_and.accumulate(finite))
 
 
-def rows_of(returns: np.ndarray, episodes: np.ndarray, steps: int, points: int) -> list[tuple[int, float | None, int]]:
-    """Return, for each bin of a run, its last step, its mean return (None without episodes) and its number of episodes."""
-    rows = []
-    for stretch in np.array_split(np.arange(len(returns)), min(points, len(returns))):
+def rows_of(
+    returns: Float[np.ndarray, " K"], episodes: Int[np.ndarray, " K"], finite: Bool[np.ndarray, " K"], steps: int, points: int
+) -> list[tuple[int, float | None, int]]:
+    """Return, for each bin of a run, its last step, its mean return (None without episodes) and its number of episodes. A run
+    that diverged has rows up to its last finite update, or one of step 0."""
+    rows, last = [], int(finite.sum())
+    for whole in np.array_split(np.arange(len(returns)), min(points, len(returns))):
+        stretch = whole[whole < last]
+        if len(stretch) == 0:
+            break
         count = int(episodes[stretch].sum())
         total = np.dot(np.where(episodes[stretch] > 0, returns[stretch], 0.0), episodes[stretch])
         rows.append((int(stretch[-1] + 1) * steps, float(total / count) if count else None, count))
-    return rows
+    return rows or [(0, None, 0)]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -176,6 +211,9 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     planned = {}
     for env_id in args.env_ids:
         flags = parse_flags(module.Args, [f"--env-id={env_id}", *typed])
+        wandb = (name for name in vars(flags) if name.startswith("wandb_"))
+        unread = {*may_change(module.Args), *wandb, *UNREAD} & set(vars(flags))
+        refuse_unread(flags, tuple(sorted(unread)), "the script itself, which logs and saves")
         for value in values:
             for seed in args.seeds:
                 check_flags(replace(flags, seed=seed, **value))
@@ -185,10 +223,10 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     return planned
 
 
-def identity(args: Args, env_id: str, run: dict) -> tuple[str, ...]:
-    """Return the first columns of a run's rows, which identify it."""
-    varied = [as_typed(name, value) for name, value in run.items() if name != "seed"]
-    return args.script, env_id, " ".join(filter(None, (args.flags, *varied))), str(run["seed"])
+def identity(script: str, flags: Any, run: dict) -> tuple[str, ...]:
+    """Return the first columns of a run's rows, which identify it as a report does: flags with default values are left out."""
+    stored = to_store(replace(flags, **run))
+    return script, flags.env_id, typed_flags(SCRIPTS[script].__name__, stored), str(run["seed"])
 
 
 def columns_of(row: dict[str, str]) -> tuple[str, ...]:
@@ -196,14 +234,19 @@ def columns_of(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in COLUMNS[:4])
 
 
-def summary(rows: list[dict], runs: set[tuple[str, ...]]) -> str:
-    """Return mean and standard deviation over runs of the return in the last bin in which an episode ended."""
-    ended = [row for row in rows if columns_of(row) in runs and row["episodic_return"]]
-    last = list({columns_of(row): float(row["episodic_return"]) for row in ended}.values())
-    if not last:
-        return "no episode has ended"
+def summary(rows: list[dict], runs: list[tuple[str, ...]]) -> str:
+    """Return mean and standard deviation over runs of the return in the last bin in which an episode ended, and the seeds of
+    the runs that diverged, which do not count."""
+    of = {run: [row for row in rows if columns_of(row) == run] for run in runs}
+    diverged = {run: int(own[-1]["step"]) for run, own in of.items() if int(own[-1]["step"]) < int(own[-1]["planned_steps"])}
+    returns = {run: [float(row["episodic_return"]) for row in own if row["episodic_return"]] for run, own in of.items()}
+    last = [found[-1] for run, found in returns.items() if run not in diverged and found]
     spread = f" +- {np.std(last, ddof=1):.2f}" if len(last) > 1 else ""
-    return f"{np.mean(last):.2f}{spread} ({len(last)} seeds)"
+    said = [f"{np.mean(last):.2f}{spread} ({len(last)} seeds)"] if last else []
+    silent = len(runs) - len(diverged) - len(last)
+    said += [f"no episode has ended in {silent} runs"] if silent else []
+    said += [f"seed {run[3]} diverged after step {step:,}" for run, step in diverged.items()]
+    return "; ".join(said)
 
 
 def main(args: Args) -> None:
@@ -214,20 +257,19 @@ def main(args: Args) -> None:
     print(describe_device())
     for env_id, (flags, runs) in planned.items():
         done = {columns_of(row) for row in rows}
-        missing = [run for run in runs if identity(args, env_id, run) not in done]
+        missing = [run for run in runs if identity(args.script, flags, run) not in done]
         if missing:
-            returns, episodes = train(module, flags, missing)
+            returns, batch = train(module, flags, missing), flags.num_envs * flags.num_steps
             for i, run in enumerate(missing):
-                first = dict(zip(COLUMNS, identity(args, env_id, run), strict=False))
-                batch = flags.num_envs * flags.num_steps
-                first["planned_steps"] = len(returns) * batch
-                for step, mean, count in rows_of(returns[:, i], episodes[:, i], batch, args.points):
+                first = dict(zip(COLUMNS, identity(args.script, flags, run), strict=False))
+                first["planned_steps"] = len(returns.mean) * batch
+                for step, mean, count in rows_of(*(column[:, i] for column in returns), batch, args.points):
                     mean = "" if mean is None else f"{mean:.4f}"
                     rows.append(first | {"step": step, "episodic_return": mean, "episodes": count})
         print(f"{env_id}: {len(runs) - len(missing)} runs already in the table, {len(missing)} added; final mean return:")
-        asked = [identity(args, env_id, run) for run in runs]
+        asked = [identity(args.script, flags, run) for run in runs]
         for said in dict.fromkeys(said for _, _, said, _ in asked):
-            print(f"  {said or 'defaults'}: {summary(rows, {run for run in asked if run[2] == said})}", flush=True)
+            print(f"  {said or 'defaults'}: {summary(rows, [run for run in asked if run[2] == said])}", flush=True)
         if missing:  # after the scores, which are then known even if the disk is full
             write_table(args.output, rows)
 

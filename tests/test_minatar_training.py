@@ -15,7 +15,9 @@ from benchmarks.throughput import WORLD_MODELS
 from envs.minatar import GAMES
 from envs.registry import make_env
 from experiments import seeds
-from utils.runs.flags import UsageError, check_flags, make_args
+from experiments.study.records import read_runs, typed_flags
+from utils.runs.flags import GRIDWORLD, UsageError, check_flags, make_args
+from utils.runs.stored_flags import to_store
 
 pytestmark = pytest.mark.minatar
 
@@ -58,24 +60,59 @@ def test_every_world_model_runs(script, flags):
 
 
 @pytest.mark.slow
-def test_runs_in_one_program_are_those_of_the_script():
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (ppo, {}),
+        (deep_spi, {"transition_loss_coef": 0.1}),
+        (dream_spi, {"dyna_style": True}),
+        (dream_spi, {"use_replay_buffer": True, "replay_prefill": 128, "replay_capacity": 1024, "replay_batch_size": 4}),
+    ],
+)
+def test_runs_in_one_program_are_those_of_the_script(script, flags):
     """The same episodes and returns as one run after the other; those with another learning rate are others."""
-    args = make_args(ppo.Args, env_id="Breakout-MinAtar", **SMALL)
+    args = make_args(script.Args, env_id="Breakout-MinAtar", **SMALL, **flags)
     runs = [{"seed": seed, "learning_rate": rate} for rate in (args.learning_rate, 0.1) for seed in (1, 7)]
-    returns, episodes = seeds.train(ppo, args, runs)
-    assert returns.shape == episodes.shape == (3, 4)
-    logged = train(ppo, args, (1, 7))
+    returns = seeds.train(script, args, runs)
+    assert returns.mean.shape == returns.episodes.shape == (3, 4) and returns.finite.all()
+    logged = train(script, args, (1, 7))
     for i, metrics in enumerate((logged[:3], logged[3:])):
-        np.testing.assert_array_equal(episodes[:, i], [row["charts/episodes"] for row in metrics])
-        np.testing.assert_allclose(returns[:, i], [row["charts/episodic_return"] for row in metrics], rtol=1e-5)
+        np.testing.assert_array_equal(returns.episodes[:, i], [row["charts/episodes"] for row in metrics])
+        np.testing.assert_allclose(returns.mean[:, i], [row["charts/episodic_return"] for row in metrics], rtol=1e-5)
+    episodes = returns.episodes
     assert np.any(episodes[:, :2] != episodes[:, 2:]) and np.any(episodes[:, 0] != episodes[:, 1])
 
 
+def test_a_run_that_diverges_is_named_and_left_out_of_means(tmp_path, monkeypatch, capsys):
+    """Two seeds with a learning rate of 1e30 and two with the default, which is called so."""
+    flags = "--num-envs 8 --num-steps 16 --total-timesteps 384 --fc-layers"
+    args = seeds.Args(env_ids=(GRIDWORLD,), seeds=(1, 2), flags=flags, vary=("learning-rate", "1e30", "2.5e-4"))
+    args.output = tmp_path / "t.csv"
+    seeds.main(args)
+    bad, good = capsys.readouterr().out.splitlines()[-2:]
+    label = "--total-timesteps 384 --fc-layers (none) --num-envs 8 --num-steps 16"
+    assert bad.startswith(f"  {label} --learning-rate 1e+30") and bad.endswith(
+        "seed 1 diverged after step 0; seed 2 diverged after step 0"
+    )
+    assert good.startswith(f"  {label}: ") and good.endswith(" (2 seeds)")
+    monkeypatch.setattr(seeds, "train", None)
+    seeds.main(args)  # nothing is trained again
+    assert capsys.readouterr().out.splitlines()[-2:] == [bad, good]
+    reading = read_runs([str(args.output)], "charts/episodic_return")
+    assert [run.seed for run in reading.runs] == [1, 2] and len(reading.skipped) == 2
+    same = make_args(ppo.Args, env_id=GRIDWORLD, num_envs=8, num_steps=16, total_timesteps=384, fc_layers=())
+    assert {run.flags for run in reading.runs} == {
+        typed_flags(ppo.__name__, to_store(same))
+    }  # as a report calls a run's folder
+
+
 def test_rows_of_a_table_are_means_of_episodes():
-    returns, episodes = np.array([2.0, np.nan, 5.0, 0.0]), np.array([3, 0, 1, 0])
-    assert seeds.rows_of(returns, episodes, 100, 2) == [(200, 2.0, 3), (400, 5.0, 1)]
-    assert seeds.rows_of(returns, episodes, 100, 1) == [(400, 2.75, 4)]
-    assert seeds.rows_of(returns[1:2], episodes[1:2], 100, 5) == [(100, None, 0)]
+    returns, episodes, finite = np.array([2.0, np.nan, 5.0, 0.0]), np.array([3, 0, 1, 0]), np.ones(4, bool)
+    assert seeds.rows_of(returns, episodes, finite, 100, 2) == [(200, 2.0, 3), (400, 5.0, 1)]
+    assert seeds.rows_of(returns, episodes, finite, 100, 1) == [(400, 2.75, 4)]
+    assert seeds.rows_of(returns[1:2], episodes[1:2], finite[:1], 100, 5) == [(100, None, 0)]
+    assert seeds.rows_of(returns, episodes, finite & (np.arange(4) < 3), 100, 2) == [(200, 2.0, 3), (300, 5.0, 1)]
+    assert seeds.rows_of(returns, episodes, ~finite, 100, 2) == [(0, None, 0)]
 
 
 def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
@@ -85,7 +122,7 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
     def train(module, args, runs):
         trained.append([(args.env_id, run["seed"], run["ent_coef"]) for run in runs])
         seeds_of = np.array([[run["seed"] for run in runs]] * 6, float)
-        return seeds_of, np.ones_like(seeds_of, int)
+        return seeds.Returns(seeds_of, np.ones_like(seeds_of, int), np.ones_like(seeds_of, bool))
 
     monkeypatch.setattr(seeds, "train", train)
     args = seeds.Args(
@@ -117,6 +154,9 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
         ({"seeds": (-1,)}, "--seed -1"),
         ({"points": 0}, "--points 0"),
         ({"flags": "--seed 3"}, "use --seeds"),
+        ({"flags": "--track"}, "--track: is used only with the script itself"),
+        ({"flags": "--save-every 0"}, "--save-every 0.0: is used only with the script itself"),
+        ({"flags": "--track-grads"}, "--track-grads: is used only with the script itself"),
         ({"flags": "--env_id=Pong-v5"}, "use --env-ids"),
         ({"env_ids": ("Breakout-MinAtar", "Pong-v5")}, "--env-ids Pong-v5: is not written in JAX"),
         ({"env_ids": ("Brakout-MinAtar",)}, "did you mean Breakout-MinAtar"),
