@@ -43,7 +43,7 @@ from utils.runs.flag_types import BY_FAMILY, Count, InsideUnit, NotNegative, Pos
 from utils.runs.flags import RunArgs, check_minibatches
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
-from utils.world_model import gradient_penalty, penalizes_gradients, transition_loss
+from utils.world_model import gradient_penalty, penalizes_gradients, scale_gradient, transition_loss
 
 
 @dataclass
@@ -252,6 +252,7 @@ def loss_fn(
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
     # No gradient is stopped: the losses train both networks, and the encoder through z and z'.
+    z, next_z = (scale_gradient(x, args.encoder_gradient) for x in (z, next_z))  # unless --encoder-gradient is below 1
     predict_z = partial(agent.transition.apply, params.transition, action=batch.action)
     predict_reward = partial(agent.reward.apply, params.reward, action=batch.action)
     seen = batch.valid & ~batch.unseen_end  # where the next observation is known

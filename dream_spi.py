@@ -49,6 +49,7 @@ from utils.runs.flag_types import Count, Default, InsideUnit, Needs, NotNegative
 from utils.runs.flags import refuse_unread, require
 from utils.runs.launch import check_run, run_script
 from utils.runs.run import Run
+from utils.world_model import scale_gradient
 
 
 @dataclass
@@ -261,7 +262,7 @@ def model_loss(
     args = replace(args, clip_coef=args.model_clip_coef or args.clip_coef)
     n = batch.action.shape[0]
     z = agent.encoder.apply(params.encoder, batch.obs)
-    z, next_z = jax.lax.stop_gradient(z[:n]), z[-n:]
+    z, next_z = jax.lax.stop_gradient(z[:n]), scale_gradient(z[-n:], args.encoder_gradient)
     distance = transition_distance(agent.discriminator, params.discriminator, z, batch.action)
     losses = end_losses(end_logit(params, z, batch.action, next_z, agent, args), ended, args)
     end_loss = masked_mean(losses, batch.valid)

@@ -91,6 +91,8 @@ class WorldModelArgs:
     w_balancing: Share | None = None
     """fraction of the transition loss's gradient that reaches the prediction; the rest reaches the next latent (like
     DreamerV2's KL balancing). By default both get the full gradient"""
+    encoder_gradient: Share = 1.0
+    """factor of the world-model losses' gradient in the encoder; 0: the encoder learns from the other losses alone"""
     clip_reward_net_output: bool = False
     """squash the reward network's output to [-1, 1]"""
 

@@ -408,6 +408,20 @@ def test_gradients_of_the_world_model_are_those_of_deep_mdp_times_the_ratio():
                 assert_allclose(ratio * a, b, atol=1e-3 * float(jnp.abs(a).max()))
 
 
+@pytest.mark.parametrize("script", [pytest.param(deep_mdp, marks=pytest.mark.slow), deep_spi])
+def test_the_gradient_of_the_world_model_in_the_encoder_is_scaled(script):
+    """It is linear in --encoder-gradient, and nothing else changes."""
+    flags = {"transition_density": "deterministic", "transition_loss_coef": 1.0, "reward_loss_coef": 1.0}
+    (none, half, whole) = ((loss(params, batch)[1]) for loss, params, batch, _ in (
+        first_minibatch(script, shape=VECTORS, encoder_gradient=factor, **flags) for factor in (0.0, 0.5, 1.0)
+    ))  # fmt: skip
+    for grads in (none, half):
+        assert_same_bits(grads._replace(encoder=None), whole._replace(encoder=None))
+    for a, b, c in zip(*(jax.tree.leaves(grads.encoder) for grads in (none, half, whole)), strict=True):
+        assert float(jnp.abs(a - c).max()) > 0.01 * float(jnp.abs(c).max())
+        assert_allclose(b, (a + c) / 2, atol=1e-6 * float(jnp.abs(c).max()))
+
+
 @pytest.mark.parametrize(
     "density, lipschitz, shape",
     [

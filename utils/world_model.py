@@ -34,6 +34,8 @@ def transition_loss(
 
 def scale_gradient(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
     """Return x, with its gradient multiplied by `factor`."""
+    if factor == 1.0:
+        return x
     stopped = jax.lax.stop_gradient(x)
     return stopped + factor * (x - stopped)
 

@@ -1,0 +1,67 @@
+"""Heat maps of final scores over two flags."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import heatmap
+from experiments.study.records import COLUMNS
+from utils.runs.flags import UsageError
+
+ARGS = heatmap.Args(runs=(), x="clip-coef", y="transition-loss-coef")
+
+
+def table(path, runs):
+    """`runs` are (script, environment, flags, seed, return, finished); of two returns the last one counts."""
+    rows = [",".join(COLUMNS)]
+    for script, env_id, flags, seed, final, finished in runs:
+        first = f"{script},{env_id},{flags},{seed},100"
+        rows += [f"{first},50,99,1", f"{first},{100 if finished else 60},{final},1"]
+    path.write_text("\n".join(rows))
+    return replace(ARGS, runs=(str(path),), output=path.with_name("out.png"))
+
+
+def test_cells_are_means_of_finished_runs(tmp_path):
+    args = table(
+        tmp_path / "t.csv",
+        [
+            ("deep_spi", "Breakout-v5", "", 1, 3.0, True),  # both flags have their defaults
+            ("deep_spi", "Breakout-v5", "", 2, 5.0, True),
+            ("deep_spi", "Breakout-v5", "--clip-coef 0.2", 1, 7.0, True),
+            ("deep_spi", "Breakout-v5", "--clip-coef 0.2 --transition-loss-coef 0.05", 1, 8.0, False),
+            ("deep_spi", "Pong-v5", "--transition-loss-coef 0.05", 1, -2.0, True),
+        ],
+    )
+    heatmap.main(args)
+    assert args.output.stat().st_size > 10_000
+    assert (tmp_path / "out.csv").read_text().splitlines() == [
+        "env_id,transition-loss-coef,clip-coef,mean,std,runs",
+        f"Breakout-v5,0.0005,0.1,4,{np.sqrt(2):.6g},2",
+        "Breakout-v5,0.0005,0.2,7,,1",
+        "Breakout-v5,0.05,0.2,,,0",
+        "Pong-v5,0.05,0.1,-2,,1",
+    ]
+
+
+def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
+    runs = [("deep_spi", "Pong-v5", flags, 1, 1.0, True) for flags in ("--clip-coef 0.2", "--clip-coef 0.2 --gamma 0.9")]
+    args = table(tmp_path / "t.csv", runs)
+    with pytest.raises(
+        UsageError, match="Pong-v5 also differ in other flags: '--gamma 0.9' and 'defaults'|'defaults' and '--gamma"
+    ):
+        heatmap.main(args)
+    heatmap.main(replace(args, where=("gamma=0.90",), output=tmp_path / "a.png"))
+    assert "Pong-v5,0.0005,0.2,1,,1" in (tmp_path / "a.csv").read_text()
+    several = table(tmp_path / "u.csv", [("ppo", "Pong-v5", "", 1, 1.0, True), *runs])
+    for wrong, said in (
+        (replace(args, x="transition_loss_coef"), "name two flags"),
+        (replace(args, y="gama"), "--gama: deep_spi has no such flag"),
+        (replace(args, where=("gamma",)), "write flag=value"),
+        (replace(args, where=("gamma=0.5",)), "no run is left to draw"),
+        (replace(args, output=tmp_path / "a.svg"), "name a .png file"),
+        (replace(args, output=tmp_path / "t.png"), "would overwrite .*t.csv, which is an input"),
+        (replace(several, y="gamma"), "the runs are of several scripts, deep_spi, ppo"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            heatmap.main(wrong)
