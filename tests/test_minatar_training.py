@@ -16,6 +16,7 @@ from envs.minatar import GAMES
 from envs.registry import make_env
 from experiments import seeds
 from experiments.study.records import read_runs, typed_flags
+from utils.dreams.replay import prefill_iterations
 from utils.runs.flags import GRIDWORLD, UsageError, check_flags, make_args
 from utils.runs.stored_flags import to_store
 
@@ -29,15 +30,15 @@ def train(script, args, run_seeds=(1,)):
     check_flags(args)
     env = make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)
-    iteration = jax.jit(
-        lambda state: script.learn(*script.rollout(state, env, agent, args), env, agent, optimizer, args), donate_argnums=0
-    )
+    act = jax.jit(lambda state: script.rollout(state, env, agent, args), donate_argnums=0)
+    improve = jax.jit(lambda *rolled: script.learn(*rolled, env, agent, optimizer, args), donate_argnums=0)
+    fill = jax.jit(lambda *rolled: script.prefill(*rolled, env, agent, args), donate_argnums=0)
     logged = []
     for seed in run_seeds:
         seeded = replace(args, seed=seed)
         state = script.init_state(seeded, make_env(seeded), agent, optimizer)
-        for _ in range(3):
-            state, metrics = iteration(state)
+        for k in range(3):
+            state, metrics = (fill if k < prefill_iterations(args) else improve)(*act(state))
             logged.append(jax.device_get(metrics))
     return logged
 
@@ -66,7 +67,7 @@ def test_every_world_model_runs(script, flags):
         (ppo, {}),
         (deep_spi, {"transition_loss_coef": 0.1}),
         (dream_spi, {"dyna_style": True}),
-        (dream_spi, {"use_replay_buffer": True, "replay_prefill": 128, "replay_capacity": 1024, "replay_batch_size": 4}),
+        (dream_spi, {"use_replay_buffer": True, "replay_prefill": 128, "replay_length": 8, "replay_batch_size": 4}),
     ],
 )
 def test_runs_in_one_program_are_those_of_the_script(script, flags):

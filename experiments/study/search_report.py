@@ -6,14 +6,13 @@ from pathlib import Path
 
 import optuna
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.study.figures import COLORS, INK, WARNING, styled
 from experiments.study.grid import script_path
 from experiments.study.search import Search
-from experiments.study.space import as_words
+from experiments.study.space import Space, as_words
 from utils.runs.checkpoints import write_csv
 from utils.runs.folder import ROOT
 
@@ -61,21 +60,21 @@ def write_table(search: Search, path: Path) -> None:
     write_csv(path, ("trial", "state", "value", *names, *env_ids, "seconds", "reason"), rows)
 
 
-def draw_slices(search: Search, path: Path) -> None:
+def draw_slices(trials: list[FrozenTrial], space: Space, path: Path) -> None:
     """Draw the value of each trial over the values of each flag. A ring is the best trial, a small dot a pruned one, and a
     cross at the lower edge one that failed."""
-    trials, best = search.trials(), best_trial(search.trials())
+    best = best_trial(trials)
     valued = [trial.value for trial in trials if trial.value is not None and trial.state != TrialState.FAIL]
     low, high = min(valued, default=0.0), max(valued, default=1.0)
     floor = low - 0.08 * ((high - low) or 1.0)
-    rows = math.ceil(len(search.space) / COLUMNS)
+    rows = math.ceil(len(space) / COLUMNS)
     with styled():
-        width = min(COLUMNS, len(search.space))
+        width = min(COLUMNS, len(space))
         figure = Figure(figsize=(3.2 * width, 2.5 * rows))
         panels = figure.subplots(rows, width, sharey=True, squeeze=False)
-        for panel in panels.flat[len(search.space) :]:
+        for panel in panels.flat[len(space) :]:
             panel.set_axis_off()
-        for panel, (name, distribution) in zip(panels.flat, search.space.items(), strict=False):
+        for panel, (name, distribution) in zip(panels.flat, space.items(), strict=False):
             choices = list(distribution.choices) if isinstance(distribution, CategoricalDistribution) else None
             place = choices.index if choices else float
             for trial in trials:
@@ -88,10 +87,12 @@ def draw_slices(search: Search, path: Path) -> None:
             if choices:
                 panel.set_xticks(range(len(choices)), [choice or "(none)" for choice in choices])
                 panel.set_xlim(-0.5, len(choices) - 0.5)
-            elif distribution.log:
-                panel.set_xscale("log")
             else:
-                panel.xaxis.set_major_locator(MaxNLocator(4))
+                low, high = distribution.low, distribution.high
+                panel.set_xscale("log" if distribution.log else "linear")
+                ticks = low, math.sqrt(low * high) if distribution.log else (low + high) / 2, high
+                panel.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+                panel.set_xticks([], minor=True)
             panel.set_xlabel(f"--{name}")
             panel.grid(alpha=0.25)
         for row in panels:
@@ -110,7 +111,7 @@ def write_report(search: Search, args_type: type) -> list[str]:
     ]
     if trials:
         write_table(search, search.logdir / TABLE)
-        draw_slices(search, search.logdir / SLICES)
+        draw_slices(trials, search.space, search.logdir / SLICES)
         lines.append(f"table and figure: {search.logdir / TABLE}, {search.logdir / SLICES}")
     if found := importances(search):
         lines.append("importance: " + ", ".join(f"--{name} {value:.2f}" for name, value in found.items()))

@@ -188,18 +188,17 @@ def draw(traces: dict[str, np.ndarray]) -> "Figure":
 
 
 def show_observation(axes: "Axes", obs: Num[np.ndarray, "*obs"] | None, limit: float) -> None:
-    """Draw an observation: the last of stacked frames, a grid in colors, or a vector's elements as bars up to `limit`. None
-    leaves the axes blank."""
+    """Draw an observation: an RGB image, the last of stacked frames, a grid in colors, or a vector's elements as bars up to
+    `limit`. None leaves the axes blank."""
     axes.set_xticks([])
     axes.set_yticks([])
     if obs is None:
         for side in axes.spines.values():
             side.set_visible(False)
-    elif is_image(obs.shape) and not (channels_first(obs.shape) and obs.shape[0] == 3):
-        plane = obs[-1] if channels_first(obs.shape) else obs[..., -1]
-        axes.imshow(plane, cmap="gray", vmin=0, vmax=255 if obs.dtype == np.uint8 else 1)
     elif is_image(obs.shape):
-        axes.imshow(np.moveaxis(obs, 0, -1))
+        image = np.moveaxis(obs, 0, -1) if channels_first(obs.shape) else obs
+        image = image if image.shape[-1] == 3 else image[..., -1]
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255 if obs.dtype == np.uint8 else 1)
     elif obs.ndim == 3 and min(obs.shape[:2]) > 1:
         axes.imshow(in_colors(obs))
     elif obs.ndim == 2:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
 
 import deep_spi
@@ -799,3 +800,18 @@ def test_learns_a_probe_in_dreams_alone(real):
     assert_allclose(history[-1]["dreams/length"], 1.0, atol=0.05)  # the predictor knows that episodes are one step long
     assert_array_equal(state.iteration, 40)
     assert all(np.isfinite(v) for h in history for v in h.values())
+
+
+def test_an_observation_is_drawn_as_what_it_is():
+    """RGB images of either layout in their colors; of stacked frames the last one."""
+    image = np.arange(3 * 64 * 64, dtype=np.float32).reshape(3, 64, 64) / (3 * 64 * 64)
+    frames = np.arange(4 * 84 * 84).reshape(4, 84, 84).astype(np.uint8)
+    for obs, drawn in (
+        (image, np.moveaxis(image, 0, -1)),
+        (np.moveaxis(image, 0, -1), np.moveaxis(image, 0, -1)),
+        (frames, frames[-1]),
+        (np.moveaxis(frames, 0, -1), frames[-1]),
+    ):
+        axes = Figure().subplots()
+        traces.show_observation(axes, obs, 1.0)
+        assert_array_equal(np.asarray(axes.images[0].get_array()), drawn)
