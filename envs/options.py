@@ -1,5 +1,6 @@
 """Options of an environment as they are typed: `--env-option length=12 slippery=false`."""
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -41,11 +42,20 @@ def read_options(typed: tuple[str, ...], known: Mapping[str, Any], env_id: str) 
 
 
 def value_of(text: str, like: Any) -> Any:
-    """Return the value that a text means, with the type of `like`. Sequences are written with commas.
+    """Return the value that a text means, with the type of `like`. Sequences are written with commas. If `like` is None, the
+    text decides: true, false, none, an integer, another number, or else a string.
 
     Raises:
         ValueError: it has another type.
     """
+    if like is None:
+        words = {"true": True, "false": False, "none": None}
+        if text.lower() in words:
+            return words[text.lower()]
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text
     if isinstance(like, bool):
         if text.lower() not in WORDS:
             raise ValueError("must be true or false")

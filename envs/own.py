@@ -62,7 +62,7 @@ def load(env_id: str, options: tuple[str, ...] = ()) -> tuple[Callable, dict[str
 
 
 def _defaults(parameters: Mapping[str, inspect.Parameter], env_id: str, options: tuple[str, ...]) -> dict[str, Any]:
-    """Return a value of each option's type: its default or, without one, of its annotation."""
+    """Return a value of each option's type: its default or, without one, of its annotation. None if neither tells the type."""
     known, given = {}, {word.partition("=")[0] for word in options}
     for name, p in parameters.items():
         if name in ("self", "num_envs", "seed") or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
@@ -70,7 +70,9 @@ def _defaults(parameters: Mapping[str, inspect.Parameter], env_id: str, options:
         if p.default is not p.empty:
             known[name] = p.default
         else:
-            known[name] = p.annotation() if p.annotation in (bool, int, float) else ""
+            kinds = {kind: kind for kind in (bool, int, float, str)} | {k.__name__: k for k in (bool, int, float, str)}
+            kind = kinds.get(p.annotation) if isinstance(p.annotation, (type, str)) else None
+            known[name] = kind() if kind else None
             if name not in given:
                 raise EnvError(f"--env-id {env_id}: needs --env-option {name}=...")
     return known
@@ -91,9 +93,16 @@ def _import(env_id: str, place: str) -> ModuleType:
     except EnvError:
         raise
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        said = f"{type(error).__name__}: {error} ({line.filename}, line {line.lineno})"
-        raise EnvError(f"--env-id {env_id}: importing {place} fails with {said}") from None
+        raise EnvError(f"--env-id {env_id}: importing {place} fails with {_where(error, place)}") from None
+
+
+def _where(error: Exception, place: str) -> str:
+    """Return an error and the line that raised it: the last one in the file or module `place`, if there is one."""
+    lines = traceback.extract_tb(error.__traceback__)
+    own = [line for line in lines if Path(line.filename).stem == Path(place).stem or line.filename.endswith(place)]
+    line = (own or lines)[-1]
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first} ({line.filename}, line {line.lineno})"
 
 
 @cache
@@ -130,7 +139,13 @@ def make(env_id: str, num_envs: int, seed: int, options: tuple[str, ...] = ()) -
         EnvError: see `load` and `check`.
     """
     make_env, values = load(env_id, options)
-    env = make_env(num_envs=num_envs, seed=seed, **values)
+    place, _, name = env_id.rpartition(":")
+    try:
+        env = make_env(num_envs=num_envs, seed=seed, **values)
+    except EnvError:
+        raise
+    except Exception as error:
+        raise EnvError(f"--env-id {env_id}: creating {name} fails with {_where(error, place)}") from None
     check(env, env_id, num_envs)
     return env
 
@@ -148,8 +163,13 @@ def check(env: Any, env_id: str, num_envs: int) -> None:
             raise EnvError(f"--env-id {env_id}: has no attribute {name}; set it in __init__")
     if env.num_envs != num_envs:
         raise EnvError(f"--env-id {env_id}: has {env.num_envs} environments, but was asked for {num_envs}")
-    state, obs = jax.eval_shape(env.reset)
-    new, after = jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((num_envs,), jnp.int32))
+    what, place = "reset", env_id.rpartition(":")[0]
+    try:
+        state, obs = jax.eval_shape(env.reset)
+        what = "step"
+        new, after = jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((num_envs,), jnp.int32))
+    except Exception as error:
+        raise EnvError(f"--env-id {env_id}: {what} fails with {_where(error, place)}") from None
     said = f"--env-id {env_id}: step returns {type(after).__name__}, but must return a state and an envs.protocol.Timestep"
     if not isinstance(after, Timestep):
         raise EnvError(said)

@@ -224,6 +224,34 @@ def test_mistakes_before_anything_starts(text, name, options, said, tmp_path):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "signature, typed, value",
+    [
+        ("size", "5", 5),
+        ("size", "0.5", 0.5),
+        ("size", "true", True),
+        ("size", "none", None),
+        ("size", "big", "big"),
+        ("size=None", "5", 5),
+        ("size: str", "5", "5"),
+        ("size: 'float'", "5", 5.0),
+        ("size=(1, 2)", "3,4", (3, 4)),
+    ],
+)
+def test_an_option_has_the_type_of_its_default_or_annotation_or_that_of_its_text(signature, typed, value, tmp_path):
+    path = write(tmp_path, f"def f(num_envs, seed, {signature}): return size\n")
+    _, options = own.load(f"{path}:f", (f"size={typed}",))
+    assert options == {"size": value} and type(options["size"]) is type(value)
+
+
+def test_an_environment_that_cannot_be_created_is_one_line_with_the_place(tmp_path):
+    path = write(tmp_path, "import jax\n\n\ndef f(num_envs, seed, size):\n    return jax.numpy.zeros(size)\n")
+    with pytest.raises(EnvError) as error:
+        own.make(f"{path}:f", 2, 0, ("size=big",))
+    said = str(error.value)
+    assert f"{path}:f: creating f fails with TypeError: " in said and said.endswith(f"({path}, line 5)") and "\n" not in said
+
+
 class Wrong(Env):
     """An environment with one mistake."""
 
@@ -237,7 +265,7 @@ class Wrong(Env):
         return jnp.zeros(self.num_envs), jnp.zeros((self.num_envs, 4 if self.mistake == "obs" else 3))
 
     def step(self, state, action):
-        flags = [jnp.zeros(self.num_envs, bool)] * 3
+        flags = [jnp.zeros(self.num_envs, bool)] * (3 // (self.mistake != "code"))
         reward = jnp.zeros(self.num_envs, jnp.int32 if self.mistake == "reward" else jnp.float32)
         after = Timestep(jnp.zeros((self.num_envs, 3)), reward, *flags, None)
         return state.astype(jnp.int32) if self.mistake == "state" else state, None if self.mistake == "step" else after
@@ -251,6 +279,7 @@ class Wrong(Env):
         ("reward", r"reward of step is int32\[2\], but must be float32\[2\]"),
         ("state", "the state that step returns has other arrays"),
         ("step", "step returns NoneType"),
+        ("code", "step fails with ZeroDivisionError: division by zero .*test_own.py, line"),
     ],
 )
 def test_what_an_environment_returns_is_checked(mistake, said):
