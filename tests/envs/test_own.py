@@ -279,7 +279,7 @@ class Wrong(Env):
         ("reward", r"reward of step is int32\[2\], but must be float32\[2\]"),
         ("state", "the state that step returns has other arrays"),
         ("step", "step returns NoneType"),
-        ("code", "step fails with ZeroDivisionError: division by zero .*test_own.py, line"),
+        ("code", "step fails with ZeroDivisionError: integer division or modulo by zero .*test_own.py, line"),
     ],
 )
 def test_what_an_environment_returns_is_checked(mistake, said):
