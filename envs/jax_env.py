@@ -26,7 +26,7 @@ class JaxState(NamedTuple):
 class JaxEnv(Env):
     """B games in JAX. A subclass sets `num_actions`, writes three methods for one game, and calls `super().__init__`.
 
-    This class steps all games, starts new ones, cuts off episodes at the time limit, and counts returns.
+    This class vectorizes the game with `jax.vmap`, resets it, truncates episodes at the time limit, and records returns.
 
     Args:
         num_envs: number of games that step together.
@@ -41,19 +41,19 @@ class JaxEnv(Env):
         self.obs_spec = jax.ShapeDtypeStruct(obs.shape, obs.dtype)
 
     def start_one(self, key: jax.Array) -> Any:
-        """Return the state of a new game: an array, or a dictionary, tuple or dataclass of arrays."""
-        raise NotImplementedError
+        """Return the state of a new game: any pytree of arrays."""
+        raise NotImplementedError("define start_one(self, key)")
 
     def observe_one(self, game: Any) -> Num[Array, "*obs"]:
         """Return the observation of a game."""
-        raise NotImplementedError
+        raise NotImplementedError("define observe_one(self, game)")
 
     def step_one(
         self, key: jax.Array, game: Any, action: Int[Array, ""]
     ) -> tuple[Any, Float[Array, ""], Bool[Array, ""], Bool[Array, ""]]:
         """Return the next state, the reward, and whether the episode terminates or is truncated there. With `time_limit`, the
         last is False everywhere."""
-        raise NotImplementedError
+        raise NotImplementedError("define step_one(self, key, game, action)")
 
     def _start(self, key: jax.Array) -> Any:
         return jax.vmap(self.start_one)(jax.random.split(key, self.num_envs))

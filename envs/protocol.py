@@ -94,11 +94,11 @@ class Env:
     def reset(self) -> tuple[Any, Num[jax.Array, "B *obs"]]:
         """Reset. Return the state to thread through `step`, and the first observations. No array may be in both: scripts donate
         them."""
-        raise NotImplementedError
+        raise NotImplementedError("define reset(self)")
 
     def step(self, state: Any, action: Int[Array, " B"]) -> tuple[Any, Timestep]:
         """Step every environment. Pure in the state and jittable."""
-        raise NotImplementedError
+        raise NotImplementedError("define step(self, state, action)")
 
     def exact_metrics(self, policy: Callable[[Num[Array, "N *obs"]], tuple[Array, Array]]) -> dict[str, Array]:
         """Compute metrics of a policy to log, from the environment's dynamics if they are known. Jittable.
