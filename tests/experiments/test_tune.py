@@ -18,12 +18,16 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from experiments import tune
 from experiments.study import search_report
+from experiments.study.grid import Progress, state_of
 from experiments.study.records import RunRecord
 from experiments.study.search import Outcome, Search, Settings, make_scale, score
 from experiments.study.space import as_words, check_space, default_params, parse_space, rounded
+from experiments.study.status import Live
+from experiments.study.trials import Trials
 from tests.commands import ROOT, command
 from tests.experiments.test_launching import saved, sittings, wait_for
 from utils.runs.flags import GRIDWORLD, UsageError, parse_flags
+from utils.runs.stored_flags import to_store
 
 SHORT = str(ROOT / "tests" / "short_script.py")
 LEVELS = {"level": FloatDistribution(0.1, 10.0, log=True)}
@@ -299,3 +303,71 @@ def test_killed_runs_and_tuners_are_repaired_by_the_same_command(tmp_path):
         steady.publish()
     found = [(trial.state, trial.params, trial.value and pytest.approx(trial.value)) for trial in study.trials]
     assert found == values(steady)
+
+
+def record(logdir, run, level, share=1.0):
+    """What a run's folder says after a share of its 10 updates, all with the return `level`."""
+    args = parse_flags(parse_args_type(), run.command[2:])
+    steps = [10 * (k + 1) for k in range(round(10 * share))]
+    written = {"name": run.name, "algorithm": "short", "script": "short_script", "seed": 901, "flags": to_store(args)}
+    written |= {"sittings": [], "finished_at": steps[-1]}
+    (logdir / run.name).mkdir(exist_ok=True)
+    (logdir / run.name / "run.json").write_text(json.dumps(written))
+    rows = [{"step": step, "elapsed": 1.0, "charts/episodic_return": level, "charts/episodes": 1.0} for step in steps]
+    (logdir / run.name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("prune_on", ["games", "steps"])
+def test_a_bad_trial_is_pruned_and_its_other_runs_are_stopped(prune_on, tmp_path, capsys):
+    """Five trials have 10 in both environments; the sixth has 1 in the first environment, or in the first quarter, where the
+    trials before it had 10 too."""
+    asked = {"env_ids": ["CartPole-v1", "Acrobot-v1"], "scale": {"CartPole-v1": [0.0, 10.0], "Acrobot-v1": [0.0, 20.0]}}
+    search = begin(tmp_path, 1, pruner="median", prune_on=prune_on, flags=["--total-timesteps=100"], **asked)
+    source = Trials(search, parse_args_type(), 6, 1, Live())
+    for number in range(6):
+        source.looked = -10.0
+        runs = source.more()
+        assert [run.name for run in runs] == [f"00{number}__{env}__short_script__901" for env in asked["env_ids"]]
+        if number < 5:
+            for run in runs:
+                record(tmp_path, run, 10.0)
+                source.over(run, state_of(tmp_path, run))
+    first, second = runs
+    record(tmp_path, first, 1.0, 1.0 if prune_on == "games" else 0.3)
+    if prune_on == "games":
+        source.over(first, state_of(tmp_path, first))
+    else:
+        record(tmp_path, second, 1.0, 0.3)
+    source.looked = -10.0
+    assert source.more() is None and source.is_over()
+    assert source.dropped == {run.name for run in (runs if prune_on == "steps" else runs[1:])}
+    *complete, pruned = search.trials()
+    assert {(trial.state, trial.value) for trial in complete} == {(TrialState.COMPLETE, 0.75)}
+    # the means of scaled returns: of one environment, or of both after a quarter
+    assert (pruned.state, pruned.value) == (TrialState.PRUNED, pytest.approx(0.1 if prune_on == "games" else 0.075))
+    said = {"games": "1 of 2 environments", "steps": "1 of 4 quarters of the steps"}[prune_on]
+    assert "trial 5: pruned" in capsys.readouterr().out and pruned.user_attrs["reason"] == f"after {said}"
+    lines = search_report.write_report(search, parse_args_type())
+    assert lines[0] == "6 trials: 5 complete, 1 pruned, 0 diverged, 0 failed" and "best: trial 0, 0.750" in lines[-2]
+
+
+def test_a_trial_without_an_episode_or_with_a_failed_run_is_bad(tmp_path, capsys):
+    """And what the next trial learns of it."""
+    search = begin(tmp_path, 1, flags=["--total-timesteps=100"])
+    source = Trials(search, parse_args_type(), 3, 1, Live())
+    (silent,) = source.more()
+    record(tmp_path, silent, None)
+    source.over(silent, state_of(tmp_path, silent))
+    (failing,) = source.more()
+    failed = Progress("failed", error="exit code 1: error: not finite in update 3 (step 30): losses/policy_loss")
+    source.over(failing, failed)
+    (last,) = source.more()
+    record(tmp_path, last, 5.0)
+    source.over(last, state_of(tmp_path, last))
+    assert source.more() is None
+    states = [(trial.state, trial.user_attrs["reason"], trial.user_attrs["diverged"]) for trial in search.trials()]
+    reason = "CartPole-v1, seed 901: exit code 1: error: not finite in update 3 (step 30): losses/policy_loss"
+    assert states[:2] == [(TrialState.FAIL, "CartPole-v1: no episode ended", False), (TrialState.FAIL, reason, True)]
+    assert states[2] == (TrialState.COMPLETE, "", False)
+    said = capsys.readouterr().out
+    assert "trial 0: failed: CartPole-v1: no episode ended" in said and "trial 1: diverged" in said
