@@ -27,7 +27,7 @@ FAMILIES = [
     "Maze-v0",
     "Snake-v1",
 ]
-DEFAULT = [(deep_spi, "MiniGrid-DoorKey-5x5-v0")]
+DEFAULT = [(ppo, "MiniGrid-DoorKey-5x5-v0")]
 
 
 def cases():

@@ -17,7 +17,7 @@ from envs.registry import make_env
 from experiments import seeds
 from experiments.study.records import read_runs, typed_flags
 from utils.dreams.replay import prefill_iterations
-from utils.runs.flags import GRIDWORLD, UsageError, check_flags, make_args
+from utils.runs.flags import UsageError, check_flags, make_args
 from utils.runs.stored_flags import to_store
 
 pytestmark = pytest.mark.minatar
@@ -86,12 +86,12 @@ def test_runs_in_one_program_are_those_of_the_script(script, flags):
 
 def test_a_run_that_diverges_is_named_and_left_out_of_means(tmp_path, monkeypatch, capsys):
     """Two seeds with a learning rate of 1e30 and two with the default, which is called so."""
-    flags = "--num-envs 8 --num-steps 16 --total-timesteps 384 --fc-layers"
-    args = seeds.Args(env_ids=(GRIDWORLD,), seeds=(1, 2), flags=flags, vary=("learning-rate", "1e30", "2.5e-4"))
+    flags = "--num-envs 8 --num-steps 64 --total-timesteps 1024"
+    args = seeds.Args(env_ids=("Breakout-MinAtar",), seeds=(1, 2), flags=flags, vary=("learning-rate", "1e30", "1e-3"))
     args.output = tmp_path / "t.csv"
     seeds.main(args)
     bad, good = capsys.readouterr().out.splitlines()[-2:]
-    label = "--total-timesteps 384 --fc-layers (none) --num-envs 8 --num-steps 16"
+    label = "--total-timesteps 1024 --num-envs 8 --num-steps 64"
     assert bad.startswith(f"  {label} --learning-rate 1e+30") and bad.endswith(
         "seed 1 diverged after step 0; seed 2 diverged after step 0"
     )
@@ -101,7 +101,7 @@ def test_a_run_that_diverges_is_named_and_left_out_of_means(tmp_path, monkeypatc
     assert capsys.readouterr().out.splitlines()[-2:] == [bad, good]
     reading = read_runs([str(args.output)], "charts/episodic_return")
     assert [run.seed for run in reading.runs] == [1, 2] and len(reading.skipped) == 2
-    same = make_args(ppo.Args, env_id=GRIDWORLD, num_envs=8, num_steps=16, total_timesteps=384, fc_layers=())
+    same = make_args(ppo.Args, env_id="Breakout-MinAtar", num_envs=8, num_steps=64, total_timesteps=1024)
     assert {run.flags for run in reading.runs} == {
         typed_flags(ppo.__name__, to_store(same))
     }  # as a report calls a run's folder

@@ -112,9 +112,8 @@ def unchanged(state, steps, advantages, key, agent, optimizer, args):
 
 
 @two
-@pytest.mark.parametrize(
-    "env_id", ["CartPole-v1", *(pytest.param(x, marks=pytest.mark.slow) for x in ("Breakout-MinAtar", "Breakout-v5"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Breakout-MinAtar", "Breakout-v5"])
 def test_a_run_on_two_devices_films_and_goes_on_on_one(env_id, tmp_path, capsys, monkeypatch):
     """Without learning, which the test above compares, and which takes the longest to compile."""
     monkeypatch.setattr(ppo, "update", unchanged)
