@@ -24,14 +24,14 @@ if __name__ == "__main__":
 from dataclasses import dataclass  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
-from typing import Annotated, Any, Literal  # noqa: E402
+from typing import Annotated, Any, Literal, NamedTuple  # noqa: E402
 
 import tyro  # noqa: E402
 
 from envs.own import absolute  # noqa: E402
 from experiments.run import show_plan  # noqa: E402
 from experiments.study import local, slurm  # noqa: E402
-from experiments.study.grid import LOGS, SETS, PlannedRun, args_of, claim, script_path  # noqa: E402
+from experiments.study.grid import LOGS, SETS, PlannedRun, args_of, claim, plan, script_path  # noqa: E402
 from experiments.study.status import Live  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
@@ -89,8 +89,61 @@ class Args:
     """number of the SLURM job that this process is; set by --slurm"""
 
 
-def submit(args: Args, search: Any, typed: list[str]) -> None:
+class Asked(NamedTuple):
+    """A search as the command line describes it."""
+
+    settings: Any  # experiments.study.search.Settings
+    args_type: type  # declares the script's flags
+    space: dict[str, Any]  # distribution of each searched flag
+    first: dict[str, Any] | None  # values of the first trial, if they are the defaults
+
+
+def read_command(args: Args, flags: list[str]) -> Asked:
+    """Check the command line before anything starts.
+
+    Raises:
+        UsageError: a flag is wrong.
+    """
+    from experiments.study.search import Settings, make_scale
+    from experiments.study.space import as_words, check_space, default_params, ends, parse_space, size
+
+    for flag in ("trials", "concurrent_trials"):
+        require(getattr(args, flag) >= 1, f"{as_typed(flag, getattr(args, flag))}: must be at least 1")
+    require(args.sampler_seed >= 0, f"--sampler-seed {args.sampler_seed}: must be 0 or more")
+    require(len(args.seeds) > 0, "--seeds: name at least one")
+    require(len(set(args.seeds)) == len(args.seeds), f"{as_typed('seeds', args.seeds)}: has duplicates; remove them")
+    require(args.pruner != "none" or args.prune_on == "games", "--prune-on: is used only with --pruner; leave it out")
+    own = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
+    said = "--slurm: the batch script sets the resources; leave out --gpus, --runs-per-gpu and --workers"
+    require(own or not args.slurm, said)
+    env_ids = tuple(dict.fromkeys(absolute(one) for name in args.env_ids for one in SETS.get(name, (name,))))
+    require(len(env_ids) > 0, "--env-ids: name at least one")
+    path = script_path(args.script)
+    args_type, script = args_of(path), str(path) if path.parent != ROOT else args.script
+    space, scale = parse_space(args.search, args_type), make_scale(env_ids, args.scale)
+    check_space(space, args_type, env_ids, flags)
+    require(
+        args.trials <= size(space), f"--trials {args.trials}: the search space has only {size(space):.0f} settings; use fewer"
+    )
+    require(
+        args.pruner == "none" or args.prune_on == "steps" or len(env_ids) > 1, "--prune-on games: needs several environments"
+    )
+    first = default_params(space, args_type, env_ids, flags)
+    sample = first or {name: ends(of)[0] for name, of in space.items()}
+    logdir = expand(args.logdir, "--logdir").absolute()
+    plan((script,), env_ids, list(args.seeds), [*flags, *as_words(sample, args_type)], logdir, prefix="any__")
+    asked = [script, list(env_ids), list(args.seeds), list(args.search), flags, scale]
+    settings = Settings(*asked, args.sampler_seed, args.concurrent_trials, args.pruner, args.prune_on)
+    return Asked(settings, args_type, space, first)
+
+
+def submit(args: Args, search: Any) -> None:
     """Submit the jobs that are neither running nor in the queue."""
+    asked = search.settings
+    typed = [f"--script={asked.script}", "--env-ids", *asked.env_ids, "--seeds", *map(str, asked.seeds)]
+    for flag in ("trials", "concurrent_trials", "sampler_seed", "pruner", "prune_on"):
+        typed.append(f"--{flag.replace('_', '-')}={getattr(args, flag)}")
+    typed += [*(f"--search={text}" for text in asked.search), *(f"--scale={text}" for text in args.scale), "--", *asked.flags]
     jobs = []
     for number in range(1, args.concurrent_trials + 1):
         command = [sys.executable, str(Path(__file__).absolute()), f"--worker={number}", f"--logdir={search.logdir}", *typed]
@@ -103,34 +156,16 @@ def main(args: Args, flags: list[str]) -> None:
     """Work on the search, or print its plan or what it has found."""
     require(find_spec("optuna") is not None, "needs Optuna: use uv run --extra tune ..., or pip install optuna")
     from experiments.study import search_report, trials
-    from experiments.study.search import Search, Settings, make_scale, read_settings
-    from experiments.study.space import check_space, default_params, parse_space
+    from experiments.study.search import Search, read_settings
+    from experiments.study.space import parse_space
 
     logdir = expand(args.logdir, "--logdir").absolute()
     if args.status:
         settings = read_settings(logdir)
         args_type = args_of(script_path(settings.script))
-        search = Search(logdir, settings, parse_space(settings.search, args_type), None)
+        search = Search(logdir, settings, parse_space(tuple(settings.search), args_type), None, storage="memory")
         return print("\n".join(search_report.write_report(search, args_type)))
-    for flag in ("trials", "concurrent_trials"):
-        require(getattr(args, flag) >= 1, f"{as_typed(flag, getattr(args, flag))}: must be at least 1")
-    require(args.sampler_seed >= 0, f"--sampler-seed {args.sampler_seed}: must be 0 or more")
-    require(len(args.seeds) > 0, "--seeds: name at least one")
-    require(len(set(args.seeds)) == len(args.seeds), f"{as_typed('seeds', args.seeds)}: has duplicates; remove them")
-    require(args.pruner != "none" or args.prune_on == "games", "--prune-on: is used only with --pruner; leave it out")
-    own = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
-    require(
-        own or not args.slurm, "--slurm: the batch script sets the resources; leave out --gpus, --runs-per-gpu and --workers"
-    )
-    env_ids = tuple(dict.fromkeys(absolute(one) for name in args.env_ids for one in SETS.get(name, (name,))))
-    require(len(env_ids) > 0, "--env-ids: name at least one")
-    path = script_path(args.script)
-    args_type, script = args_of(path), str(path) if path.parent != ROOT else args.script
-    space, scale = parse_space(args.search, args_type), make_scale(env_ids, args.scale)
-    check_space(space, args_type, env_ids, flags)
-    first = default_params(space, args_type, env_ids, flags)
-    asked = [script, list(env_ids), list(args.seeds), list(args.search), flags, scale]
-    settings = Settings(*asked, args.sampler_seed, args.concurrent_trials, args.pruner, args.prune_on)
+    settings, args_type, space, first = read_command(args, flags)
     slots = local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
     if args.dry_run:
         with TemporaryDirectory() as temporary:
@@ -140,20 +175,13 @@ def main(args: Args, flags: list[str]) -> None:
         print(f"the first of {args.trials} trials:")
         return show_plan(logdir, [run for of in runs.values() for run in of], len(slots))
     lock = claim(logdir / f"worker-{args.worker}" if args.worker else logdir)
-    search = Search(logdir, settings, space, first, journal=args.slurm or args.worker > 0)
+    search = Search(logdir, settings, space, first, storage="journal" if args.slurm or args.worker else "sqlite")
     if args.replace_failed:
         search.replace_failed()
     live = Live()
     source = trials.Trials(search, args_type, args.trials, 1 if args.worker else args.concurrent_trials, live)
     if args.slurm and not source.is_over():
-        typed = [f"--script={script}", "--env-ids", *env_ids, "--seeds", *map(str, args.seeds), f"--trials={args.trials}"]
-        typed += [
-            f"--concurrent-trials={args.concurrent_trials}",
-            f"--sampler-seed={args.sampler_seed}",
-            f"--pruner={args.pruner}",
-        ]
-        typed += [f"--prune-on={args.prune_on}", *(f"--search={text}" for text in args.search)]
-        return submit(args, search, [*typed, *(f"--scale={text}" for text in args.scale), "--", *flags])
+        return submit(args, search)
     over = len(search.trials())
     print(f"{over} of {source.total} trials are over; up to {len(slots)} runs at a time, in {logdir}", flush=True)
     local.launch(logdir, source, slots, live)

@@ -40,6 +40,7 @@ SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
 RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that the launcher sets
 RECORD = "study.json"
 LOGS = "logs"
+TRIALS, WORKER = "trials", "worker-"  # folders in that of a search which are no runs: its trials, and (first letters) its jobs
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
 TAIL_BYTES = 20_000
 
@@ -103,8 +104,12 @@ def args_of(path: Path) -> type:
     """
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    args_type = getattr(importlib.import_module(path.stem), "Args", None)
-    require(args_type is not None, f"--scripts {path}: has no class Args; declare the flags in one")
+    try:
+        args_type = getattr(importlib.import_module(path.stem), "Args", None)
+    except (Exception, SystemExit) as error:  # an own script may raise anything
+        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UsageError(f"--scripts {path}: cannot be imported ({said})") from None
+    require(dataclasses.is_dataclass(args_type), f"--scripts {path}: has no dataclass Args; declare the flags in one")
     return args_type
 
 

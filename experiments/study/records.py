@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from envs.own import short
 from envs.registry import family
-from experiments.study.grid import LOGS, RUNNERS, SHORT, args_of, read_plan
+from experiments.study.grid import LOGS, RUNNERS, SHORT, TRIALS, WORKER, args_of, read_plan
 from experiments.study.grid import RECORD as STUDY
 from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
@@ -303,7 +303,11 @@ def _read_folders(path: Path, metric: str) -> Reading:
         folders, planned, problems = [path], {}, []
     else:
         try:
-            inside = sorted(x for x in path.iterdir() if x.is_dir() and x.name not in (LOGS, JOBS) and x.name[0] != ".")
+            inside = sorted(
+                x
+                for x in path.iterdir()
+                if x.is_dir() and x.name not in (LOGS, JOBS, TRIALS) and not x.name.startswith((".", WORKER))
+            )
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
         folders, planned, problems = inside, {}, []

@@ -11,19 +11,22 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import filelock
 import numpy as np
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, MedianPruner, SuccessiveHalvingPruner
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from envs.atari_scores import reference
 from envs.own import absolute
+from experiments.study.grid import TRIALS
 from experiments.study.records import RunRecord, final_score
 from experiments.study.space import Params, Space, rounded
 from utils.runs.checkpoints import write_json
@@ -32,8 +35,9 @@ from utils.runs.flags import UsageError, require
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
-SETTINGS, DATABASE, JOURNAL = "search.json", "search.db", "search.journal"
-TRIALS, REPLACED = "trials", "replaced.json"
+SETTINGS, DATABASE, JOURNAL, REPLACED = "search.json", "search.db", "search.journal", "replaced.json"
+REFUSED = "refused: "  # begins the reason of a trial whose values the script does not accept
+DRAWS = 1_000  # to propose values that no trial has had
 TENTHS = 10  # a run's score is the mean return of the last tenth of its steps
 RUNGS = 4  # with --prune-on steps, a trial may be pruned after each quarter
 STARTUP_TRIALS = 10  # random trials before the sampler's model is used; Optuna's default
@@ -103,6 +107,7 @@ def make_scale(env_ids: tuple[str, ...], given: tuple[str, ...]) -> dict[str, li
     for text in given:
         env_id, _, values = text.rpartition("=")
         env_id = absolute(env_id)
+        require(env_id not in typed, f"--scale {text}: {env_id} is scaled twice; leave one out")
         try:
             low, high = map(float, values.split(":"))
         except ValueError:
@@ -136,7 +141,7 @@ def score(records: list[RunRecord], share: float = 1.0) -> float | None:
 class Search:
     """The trials of a search, in its folder."""
 
-    def __init__(self, logdir: Path, settings: Settings, space: Space, first: Params | None, journal: bool | None = None):
+    def __init__(self, logdir: Path, settings: Settings, space: Space, first: Params | None, storage: str = "sqlite"):
         """Begin or continue a search.
 
         Args:
@@ -144,29 +149,37 @@ class Search:
             settings: what identifies it.
             space: the distribution of each searched flag.
             first: the values of trial 0; None proposes them like the others'.
-            journal: store the trials in Optuna's journal file, which many processes may write, instead of in SQLite; None: in
-                the file that exists.
+            storage: where Optuna stores the trials: sqlite; journal, a file that many processes may write; or memory, which
+                reads the folder and writes nothing. A storage that is new gets all trials from the folder.
 
         Raises:
-            UsageError: the folder has a search with other settings, or in another storage.
+            UsageError: the folder has a search with other settings, or the storage is damaged.
+            OSError: a file cannot be written.
         """
         self.logdir, self.settings, self.space, self.first = logdir, settings, space, first
-        (logdir / TRIALS).mkdir(parents=True, exist_ok=True)
-        with self.lock():
-            self._check_settings()
-            journal = (logdir / JOURNAL).exists() if journal is None else journal
-            path, other = logdir / (JOURNAL if journal else DATABASE), logdir / (DATABASE if journal else JOURNAL)
-            began = f"was begun {'without' if journal else 'with'} --slurm"
-            require(not other.exists(), f"--logdir {logdir}: this search {began}; continue it so, or choose another folder")
-            self.storage = open_storage(path)
-            self.study = optuna.create_study(
-                storage=self.storage, study_name=settings.script, direction="maximize", load_if_exists=True
-            )
+        if storage == "memory":
+            self.path = None
+            self.study = optuna.create_study(direction="maximize")
+        else:
+            self.path = logdir / (JOURNAL if storage == "journal" else DATABASE)
+            (logdir / TRIALS).mkdir(parents=True, exist_ok=True)
+            with self.lock(), stored(self.path):
+                self._check_settings()
+                if storage == "journal":
+                    backend = JournalStorage(JournalFileBackend(str(self.path)))
+                else:  # a path may contain characters that have a meaning in a URL
+                    backend = RDBStorage(URL.create("sqlite", database=str(self.path)).render_as_string())
+                self.study = optuna.create_study(
+                    storage=backend, study_name=settings.script, direction="maximize", load_if_exists=True
+                )
         self.publish()
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the lock of the search, for what only one process may do at a time."""
+        if self.path is None:  # nothing is written
+            yield
+            return
         lock = filelock.FileLock(self.logdir / ".search", fallback_to_soft=False, preserve_lock_file=True)
         try:
             lock.acquire()
@@ -205,11 +218,15 @@ class Search:
     def publish(self) -> list[tuple[int, Outcome]]:
         """Add to Optuna's storage what has been decided since, in order. Return it."""
         added = []
-        with self.lock():
+        with self.lock(), stored(self.path):
             number = len(self.trials())
             while (path := self.outcome_path(number)).exists():
                 outcome = read_outcome(path)
-                self.study.add_trial(self._frozen(outcome))
+                try:
+                    trial = self._frozen(outcome)
+                except ValueError:
+                    raise UsageError(f"{path}: is damaged; delete it, and the trial is judged again from its runs") from None
+                self.study.add_trial(trial)
                 added.append((number, outcome))
                 number += 1
         return added
@@ -232,12 +249,15 @@ class Search:
         """Leave trials that failed but did not diverge out of the sampler's history, and of the count of trials."""
         with self.lock():
             failed = [t for t in self.trials() if t.state == TrialState.FAIL and not t.user_attrs["diverged"]]
-            write_json(self.logdir / REPLACED, [t.number for t in failed])
+            by_machine = [t.number for t in failed if not t.user_attrs["reason"].startswith(REFUSED)]
+            write_json(self.logdir / REPLACED, by_machine)
 
     def replaced(self) -> list[int]:
         """Return the numbers of the trials that were replaced."""
         path = self.logdir / REPLACED
-        return json.loads(path.read_text()) if path.exists() else []
+        if not path.exists():
+            return []
+        return read_json(path, list, "delete it, and repeat the command with --replace-failed")
 
     def _history(self, number: int) -> list[FrozenTrial]:
         """Return the trials on which the trial of that number depends. One that failed counts as a bad one: it has the value of
@@ -255,10 +275,14 @@ class Search:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self._propose(number))
-        return json.loads(path.read_text())
+        params = read_json(path, dict, "delete it, and the same values are proposed again")
+        require(set(params) == set(self.space), f"{path}: is of another search; choose another --logdir")
+        return params
 
     def _propose(self, number: int) -> Params:
-        if number == 0 and self.first is not None:
+        replaced = self.replaced()
+        tried = [self.params(earlier) for earlier in range(number) if earlier not in replaced]
+        if self.first is not None and self.first not in tried:
             return self.first
         seed = int(np.random.SeedSequence([self.settings.sampler_seed, number]).generate_state(1)[0])
         memory = optuna.create_study(
@@ -268,7 +292,13 @@ class Search:
         for pending in range(max(0, number - self.settings.concurrent_trials + 1), number):  # so that it is not proposed again
             running = create_trial(state=TrialState.RUNNING, params=self.params(pending), distributions=self.space)
             memory.add_trial(running)
-        return rounded(memory.ask(self.space).params, self.space)
+        params = rounded(memory.ask(self.space).params, self.space)
+        at_random = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        for _ in range(DRAWS):  # the same values again would be the same runs
+            if params not in tried:
+                break
+            params = rounded(at_random.ask(self.space).params, self.space)
+        return params
 
     def is_pruned(self, number: int, steps: dict[int, float]) -> tuple[bool, dict[str, Any]]:
         """Return whether Optuna's pruner ends the trial after these intermediate values, and what it notes about the trial."""
@@ -290,13 +320,13 @@ def read_settings(logdir: Path) -> Settings:
     Raises:
         UsageError: there is no search, or the file is damaged.
     """
-    path = logdir / SETTINGS
-    try:
-        return Settings(**json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"--logdir {logdir}: contains no search ({SETTINGS}); name the folder of one") from None
-    except (ValueError, TypeError):
-        raise UsageError(f"{path}: is damaged; delete it, and repeat the command that began the search") from None
+    path, remedy = logdir / SETTINGS, "delete it, and repeat the command that began the search"
+    require(path.is_file(), f"--logdir {logdir}: contains no search ({SETTINGS}); name the folder of one")
+    found = read_json(path, dict, remedy)
+    kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(Settings).items()}
+    whole = set(found) == set(kinds) and all(isinstance(found[name], kind) for name, kind in kinds.items())
+    require(whole, f"{path}: is damaged; {remedy}")
+    return Settings(**found)
 
 
 def make_pruner(name: str) -> BasePruner | None:
@@ -306,11 +336,34 @@ def make_pruner(name: str) -> BasePruner | None:
     return SuccessiveHalvingPruner(min_resource=1, reduction_factor=2) if name == "halving" else None
 
 
-def open_storage(path: Path) -> BaseStorage:
-    """Open or create Optuna's storage in a file, a journal or an SQLite database."""
-    if path.name == JOURNAL:
-        return JournalStorage(JournalFileBackend(str(path)))
-    return RDBStorage(f"sqlite:///{path}")
+@contextlib.contextmanager
+def stored(path: Path | None) -> Iterator[None]:
+    """Turn errors of Optuna's storage into one line. The outcomes of all trials are in files too, so that nothing is lost.
+
+    Raises:
+        UsageError: the storage cannot be read or written.
+    """
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, LookupError, ValueError) as error:
+        said = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())[:200]
+        remedy = "if it is damaged, delete it, and repeat the command: it is written anew from the outcomes in trials/"
+        raise UsageError(f"{path}: {said}; {remedy}") from None
+
+
+def read_json(path: Path, kind: type, remedy: str) -> Any:
+    """Read a JSON file that holds a value of this kind.
+
+    Raises:
+        UsageError: it does not. The message ends with the remedy.
+    """
+    try:
+        value = json.loads(path.read_text())
+        if isinstance(value, kind):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    raise UsageError(f"{path}: is damaged; {remedy}")
 
 
 def read_outcome(path: Path) -> Outcome:
@@ -319,11 +372,14 @@ def read_outcome(path: Path) -> Outcome:
     Raises:
         UsageError: the file is damaged.
     """
+    remedy = "delete it, and the trial is judged again from its runs"
     try:
-        outcome = Outcome(**json.loads(path.read_text()))
-        return outcome._replace(steps={int(step): value for step, value in outcome.steps.items()})
+        outcome = Outcome(**read_json(path, dict, remedy))
+        whole = outcome.state in ("complete", "pruned", "failed") and (outcome.state == "failed" or np.isfinite(outcome.value))
+        require(bool(whole) and isinstance(outcome.params, dict), f"{path}: is damaged; {remedy}")
+        return outcome._replace(steps={int(step): float(value) for step, value in outcome.steps.items()})
     except (ValueError, TypeError, AttributeError):
-        raise UsageError(f"{path}: is damaged; delete it, and the trial is judged again from its runs") from None
+        raise UsageError(f"{path}: is damaged; {remedy}") from None
 
 
 def _brief(value: Any) -> str:

@@ -110,9 +110,12 @@ def write_report(search: Search, args_type: type) -> list[str]:
         f"{count[TrialState.FAIL] - diverged} failed"
     ]
     if trials:
-        write_table(search, search.logdir / TABLE)
-        draw_slices(trials, search.space, search.logdir / SLICES)
-        lines.append(f"table and figure: {search.logdir / TABLE}, {search.logdir / SLICES}")
+        try:
+            write_table(search, search.logdir / TABLE)
+            draw_slices(trials, search.space, search.logdir / SLICES)
+            lines.append(f"table and figure: {search.logdir / TABLE}, {search.logdir / SLICES}")
+        except OSError as error:  # another user's folder, or a full disk
+            lines.append(f"*** table and figure are not written: {error.strerror} ***")
     if found := importances(search):
         lines.append("importance: " + ", ".join(f"--{name} {value:.2f}" for name, value in found.items()))
     if best is not None:

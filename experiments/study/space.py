@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import re
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from envs.options import WORDS
 from envs.registry import family
 from experiments.study.grid import RUNNERS
 from utils.runs.flag_types import as_typed
@@ -16,7 +18,8 @@ from utils.runs.flags import UsageError, check_flags, parse_flags, require
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 INTERVAL = re.compile(rf"(log:)?({NUMBER}):({NUMBER})")
-DIGITS = 3  # significant digits of a proposed number
+DIGITS = 3  # of a proposed number
+MOST_CHECKED = 100  # numbers inside an interval of whole numbers that are checked before the search
 Params = dict[str, Any]  # flag, as typed without dashes: its value
 Space = dict[str, BaseDistribution]
 
@@ -51,8 +54,8 @@ def parse_space(searched: tuple[str, ...], args_type: type) -> Space:
 
 
 def _interval(typed: str, hint: Any, log: str | None, low: str, high: str) -> BaseDistribution:
-    kinds = {kind for kind in (int, float) if kind in (hint, *getattr(hint, "__args__", ()))}
-    require(len(kinds) > 0, f"{typed}: this flag takes no number; list its values, A,B,C")
+    kinds = {kind for kind in (int, float) if kind in (hint, *get_args(hint))}
+    require(len(kinds) > 0 and not takes_several(hint), f"{typed}: this flag takes no single number; list its values, A,B,C")
     kind = float if float in kinds else int
     try:
         ends = kind(low), kind(high)
@@ -71,21 +74,43 @@ def _choices(typed: str, values: str) -> CategoricalDistribution:
 
 
 def rounded(params: Params, space: Space) -> Params:
-    """Return the values with few digits, inside their intervals: the values that a command line shows and a trial uses."""
+    """Return the values with few digits, inside their intervals: the values that a command line shows and a trial uses. An
+    interval has about a thousand of them, or for each power of ten if it is logarithmic."""
 
     def one(value: Any, of: BaseDistribution) -> Any:
-        return min(max(float(f"{value:.{DIGITS}g}"), of.low), of.high) if isinstance(of, FloatDistribution) else value
+        if not isinstance(of, FloatDistribution):
+            return value
+        if of.log:
+            narrow = max(0, math.ceil(-math.log10(math.log10(of.high) - math.log10(of.low))))
+            short = float(f"{value:.{DIGITS + narrow}g}")
+        else:
+            short = round(value, DIGITS - math.floor(math.log10(of.high - of.low)))
+        return min(max(short, of.low), of.high)
 
     return {name: one(params[name], of) for name, of in space.items()}
 
 
 def as_words(params: Params, args_type: type) -> list[str]:
     """Return the values as words of a command line."""
-    usual, words = {field.name: field.default for field in dataclasses.fields(args_type)}, []
+    hints, words = get_type_hints(args_type), []
     for name, value in params.items():
-        several = isinstance(usual[name.replace("-", "_")], tuple)
+        several = takes_several(hints[name.replace("-", "_")])
         words += [f"--{name}", *value.split()] if several else [f"--{name}={value}"]
     return words
+
+
+def takes_several(hint: Any) -> bool:
+    """Return True if a flag of this type takes several values."""
+    return any(get_origin(kind) in (tuple, list) for kind in (hint, *get_args(hint)))
+
+
+def size(space: Space) -> float:
+    """Return the number of different settings; infinite with an interval of numbers that are not whole."""
+    number = 1.0
+    for of in space.values():
+        whole = of.high - of.low + 1 if isinstance(of, IntDistribution) else math.inf
+        number *= len(of.choices) if isinstance(of, CategoricalDistribution) else whole
+    return number
 
 
 def default_params(space: Space, args_type: type, env_ids: tuple[str, ...], flags: list[str]) -> Params | None:
@@ -112,6 +137,8 @@ def _same(choice: str, value: Any) -> bool:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(choice) == value
+    if isinstance(value, bool):
+        return WORDS.get(choice.lower()) == value
     return choice.lower() == str(value).lower()
 
 
@@ -134,7 +161,15 @@ def check_space(space: Space, args_type: type, env_ids: tuple[str, ...], flags: 
     for env_id in {family(env_id): env_id for env_id in env_ids}.values():  # the environments of a family share their defaults
         usual = parse_flags(args_type, [f"--env-id={env_id}", *flags])
         values = {name: [_parsed(name, end, args_type, env_id, flags) for end in ends(of)] for name, of in space.items()}
-        first = dataclasses.replace(usual, **{names[name]: parsed[0] for name, parsed in values.items()})
+        launched = {"resume": "auto", "run_name": "trial"}
+        first = dataclasses.replace(usual, **launched, **{names[name]: parsed[0] for name, parsed in values.items()})
+        for name, of in space.items():  # whole numbers inside an interval
+            for value in range(of.low + 1, min(of.high, of.low + MOST_CHECKED)) if isinstance(of, IntDistribution) else ():
+                try:
+                    check_flags(dataclasses.replace(first, **{names[name]: value}))
+                except UsageError as error:
+                    said = f"--search {name}: {env_id} refuses {as_typed(name, value)}, which lies in the interval"
+                    raise UsageError(f"{said}: {error}; list the values instead, A,B,C") from None
         for pair in itertools.combinations(space, min(2, len(space))):
             for chosen in itertools.product(*(values[name] for name in pair)):
                 try:

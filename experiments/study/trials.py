@@ -1,16 +1,17 @@
 """The trials of a search, as a source of runs for `experiments.study.local.launch`."""
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from experiments.study.grid import PlannedRun, Progress, plan, rates, seconds_left, state_of, write_plan
 from experiments.study.local import Source
-from experiments.study.records import OF_EPISODES, read_folder
-from experiments.study.search import RUNGS, Outcome, Search, score
+from experiments.study.records import LEFT_OUT, OF_EPISODES, read_folder
+from experiments.study.search import REFUSED, RUNGS, Outcome, Search, score
 from experiments.study.space import Params, as_words
 from experiments.study.status import Live
 from utils.runs import folder
-from utils.runs.flags import UsageError
+from utils.runs.flags import UsageError, check_flags, parse_flags
 
 LOOK_SECONDS = 5.0  # between checks of how far runs are, and of what other processes have decided
 
@@ -105,12 +106,28 @@ class Trials(Source):
             lock.release()
             return None
         params = self.search.params(number)
+        if said := self._refused(params):
+            self.search.decide(number, Outcome("failed", None, params, {}, {}, 0.0, f"{REFUSED}{said}"))
+            lock.release()
+            self.looked = -LOOK_SECONDS
+            return None
         runs = runs_of(self.search, self.args_type, number, params)
         trial = self.mine[number] = Trial(number, params, runs, lock)
         with self.search.lock():
             write_plan(self.search.logdir, trial.all_runs())
         self.live.say(f"trial {number} of {self.total}: {' '.join(as_words(params, self.args_type))}")
         return trial
+
+    def _refused(self, params: Params) -> str:
+        """Return why the script does not accept these values; "" if it does."""
+        asked = self.search.settings
+        for env_id in asked.env_ids:
+            args = parse_flags(self.args_type, [f"--env-id={env_id}", *asked.flags, *as_words(params, self.args_type)])
+            try:
+                check_flags(replace(args, resume="auto", run_name="trial"))
+            except UsageError as error:
+                return f"{env_id}: {error}"
+        return ""
 
     def _judge(self, trial: Trial) -> Outcome | None:
         """Return how the trial ended; None if it goes on."""
@@ -129,11 +146,12 @@ class Trials(Source):
         if not (reason or pruned or whole):
             return None
         seconds = sum(state_of(self.search.logdir, run).elapsed for run in runs)
-        scores = {env_id: self._score(of) for env_id, of in trial.runs.items() if all(run.name in self.finished for run in of)}
-        known = {env_id: found for env_id, found in scores.items() if found is not None}
-        silent = next((env_id for env_id in scores if env_id not in known), None)
+        ended = {env_id: of for env_id, of in trial.runs.items() if all(run.name in self.finished for run in of)}
+        known = {env_id: found for env_id, of in ended.items() if (found := self._score(of)) is not None}
+        silent = next((of for env_id, of in ended.items() if env_id not in known), None)
         if not pruned and not reason and silent is not None:
-            reason = f"{silent}: no episode ended"
+            said = [problem for run in silent for problem in read_folder(self.search.logdir / run.name, OF_EPISODES[0])[1]]
+            reason = said[-1].removesuffix(LEFT_OUT) if said else f"{silent[0].env_id}: no episode ended"
         rest = trial.params, known, steps, round(seconds, 1)
         if reason:
             return Outcome("failed", None, *rest, reason, "not finite in update" in reason)
