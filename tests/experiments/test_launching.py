@@ -145,7 +145,7 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
     "scripts, env_ids, flags, said",
     [
         (("nothing",), GAMES, [], "no such script; choose from deep_mdp_ppo, deep_spi, dream_spi, ppo"),
-        (("tests/commands.py",), GAMES, [], "has no class Args"),
+        (("tests/commands.py",), GAMES, [], "has no dataclass Args"),
         (("ppo", "ppo"), GAMES, [], "names ppo twice"),
         (("ppo 'a",), GAMES, [], "no closing quotation"),
         (("",), GAMES, [], "is empty; name a script"),

@@ -110,7 +110,9 @@ def test_seeds_prints_scores_before_it_writes(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(seeds, "train", lambda module, args, runs: (np.full((2, len(runs)), 7.0), np.ones((2, len(runs)))))
+    ones = np.ones((2, 2), int)
+    returns = seeds.Returns(np.full((2, 2), 7.0), ones, ones.astype(bool))
+    monkeypatch.setattr(seeds, "train", lambda module, args, runs: returns)
     monkeypatch.setattr(seeds, "write_csv", refuse)
     with pytest.raises(OSError, match="No space left"):
         seeds.main(seeds.Args(seeds=(1, 2), output=tmp_path / "a.csv", **NEEDED["seeds"]))
