@@ -70,9 +70,8 @@ def _defaults(parameters: Mapping[str, inspect.Parameter], env_id: str, options:
         if p.default is not p.empty:
             known[name] = p.default
         else:
-            kinds = {kind: kind for kind in (bool, int, float, str)} | {k.__name__: k for k in (bool, int, float, str)}
-            kind = kinds.get(p.annotation) if isinstance(p.annotation, (type, str)) else None
-            known[name] = kind() if kind else None
+            text = getattr(p.annotation, "__name__", p.annotation)  # of a type, or a string already
+            known[name] = {"bool": False, "int": 0, "float": 0.0, "str": ""}.get(text) if isinstance(text, str) else None
             if name not in given:
                 raise EnvError(f"--env-id {env_id}: needs --env-option {name}=...")
     return known

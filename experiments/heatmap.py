@@ -17,9 +17,8 @@ if __name__ == "__main__":
 
     start_quietly()
 
-import importlib  # noqa: E402
-import os  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
+from functools import cache  # noqa: E402
 from typing import Annotated  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -27,16 +26,13 @@ import tyro  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from experiments.study.figures import styled  # noqa: E402
-from experiments.study.grid import SHORT  # noqa: E402
-from experiments.study.records import RunRecord, final_score, flag_name, read_runs, split_flags  # noqa: E402
+from experiments.study.grid import args_of, script_path  # noqa: E402
+from experiments.study.records import RunRecord, flag_name, last_tenth, read_runs, split_flags  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import defaults, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
-from utils.runs.outputs import check_output, expand  # noqa: E402
-
-TENTHS = 10
-LONG = {short: long for long, short in SHORT.items()}
+from utils.runs.outputs import check_output, refuse_input  # noqa: E402
 
 
 @dataclass
@@ -57,6 +53,12 @@ class Args:
     """path of the picture (.png); the table has the same name, with .csv"""
 
 
+@cache  # it parses all scripts
+def args_of_script(name: str) -> type:
+    """Return the class that declares the flags of a script, by the name that tables have."""
+    return args_of(script_path(name))
+
+
 def value_of(run: RunRecord, flag: str) -> str:
     """Return the run's value of a flag, as on the command line.
 
@@ -64,7 +66,7 @@ def value_of(run: RunRecord, flag: str) -> str:
         UsageError: the run's script has no such flag.
     """
     name = flag.replace("-", "_")
-    usual = defaults(importlib.import_module(LONG.get(run.script, run.script)).Args, run.env_id)
+    usual = defaults(args_of_script(run.script), run.env_id)
     require(name in usual, f"--{flag}: {run.script} has no such flag")
     typed = [word for word in split_flags(run.flags) if flag_name(word) == flag]
     return (typed or [as_typed(name, usual[name])])[0].removeprefix(f"--{flag}").strip() or "on"
@@ -92,7 +94,7 @@ def cells(runs: list[RunRecord], x: str, y: str) -> dict[tuple[str, str, str], n
         rest = (word for word in split_flags(run.flags) if flag_name(word) not in (x, y))
         others.setdefault(run.env_id, set()).add(" ".join(rest))
         of_cell = found.setdefault((run.env_id, value_of(run, y), value_of(run, x)), [])
-        of_cell += [final_score(run, TENTHS, 1)] if run.is_finished else []
+        of_cell += [last_tenth(run)] if run.is_finished else []
     for env_id, said in others.items():
         words = " and ".join(repr(text or "defaults") for text in sorted(said)[:2])
         require(len(said) == 1, f"runs of {env_id} also differ in other flags: {words}; choose with --where")
@@ -128,8 +130,7 @@ def main(args: Args) -> None:
     args = replace(args, output=check_output(args.output, "--output"))
     require(args.output.suffix == ".png", f"--output {args.output}: name a .png file")
     table = check_output(args.output.with_suffix(".csv"), "--output")
-    read = [source for source in args.runs if os.path.realpath(expand(source)) == os.path.realpath(table)]
-    require(not read, f"--output {args.output}: would overwrite {table}, which is an input; choose another name")
+    refuse_input(table, args.runs, f"--output {args.output}")
     require(len(args.runs) > 0, "no runs: name folders of runs or of studies, tables, or W&B projects")
     runs, problems, *_ = read_runs(args.runs, args.metric)
     for problem in problems:

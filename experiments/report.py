@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
     start_quietly()
 
-import os  # noqa: E402
 import shlex  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from typing import Annotated  # noqa: E402
@@ -49,7 +48,7 @@ from experiments.study.records import LEFT_OUT, read_runs, stretches, write_tabl
 from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
-from utils.runs.outputs import check_output, expand  # noqa: E402
+from utils.runs.outputs import check_output, expand, refuse_input  # noqa: E402
 from utils.statistics import RESAMPLINGS  # noqa: E402
 
 SIZE = (3.6, 2.7)  # of a subplot, in inches
@@ -161,8 +160,7 @@ def main(args: Args) -> None:
     for ending in ENDINGS:
         check_output(args.output.with_name(f"{args.output.name}{ending}"), "--output")
     for table in (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv")):
-        read = [source for source in args.runs if os.path.realpath(expand(source)) == os.path.realpath(table)]
-        require(not read, f"--output {args.output}: would overwrite {table}, which is an input; choose another name")
+        refuse_input(table, args.runs, f"--output {args.output}")
     runs, problems, planned, skipped = read_runs(args.runs, args.metric)
     for problem in problems:
         print(f"*** {problem} ***")

@@ -104,8 +104,6 @@ def main(args: Args, flags: list[str]) -> None:
         print(f"{finished} of {len(runs)} runs finished, {waiting} already in SLURM's queue, {submitted} submitted", end="")
         print(f" (job {', '.join(jobs)})" if jobs else "")
     else:
-        done = sum(state_of(logdir, run).kind == "finished" for run in runs)
-        print(f"{len(runs)} runs, {done} already finished; up to {len(slots)} at a time, in {logdir}", flush=True)
         left = local.launch(logdir, local.Source(runs), slots)
         states = {run.name: state_of(logdir, run) for run in runs}
         print("\n".join([*status.table(runs, states), "", status.summary(runs, states), *status.failures(runs, states)]))

@@ -30,7 +30,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
-from jaxtyping import Bool, Float, Int, Scalar  # noqa: E402
+from jaxtyping import Bool, Float, Int  # noqa: E402
 
 import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
@@ -42,7 +42,9 @@ from utils.dreams.replay import prefill_iterations  # noqa: E402
 from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, parse_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
+from utils.runs.logs import STOPPING  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
+from utils.runs.run import finite_parts  # noqa: E402
 from utils.runs.stored_flags import may_change, to_store  # noqa: E402
 
 SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi, "dream_spi": dream_spi}
@@ -81,12 +83,6 @@ class Returns(NamedTuple):
     finite: Bool[np.ndarray, "K R"]
 
 
-def all_finite(tree: Any) -> Bool[Scalar, ""]:
-    """Return True if all numbers are finite."""
-    numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
-
-
 def train(module: Any, args: Any, runs: list[dict]) -> Returns:
     """Train all runs.
 
@@ -111,8 +107,9 @@ def train(module: Any, args: Any, runs: list[dict]) -> Returns:
             state, metrics = module.prefill(*rolled, env, agent, flags)
         else:
             state, metrics = module.learn(*rolled, env, agent, module.make_optimizer(flags), flags)
-        losses = [value for name, value in metrics.items() if name.startswith(("losses/", "dreams/"))]
-        finite = all_finite([*state.params, *losses])
+        losses = [value for name, value in metrics.items() if name.startswith(STOPPING)]
+        _, results = finite_parts(state.params, state.opt_state)  # what stops a run of the script
+        finite = jnp.all(results) & jnp.all(jnp.array([jnp.all(jnp.isfinite(loss)) for loss in losses]))
         return state, (metrics["charts/episodic_return"], metrics["charts/episodes"], finite)
 
     start, prefill, compiled = time.perf_counter(), prefill_iterations(args), {}

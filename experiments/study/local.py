@@ -163,6 +163,10 @@ class Source:
         coming, self.coming = self.coming, None
         return coming
 
+    def greeting(self, new: list[PlannedRun], finished: int) -> str:
+        """Return what to print about runs that have come, some of which are already finished; nothing if it is empty."""
+        return f"{len(new)} runs, {finished} already finished"
+
     def over(self, run: PlannedRun, state: Progress) -> None:
         """Note the state of a run that is finished, or that has failed and will not be retried."""
 
@@ -188,9 +192,6 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
     signals = Signals()
     signals.watch(lambda signum: live.say(f"stopping {len(workers)} runs, which save first ... (repeat to exit at once)"))
 
-    def over(run: PlannedRun) -> None:
-        source.over(run, state_of(logdir, run))
-
     try:
         while waiting or workers or not ended:
             if signals.received:
@@ -199,15 +200,19 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
             ended = new is None
             if new:
                 runs += new
-                states.read()
-                for run in new:
-                    over(run) if states.states[run.name].kind == "finished" else waiting.append(run)
+                known = states.read()
+                finished = [run for run in new if known[run.name].kind == "finished"]
+                if said := source.greeting(new, len(finished)):
+                    live.say(f"{said}; up to {len(slots)} at a time, in {logdir}")
+                for run in finished:
+                    source.over(run, known[run.name])
+                waiting += [run for run in new if run not in finished]
             for worker in [w for w in workers if w.process.poll() is not None]:
                 workers.remove(worker)
                 again = _ended(logdir, worker, attempts, live, worker.run.name in source.dropped)
                 waiting += [worker.run] if again else []
                 if not again:
-                    over(worker.run)
+                    source.over(worker.run, state_of(logdir, worker.run))
             for worker in workers:
                 if worker.run.name in source.dropped - stopped:
                     stopped.add(worker.run.name)  # a second signal would end it without saving
@@ -220,9 +225,9 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
                 for name in sorted(elsewhere - before):
                     live.say(f"{name} is running in another process: waiting for it")
                 for run in [run for run in waiting if run.name in before - elsewhere]:
-                    if state_of(logdir, run).kind == "finished":
+                    if (state := state_of(logdir, run)).kind == "finished":
                         waiting.remove(run)
-                        over(run)
+                        source.over(run, state)
             taken = places | {worker.slot.number for worker in workers}
             free = [slot for slot in slots if slot.number not in taken]
             free = free[: max(0, len(slots) - len(workers) - len(elsewhere))]

@@ -418,6 +418,11 @@ def final_score(run: RunRecord, points: int, last: int) -> float:
     return float(np.average(run.value[inside], weights=run.weight[inside]))
 
 
+def last_tenth(run: RunRecord) -> float:
+    """Return the `final_score` over the last tenth of a run."""
+    return final_score(run, 10, 1)
+
+
 def write_table(path: Path, runs: list[RunRecord]) -> None:
     """Write a row for each bin of the runs; on an error, the old file stays as it is."""
     rows = []

@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from envs.atari_scores import reference
 from envs.own import absolute
 from experiments.study.grid import TRIALS
-from experiments.study.records import RunRecord, final_score
+from experiments.study.records import RunRecord, last_tenth
 from experiments.study.space import Params, Space, rounded
 from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, require
@@ -38,7 +38,6 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 SETTINGS, DATABASE, JOURNAL, REPLACED = "search.json", "search.db", "search.journal", "replaced.json"
 REFUSED = "refused: "  # begins the reason of a trial whose values the script does not accept
 DRAWS = 1_000  # to propose values that no trial has had
-TENTHS = 10  # a run's score is the mean return of the last tenth of its steps
 RUNGS = 4  # with --prune-on steps, a trial may be pruned after each quarter
 STARTUP_TRIALS = 10  # random trials before the sampler's model is used; Optuna's default
 # MinAtar: mean return of random play (332,800 steps, 64 environments), and of PPO after 1M steps with --learning-rate 2e-3
@@ -134,7 +133,7 @@ def score(records: list[RunRecord], share: float = 1.0) -> float | None:
         part = run._replace(step=run.step[before], value=run.value[before], weight=run.weight[before], planned=planned)
         if not (part.weight > 0).any():
             return None
-        found.append(final_score(part, TENTHS, 1))
+        found.append(last_tenth(part))
     return float(np.mean(found))
 
 
@@ -231,13 +230,13 @@ class Search:
                 number += 1
         return added
 
-    def _frozen(self, outcome: Outcome, state: TrialState | None = None, value: float | None = None) -> FrozenTrial:
+    def _frozen(self, outcome: Outcome) -> FrozenTrial:
         states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
         attrs = {f"return {env_id}": score for env_id, score in outcome.scores.items()} | {"seconds": outcome.seconds}
         attrs |= {"reason": outcome.reason, "diverged": outcome.diverged}
         return create_trial(
-            state=state or states[outcome.state],
-            value=outcome.value if value is None else value,
+            state=states[outcome.state],
+            value=outcome.value,
             params=outcome.params,
             distributions=self.space,
             user_attrs=attrs,

@@ -161,22 +161,29 @@ def check_space(space: Space, args_type: type, env_ids: tuple[str, ...], flags: 
     for env_id in {family(env_id): env_id for env_id in env_ids}.values():  # the environments of a family share their defaults
         usual = parse_flags(args_type, [f"--env-id={env_id}", *flags])
         values = {name: [_parsed(name, end, args_type, env_id, flags) for end in ends(of)] for name, of in space.items()}
-        launched = {"resume": "auto", "run_name": "trial"}
-        first = dataclasses.replace(usual, **launched, **{names[name]: parsed[0] for name, parsed in values.items()})
-        for name, of in space.items():  # whole numbers inside an interval
-            for value in range(of.low + 1, min(of.high, of.low + MOST_CHECKED)) if isinstance(of, IntDistribution) else ():
-                try:
-                    check_flags(dataclasses.replace(first, **{names[name]: value}))
-                except UsageError as error:
-                    said = f"--search {name}: {env_id} refuses {as_typed(name, value)}, which lies in the interval"
-                    raise UsageError(f"{said}: {error}; list the values instead, A,B,C") from None
-        for pair in itertools.combinations(space, min(2, len(space))):
-            for chosen in itertools.product(*(values[name] for name in pair)):
-                try:
-                    check_flags(dataclasses.replace(first, **{names[n]: value for n, value in zip(pair, chosen, strict=True)}))
-                except UsageError as error:
-                    said = " and ".join(as_typed(name, value) for name, value in zip(pair, chosen, strict=True))
-                    raise UsageError(f"--search: {env_id} refuses {said}: {error}") from None
+        first = dataclasses.replace(usual, **{names[name]: parsed[0] for name, parsed in values.items()})
+        inside = {
+            name: range(of.low + 1, of.high)[:MOST_CHECKED] for name, of in space.items() if isinstance(of, IntDistribution)
+        }
+        singles = [{name: value} for name, whole in inside.items() for value in whole]
+        pairs = itertools.combinations(space, min(2, len(space)))
+        chosen = (
+            dict(zip(pair, v, strict=True)) for pair in pairs for v in itertools.product(*(values[name] for name in pair))
+        )
+        for params in (*singles, *chosen):
+            if said := refusal(dataclasses.replace(first, **{names[name]: value for name, value in params.items()})):
+                typed = " and ".join(as_typed(name, value) for name, value in params.items())
+                remedy = "; list the values instead of an interval, A,B,C" if params in singles else ""
+                raise UsageError(f"--search: {env_id} refuses {typed}: {said}{remedy}")
+
+
+def refusal(args: Any) -> str:
+    """Return why the script refuses these flags in a search, whose runs are named and resumed; "" if it accepts them."""
+    try:
+        check_flags(dataclasses.replace(args, resume="auto", run_name="trial"))
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def ends(distribution: BaseDistribution) -> tuple[Any, ...]:

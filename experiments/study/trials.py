@@ -1,17 +1,16 @@
 """The trials of a search, as a source of runs for `experiments.study.local.launch`."""
 
 import time
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from experiments.study.grid import PlannedRun, Progress, plan, rates, seconds_left, state_of, write_plan
 from experiments.study.local import Source
 from experiments.study.records import LEFT_OUT, OF_EPISODES, read_folder
 from experiments.study.search import REFUSED, RUNGS, Outcome, Search, score
-from experiments.study.space import Params, as_words
+from experiments.study.space import Params, as_words, refusal
 from experiments.study.status import Live
 from utils.runs import folder
-from utils.runs.flags import UsageError, check_flags, parse_flags
+from utils.runs.flags import UsageError, parse_flags
 
 LOOK_SECONDS = 5.0  # between checks of how far runs are, and of what other processes have decided
 
@@ -55,7 +54,12 @@ class Trials(Source):
         self.mine: dict[int, Trial] = {}
         self.finished: set[str] = set()
         self.failed: dict[str, str] = {}  # reason of each run that failed
+        self.values: dict[tuple[int, int], float | None] = {}  # of each trial at the rungs that it has reached
         self.looked = -LOOK_SECONDS
+
+    def greeting(self, new: list[PlannedRun], finished: int) -> str:
+        """Return nothing: a trial prints its values when it begins."""
+        return ""
 
     def is_over(self) -> bool:
         """Return True if all trials of the search are over."""
@@ -123,10 +127,8 @@ class Trials(Source):
         asked = self.search.settings
         for env_id in asked.env_ids:
             args = parse_flags(self.args_type, [f"--env-id={env_id}", *asked.flags, *as_words(params, self.args_type)])
-            try:
-                check_flags(replace(args, resume="auto", run_name="trial"))
-            except UsageError as error:
-                return f"{env_id}: {error}"
+            if said := refusal(args):
+                return f"{env_id}: {said}"
         return ""
 
     def _judge(self, trial: Trial) -> Outcome | None:
@@ -137,7 +139,10 @@ class Trials(Source):
         steps, pruned, attrs = {}, False, {}
         if self.search.settings.pruner != "none" and not reason:
             for rung in self._rungs(trial):
-                value = self._value(trial, rung)
+                place = trial.number, rung
+                if place not in self.values:  # the logs of long runs are large
+                    self.values[place] = self._value(trial, rung)
+                value = self.values[place]
                 if value is not None:
                     steps[rung] = value
                     pruned, attrs = self.search.is_pruned(trial.number, steps)

@@ -1,6 +1,8 @@
 """Check output files before the work: a folder that cannot be written is an error in the first second, not after hours."""
 
+import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from utils.runs.checkpoints import INCOMPLETE
@@ -44,3 +46,13 @@ def check_output(path: str | Path, flag: str, make_parent: bool = False) -> Path
     except OSError as error:
         raise UsageError(f"{typed}: cannot be written ({error.strerror}); name another file with {flag}") from None
     return path
+
+
+def refuse_input(path: Path, inputs: Iterable[str], typed: str) -> None:
+    """Refuse to write a file that is one of the inputs. `typed` begins the error message.
+
+    Raises:
+        UsageError: it is one.
+    """
+    same = any(os.path.realpath(expand(source)) == os.path.realpath(path) for source in inputs)
+    require(not same, f"{typed}: would overwrite {path}, which is an input; choose another name")
