@@ -60,7 +60,7 @@ def family(env_id: str) -> str | None:
             return kind
     if own.is_path(env_id):
         return "own"
-    module = module_of(env_id)  # last, because it takes seconds
+    module = module_of(env_id) if env_id else None  # last, because importing envpool takes a second
     return module and MODULES.get(module, module)
 
 

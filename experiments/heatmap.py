@@ -33,6 +33,7 @@ from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import defaults, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.outputs import check_output, refuse_input  # noqa: E402
+from utils.runs.stored_flags import may_change  # noqa: E402
 
 
 @dataclass
@@ -60,16 +61,20 @@ def args_of_script(name: str) -> type:
 
 
 def value_of(run: RunRecord, flag: str) -> str:
-    """Return the run's value of a flag, as on the command line.
+    """Return the run's value of a flag, as on the command line. That of a switch is True or False.
 
     Raises:
-        UsageError: the run's script has no such flag.
+        UsageError: the run's script has no such flag, or the runs of a study cannot differ in it.
     """
-    name = flag.replace("-", "_")
-    usual = defaults(args_of_script(run.script), run.env_id)
+    name, args_type = flag.replace("-", "_"), args_of_script(run.script)
+    usual = defaults(args_type, run.env_id)
     require(name in usual, f"--{flag}: {run.script} has no such flag")
-    typed = [word for word in split_flags(run.flags) if flag_name(word) == flag]
-    return (typed or [as_typed(name, usual[name])])[0].removeprefix(f"--{flag}").strip() or "on"
+    same = may_change(args_type) | {"env_id", "seed"}
+    require(name not in same, f"--{flag}: does not affect results, or is averaged over; choose another flag")
+    typed = next((word for word in split_flags(run.flags) if flag_name(word) == flag), as_typed(name, usual[name]))
+    if isinstance(usual[name], bool):
+        return str(not typed.startswith("--no-"))
+    return typed.removeprefix(f"--{flag}").strip(" =") or "(none)"
 
 
 def in_order(values: set[str]) -> list[str]:

@@ -79,7 +79,7 @@ def show_status(logdir: Path) -> None:
 def show_plan(logdir: Path, runs: list[PlannedRun], together: int) -> None:
     """Print the commands of the runs, and estimates of their time and disk space."""
     for run in runs:
-        print(to_paste(run))
+        print(to_paste(run.command))
     print("\n".join(estimates.describe(logdir, runs, together)))
 
 

@@ -53,7 +53,7 @@ def main(args):
                 raise OSError("it was to fail")
             value = jnp.asarray(float(k) + args.level)
             names = ("episodic_return", "episodic_length", "episodes", "learning_rate")
-            state = make_state(k + 1)
+            state = state._replace(iteration=jnp.asarray(k + 1))
             infinite = args.level >= args.diverging and k >= run.num_iterations // 2
             loss = jnp.asarray(jnp.inf if infinite else 0.0)
             run.log(state, {f"charts/{name}": value + 1 for name in names} | {"losses/policy_loss": loss})

@@ -83,16 +83,16 @@ def script_path(word: str) -> Path:
     """
     stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if trains(p)}
-    own = expand(word, "--scripts").absolute()
+    own = expand(word, "script").absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
         taken = any((folder.ROOT / place / own.name).exists() for place in ("", "benchmarks", "experiments"))
-        require(not taken, f"--scripts {word}: has the name of one of this project's scripts; rename it")
+        require(not taken, f"{word}: has the name of one of this project's scripts; rename it")
         beside = [path for name in folder.CODE for path in (own.with_name(f"{name}.py"), own.with_name(name) / "__init__.py")]
         hides = next((path.relative_to(own.parent).parts[0] for path in beside if path.exists()), None)
-        require(hides is None, f"--scripts {word}: {hides} in its folder hides this project's; rename that, or move the script")
+        require(hides is None, f"{word}: {hides} in its folder hides this project's; rename that, or move the script")
         known[stem] = own
     names = ", ".join(sorted(SHORT.get(stem, stem) for stem in known))
-    require(stem in known, f"--scripts {word}: no such script; choose from {names}, or the path of a .py file")
+    require(stem in known, f"{word}: no such script; choose from {names}, or the path of a .py file")
     return known[stem]
 
 
@@ -108,8 +108,8 @@ def args_of(path: Path) -> type:
         args_type = getattr(importlib.import_module(path.stem), "Args", None)
     except (Exception, SystemExit) as error:  # an own script may raise anything
         said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise UsageError(f"--scripts {path}: cannot be imported ({said})") from None
-    require(dataclasses.is_dataclass(args_type), f"--scripts {path}: has no dataclass Args; declare the flags in one")
+        raise UsageError(f"{path}: cannot be imported ({said})") from None
+    require(dataclasses.is_dataclass(args_type), f"{path}: has no dataclass Args; declare the flags in one")
     return args_type
 
 
@@ -119,10 +119,10 @@ def python_path() -> str:
     return os.pathsep.join([str(folder.ROOT), *(os.path.abspath(entry) for entry in given if entry)])
 
 
-def to_paste(run: PlannedRun) -> str:
-    """Return the command of a run for a shell, in any folder."""
-    own = Path(run.command[1]).parent != folder.ROOT
-    return shlex.join([*(["env", f"PYTHONPATH={python_path()}"] if own else []), *run.command])
+def to_paste(command: list[str]) -> str:
+    """Return a command that starts Python with a script, for a shell in any folder."""
+    own = Path(command[1]).parent != folder.ROOT
+    return shlex.join([*(["env", f"PYTHONPATH={python_path()}"] if own else []), *command])
 
 
 def plan(
@@ -156,7 +156,7 @@ def plan(
         for given in (*own, *flags):
             given = given.replace("_", "-").partition("=")[0]
             own_flag = given.startswith("--") and given.removeprefix("--") in RUNNERS
-            require(not own_flag, f"{given}: the launcher sets this flag; use --env-ids, --num-seeds or --logdir")
+            require(not own_flag, f"{given}: is set for each run; leave it out, and choose --env-ids, seeds and --logdir")
         name = "__".join(filter(None, (SHORT.get(path.stem, path.stem), slug(own))))
         found.append((path, name, own))
     names = [name for _, name, _ in found]

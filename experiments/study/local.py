@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -139,7 +140,7 @@ def start(logdir: Path, run: PlannedRun, slot: Slot) -> Worker:
     path = log_path(logdir, run.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
-        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {to_paste(run)}\n")
+        log.write(f"{BEGAN} {time.strftime('%Y-%m-%dT%H:%M:%S%z')} in place {slot.number}: {to_paste(run.command)}\n")
         log.flush()
         # in its own session, so that Ctrl-C and a closing terminal signal only the launcher, which forwards them
         process = subprocess.Popen(
@@ -156,7 +157,7 @@ class Source:
 
     def __init__(self, runs: list[PlannedRun]):
         self.coming: list[PlannedRun] | None = runs
-        self.dropped: set[str] = set()  # names of runs to stop, and not to start
+        self.dropped: dict[str, PlannedRun] = {}  # runs to stop, and not to start, by name
 
     def more(self) -> list[PlannedRun] | None:
         """Return more runs, or None if there will be no more. `launch` calls this every `POLL_SECONDS`."""
@@ -214,15 +215,20 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
                 if not again:
                     source.over(worker.run, state_of(logdir, worker.run))
             for worker in workers:
-                if worker.run.name in source.dropped - stopped:
+                if worker.run.name in source.dropped.keys() - stopped:
                     stopped.add(worker.run.name)  # a second signal would end it without saving
                     worker.process.terminate()
             waiting = [run for run in waiting if run.name not in source.dropped]
             if time.monotonic() - looked > LOOK_SECONDS or new:
                 looked = time.monotonic()
-                before, elsewhere = elsewhere, {run.name for run in waiting if is_at_work(logdir / run.name)}
+                here = {worker.run.name for worker in workers}
+                foreign = {run.name for run in waiting} | source.dropped.keys() - here
+                before, elsewhere = elsewhere, {name for name in foreign if is_at_work(logdir / name)}
                 places = {place_of(logdir, name) for name in elsewhere}
-                for name in sorted(elsewhere - before):
+                for name in sorted(elsewhere & source.dropped.keys() - stopped):
+                    stopped.add(name)
+                    terminate_orphan(source.dropped[name])
+                for name in sorted(elsewhere - before - source.dropped.keys()):
                     live.say(f"{name} is running in another process: waiting for it")
                 for run in [run for run in waiting if run.name in before - elsewhere]:
                     if (state := state_of(logdir, run)).kind == "finished":
@@ -243,6 +249,15 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
         signals.restore()
     states.read()
     return [run for run in runs if states.states[run.name].kind != "finished"]
+
+
+def terminate_orphan(run: PlannedRun) -> None:
+    """Ask the process of a run to stop, if this machine lists processes in /proc. Its launcher was killed."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # another user's, or ended in the meantime
+            words = path.read_bytes().decode(errors="replace").split("\0")[:-1]
+            if words[1:] == run.command[1:]:  # Python may be another one
+                os.kill(int(path.parent.name), signal.SIGTERM)
 
 
 def place_of(logdir: Path, name: str) -> int | None:

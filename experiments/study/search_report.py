@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 from pathlib import Path
 
 import optuna
@@ -10,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.study.figures import COLORS, INK, WARNING, styled
-from experiments.study.grid import script_path
+from experiments.study.grid import script_path, to_paste
 from experiments.study.search import Search
 from experiments.study.space import Space, as_words
 from utils.runs.checkpoints import write_csv
@@ -29,13 +30,10 @@ def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
 def best_command(search: Search, args_type: type, trial: FrozenTrial) -> str:
     """Return the command that trains with the values of the trial, in the first environment."""
     asked, path = search.settings, script_path(search.settings.script)
-    words = [
-        path.name if path.parent == ROOT else str(path),
-        f"--env-id={asked.env_ids[0]}",
-        *asked.flags,
-        *as_words(trial.params, args_type),
-    ]
-    return f"uv run {shlex.join(words)}"
+    words = [f"--env-id={asked.env_ids[0]}", *asked.flags, *as_words(trial.params, args_type)]
+    if path.parent == ROOT:
+        return f"uv run {shlex.join([path.name, *words])}"
+    return to_paste([sys.executable, str(path), *words])
 
 
 def importances(search: Search) -> dict[str, float]:

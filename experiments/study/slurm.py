@@ -76,7 +76,7 @@ def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[list[str
     for first in range(0, len(wanted), LARGEST_ARRAY):
         part, stamp = wanted[first : first + LARGEST_ARRAY], f"{logdir.name}-{began}-{first}"
         listed = logdir / JOBS / f"{stamp}.txt"
-        listed.write_text("".join(f"{run.name}\t{to_paste(run)}\n" for run in part))
+        listed.write_text("".join(f"{run.name}\t{to_paste(run.command)}\n" for run in part))
         words = ["sbatch", "--parsable", f"--job-name={stamp}", f"--array=1-{len(part)}", f"--chdir={ROOT}"]
         words += [f"--output={logdir / LOGS / '%x-%a.slurm'}", str(script), str(listed), str(logdir / LOGS)]
         try:

@@ -3,7 +3,7 @@
 import time
 from typing import Any, NamedTuple
 
-from experiments.study.grid import PlannedRun, Progress, plan, rates, seconds_left, state_of, write_plan
+from experiments.study.grid import RECORD, PlannedRun, Progress, plan, rates, read_plan, seconds_left, state_of, write_plan
 from experiments.study.local import Source
 from experiments.study.records import LEFT_OUT, OF_EPISODES, read_folder
 from experiments.study.search import REFUSED, RUNGS, Outcome, Search, score
@@ -11,6 +11,7 @@ from experiments.study.space import Params, as_words, refusal
 from experiments.study.status import Live
 from utils.runs import folder
 from utils.runs.flags import UsageError, parse_flags
+from utils.runs.logs import METRICS
 
 LOOK_SECONDS = 5.0  # between checks of how far runs are, and of what other processes have decided
 
@@ -56,6 +57,9 @@ class Trials(Source):
         self.failed: dict[str, str] = {}  # reason of each run that failed
         self.values: dict[tuple[int, int], float | None] = {}  # of each trial at the rungs that it has reached
         self.looked = -LOOK_SECONDS
+        # a tuner may have been killed before it stopped the runs of a trial that it had decided
+        planned = read_plan(search.logdir) if (search.logdir / RECORD).exists() else []
+        self.dropped = {run.name: run for run in planned if search.outcome_path(number_of(run)).exists()}
 
     def greeting(self, new: list[PlannedRun], finished: int) -> str:
         """Return nothing: a trial prints its values when it begins."""
@@ -83,7 +87,7 @@ class Trials(Source):
             outcome = self._judge(trial)
             if outcome is not None:
                 self.search.decide(trial.number, outcome)
-                self.dropped |= {run.name for run in trial.all_runs()} - self.finished
+                self.dropped |= {run.name: run for run in trial.all_runs() if run.name not in self.finished}
                 trial.lock.release()
                 del self.mine[trial.number]
                 self.live.say(describe(trial.number, outcome))
@@ -134,11 +138,15 @@ class Trials(Source):
     def _judge(self, trial: Trial) -> Outcome | None:
         """Return how the trial ended; None if it goes on."""
         runs = trial.all_runs()
-        reason = next((self.failed[run.name] for run in runs if run.name in self.failed), "")
         whole = all(run.name in self.finished for run in runs)
+        prunes = self.search.settings.pruner != "none"
+        rungs = self._rungs(trial) if prunes else {run.name: 0 for run in runs}
+        reached = min(rungs.values())
+        # judged in the order of rungs: a trial that is pruned before a run fails is pruned even if the failure is known first
+        reason = next((self.failed[name] for name, rung in rungs.items() if name in self.failed and rung == reached), "")
         steps, pruned, attrs = {}, False, {}
-        if self.search.settings.pruner != "none" and not reason:
-            for rung in self._rungs(trial):
+        if prunes:
+            for rung in range(1, min(reached + 1, self._last_rung())):
                 place = trial.number, rung
                 if place not in self.values:  # the logs of long runs are large
                     self.values[place] = self._value(trial, rung)
@@ -154,15 +162,19 @@ class Trials(Source):
         ended = {env_id: of for env_id, of in trial.runs.items() if all(run.name in self.finished for run in of)}
         known = {env_id: found for env_id, of in ended.items() if (found := self._score(of)) is not None}
         silent = next((of for env_id, of in ended.items() if env_id not in known), None)
-        if not pruned and not reason and silent is not None:
-            said = [problem for run in silent for problem in read_folder(self.search.logdir / run.name, OF_EPISODES[0])[1]]
-            reason = said[-1].removesuffix(LEFT_OUT) if said else f"{silent[0].env_id}: no episode ended"
+        if not (pruned or reason) and silent is not None:
+            readings = [read_folder(self.search.logdir / run.name, OF_EPISODES[0]) for run in silent]
+            said = [problem for _, problems in readings for problem in problems]
+            lost = [
+                f"{run.source}: {METRICS} ends at step {run.reached:,}" for run, _ in readings if run and not run.is_finished
+            ]
+            reason = [*lost, *said[-1:], f"{silent[0].env_id}: no episode ended"][0].removesuffix(LEFT_OUT)
         rest = trial.params, known, steps, round(seconds, 1)
-        if reason:
-            return Outcome("failed", None, *rest, reason, "not finite in update" in reason)
         if pruned:
             last = max(steps)
             return Outcome("pruned", steps[last], *rest, f"after {last} of {self._last_rung()} {self._unit()}", False, attrs)
+        if reason:
+            return Outcome("failed", None, *rest, reason, "not finite in update" in reason)
         return Outcome("complete", self._mean(known), *rest, "", False, attrs)
 
     def _mean(self, scores: dict[str, float]) -> float:
@@ -171,8 +183,10 @@ class Trials(Source):
         return sum((s - ends[e][0]) / (ends[e][1] - ends[e][0]) for e, s in scores.items()) / len(scores)
 
     def _score(self, runs: list[PlannedRun], share: float = 1.0) -> float | None:
+        """Return the score of an environment; None if no episode ended, or if rows of its metrics are lost."""
         records = [read_folder(self.search.logdir / run.name, OF_EPISODES[0])[0] for run in runs]
-        return None if any(record is None for record in records) else score(records, share)
+        lost = any(record is None or record.reached < share * record.planned for record in records)
+        return None if lost else score(records, share)
 
     def _unit(self) -> str:
         return "environments" if self.search.settings.prune_on == "games" else "quarters of the steps"
@@ -180,16 +194,14 @@ class Trials(Source):
     def _last_rung(self) -> int:
         return len(self.search.settings.env_ids) if self.search.settings.prune_on == "games" else RUNGS
 
-    def _rungs(self, trial: Trial) -> range:
-        """Return the rungs that the trial has reached, except the last one, which is its end. A rung is an environment whose
-        runs are finished, as are those of the environments before it, or a quarter of the steps that all runs have made."""
-        if self.search.settings.prune_on == "games":
-            reached = [all(run.name in self.finished for run in runs) for runs in trial.runs.values()]
-            count = next((i for i, whole in enumerate(reached) if not whole), len(reached))
-        else:
-            made = [state_of(self.search.logdir, run).step / run.steps for run in trial.all_runs()]
-            count = int(min(made) * RUNGS)
-        return range(1, min(count + 1, self._last_rung()))
+    def _rungs(self, trial: Trial) -> dict[str, int]:
+        """Return the rung that each run has reached, by its name; the trial has reached the lowest of them. A rung is a quarter
+        of the steps, or an environment: its unfinished runs are at the rung before it, and finished ones at the last rung."""
+        if self.search.settings.prune_on == "steps":
+            return {run.name: state_of(self.search.logdir, run).step * RUNGS // run.steps for run in trial.all_runs()}
+        last = self._last_rung()
+        places = [(rung, run.name) for rung, runs in enumerate(trial.runs.values()) for run in runs]
+        return {name: last if name in self.finished else rung for rung, name in places}
 
     def _value(self, trial: Trial, rung: int) -> float | None:
         """Return the trial's value at a rung; None if no episode has ended in one of the environments."""
@@ -210,6 +222,11 @@ class Trials(Source):
             left += sum(took) / len(took) * (self.total - over - len(self.mine))
             line += f"; about {left / together / 3600:.1f} hours left"
         return line
+
+
+def number_of(run: PlannedRun) -> int:
+    """Return the number of a run's trial, with which its name begins."""
+    return int(run.name.partition("__")[0])
 
 
 def describe(number: int, outcome: Outcome) -> str:

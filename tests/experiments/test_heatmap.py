@@ -65,3 +65,16 @@ def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=said):
             heatmap.main(wrong)
+
+
+def test_switches_and_empty_values_are_shown(tmp_path):
+    runs = [("deep_spi", "CartPole-v1", flags, 1, 1.0, True) for flags in ("", "--no-norm-adv", "--fc-layers (none)")]
+    args = replace(table(tmp_path / "t.csv", runs), x="norm-adv", y="fc-layers")
+    heatmap.main(args)
+    _, *cells = (tmp_path / "out.csv").read_text().splitlines()
+    assert [row.split(",")[1:3] for row in cells] == [["(none)", "True"], ["512", "False"], ["512", "True"]]
+    heatmap.main(replace(args, where=("norm-adv=False",)))
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2
+    for flag in ("seed", "logdir", "env-id", "save-every"):
+        with pytest.raises(UsageError, match=f"--{flag}: does not affect results, or is averaged over"):
+            heatmap.main(replace(args, x=flag))

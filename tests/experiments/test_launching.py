@@ -79,12 +79,12 @@ def test_a_script_in_another_folder_finds_the_project_and_its_own_modules(tmp_pa
     monkeypatch.syspath_prepend(folder / "lib")
     runs = planned(logdir, scripts=("my_short.py",))
     assert local.launch(logdir, local.Source(runs), local.make_slots((), 1, 1)) == []
-    typed = to_paste(runs[0])
+    typed = to_paste(runs[0].command)
     monkeypatch.undo()
     done = subprocess.run(["bash", "-c", typed], cwd="/", capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "already finished" in done.stdout, done.stderr
     ours = [sys.executable, str(ROOT / PPO), "--seed=1"]
-    assert to_paste(runs[0]._replace(command=ours)) == shlex.join(ours)
+    assert to_paste(ours) == shlex.join(ours)
     (folder / "utils.py").touch()
     with pytest.raises(UsageError, match="utils.py in its folder hides this project's"):
         planned(logdir, scripts=(shlex.quote(str(folder / "my_short.py")),))
@@ -153,8 +153,8 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
         ((), GAMES, [], "--scripts: name at least one"),
         (("ppo",), (), [], "--env-ids: name at least one"),
         (("ppo",), ("Breakou-v5",), [], "did you mean Breakout-v5"),
-        (("ppo",), GAMES, ["--seed=3"], "--seed: the launcher sets this flag"),
-        (("ppo --run_name a",), GAMES, [], "--run-name: the launcher sets this flag"),
+        (("ppo",), GAMES, ["--seed=3"], "--seed: is set for each run; leave it out"),
+        (("ppo --run_name a",), GAMES, [], "--run-name: is set for each run; leave it out"),
         (("ppo",), GAMES, ["--clip-coef=-1"], "--clip-coef -1"),
         (("ppo",), GAMES, ["--keep-checkpoints=0"], "--resume auto: needs checkpoints"),
         (("/tmp/nowhere/own.py",), GAMES, [], "no such script"),
@@ -340,6 +340,33 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     assert state_of(logdir, runs[0]).kind == "stopped"
     assert local.launch(logdir, local.Source(runs), local.make_slots((), 1, 2)) == []
     assert sittings(good) == 2 and rows(bad) == list(range(10, 110, 10))
+
+
+HOLDS = "import fcntl, sys, time; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); time.sleep(600)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_the_orphan_of_a_dropped_run_is_stopped(tmp_path):
+    """A process holds the lock of a dropped run; another one, which is not dropped, is left alone."""
+    dropped, other = planned(tmp_path, env_ids=GAMES)
+    orphans = []
+    for run in (dropped, other):
+        (tmp_path / run.name).mkdir()
+        lock = tmp_path / run.name / ".lock"
+        lock.touch()
+        orphans.append(subprocess.Popen([sys.executable, "-c", HOLDS, str(lock)]))
+        wait_for(lambda: local.is_at_work(tmp_path / run.name))  # noqa: B023
+
+    class Dropping(local.Source):
+        def more(self):
+            return [] if orphans[0].poll() is None else None
+
+    source = Dropping([])
+    command = ["another python", "-c", HOLDS, str(tmp_path / dropped.name / ".lock")]
+    source.dropped = {dropped.name: dropped._replace(command=command)}
+    assert local.launch(tmp_path, source, local.make_slots((), 1, 1)) == []
+    assert orphans[0].wait() == -signal.SIGTERM and orphans[1].poll() is None
+    orphans[1].kill(), orphans[1].wait()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")

@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -18,10 +20,10 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from experiments import tune
 from experiments.study import search_report
-from experiments.study.grid import Progress, state_of
+from experiments.study.grid import Progress, python_path, state_of
 from experiments.study.records import RunRecord
 from experiments.study.search import Outcome, Search, Settings, make_scale, score
-from experiments.study.space import as_words, check_space, default_params, parse_space, rounded
+from experiments.study.space import as_words, check_space, default_params, parse_space, rounded, size
 from experiments.study.status import Live
 from experiments.study.trials import Trials
 from tests.commands import ROOT, command
@@ -253,6 +255,61 @@ def test_another_search_in_the_folder_is_refused(tmp_path):
         tune.main(tune.Args(logdir=tmp_path / "none", status=True), [])
 
 
+def test_damaged_files_get_a_line_and_a_lost_storage_is_written_anew(tmp_path):
+    """Also in a folder whose name has characters with a meaning in a URL."""
+    logdir = tmp_path / "a?b=c#d"
+    search = begin(logdir)
+    for number in range(3):
+        search.decide(number, complete(search.params(number)))
+    search.publish()
+    expected = values(search)
+    (logdir / "search.db").unlink()
+    assert values(begin(logdir)) == expected and [p.name for p in tmp_path.iterdir()] == ["a?b=c#d"]
+    for path, said in (
+        ("search.db", "search.db: .*if it is damaged, delete it, and repeat the command"),
+        ("trials/002/outcome.json", "outcome.json: is damaged; delete it, and the trial is judged again"),
+        ("trials/003/params.json", "params.json: is damaged; delete it, and the same values are proposed again"),
+        ("replaced.json", "replaced.json: is damaged; delete it, and repeat the command with --replace-failed"),
+    ):
+        whole = (logdir / path).read_bytes() if (logdir / path).exists() else None
+        if path.endswith("outcome.json"):  # it is read again when a storage is new
+            (logdir / "search.db").unlink()
+        (logdir / path).parent.mkdir(exist_ok=True)
+        (logdir / path).write_text("{" * 5000)
+        with pytest.raises(UsageError, match=said):
+            begin(logdir).params(3)
+        (logdir / path).write_bytes(whole) if whole else (logdir / path).unlink()
+    assert values(begin(logdir)) == expected
+
+
+def test_values_that_the_script_refuses_are_a_failed_trial(tmp_path):
+    """Defaults whose trial failed for another reason are tried again with --replace-failed. Status writes no storage."""
+    asked = {"script": "ppo", "space": {"gamma": FloatDistribution(0.5, 2.0)}, "search": ["gamma=0.5:2"]}
+    search = begin(tmp_path, 1, first={"gamma": 1.5}, **asked)
+    source = Trials(search, ppo.Args, 3, 1, Live())
+    assert source.more() == [] and not list(tmp_path.glob("*__ppo__*"))
+    refused = json.loads(search.outcome_path(0).read_text())
+    assert refused["reason"].startswith("refused: CartPole-v1: --gamma 1.5: must lie") and refused["state"] == "failed"
+    search.publish(), search.replace_failed()
+    assert search.replaced() == []
+    search = begin(tmp_path / "b", 1, first={"gamma": 0.9}, **asked)
+    search.decide(0, Outcome("failed", None, search.params(0), {}, {}, 1.0, "exit code 1: the disk is full"))
+    search.publish(), search.replace_failed()
+    assert search.replaced() == [0] and search.params(1) == search.params(0) == {"gamma": 0.9}
+    assert Trials(search, ppo.Args, 3, 1, Live()).total == 4
+    (tmp_path / "b" / "search.db").unlink()
+    tune.main(tune.Args(logdir=tmp_path / "b", status=True), [])
+    assert not (tmp_path / "b" / "search.db").exists()
+
+
+def test_the_size_of_a_space():
+    of = lambda *texts: size(parse_space(texts, ppo.Args))  # noqa: E731
+    assert of("num-minibatches=4,8", "update-epochs=2:4") == 6 and of("gamma=0.9,0.99", "ent-coef=0:0.1") == float("inf")
+    args = tune.Args(search=("num-minibatches=4,8",), script="ppo", env_ids=("Breakout-MinAtar",), logdir=Path("none"))
+    with pytest.raises(UsageError, match="--trials 40: the search space has only 2 settings; use fewer"):
+        tune.main(args, [])
+
+
 def test_without_optuna_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs Optuna: use uv run --extra tune"):
@@ -264,8 +321,8 @@ def typed(logdir, *flags, trials=3):
         "--script",
         SHORT,
         "--env-ids",
-        "CartPole-v1",
-        "--scale=CartPole-v1=0:20",
+        "Breakout-MinAtar",  # envpool's take a second longer to start
+        "--scale=Breakout-MinAtar=0:20",
         "--search=level=0.5:9",
         f"--trials={trials}",
     ]
@@ -277,7 +334,7 @@ def test_killed_runs_and_tuners_are_repaired_by_the_same_command(tmp_path):
     """kill -9 of a run, of the tuner, and of both; one trial diverges. The trials are those of a search that never stopped."""
     gate, logdir = tmp_path / "gate", tmp_path / "s"
     words = [*typed(logdir, "--workers=2", "--gpus"), "--diverging=8", "--pause=0.01", f"--gate={gate}"]
-    first, second = (logdir / f"00{n}__CartPole-v1__short_script__901" for n in (0, 1))
+    first, second = (logdir / f"00{n}__Breakout-MinAtar__short_script__901" for n in (0, 1))
     owner = lambda folder: int((folder / ".process").read_text().split()[1])  # noqa: E731
     tuner = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     wait_for(lambda: saved(first) == saved(second) == 50)
@@ -300,6 +357,7 @@ def test_killed_runs_and_tuners_are_repaired_by_the_same_command(tmp_path):
         steady.decide(number, diverged if params["level"] >= 8 else complete(params))
         steady.publish()
     found = [(trial.state, trial.params, trial.value and pytest.approx(trial.value)) for trial in study.trials]
+    assert shlex.split(said.splitlines()[-1])[:2] == ["env", f"PYTHONPATH={python_path()}"]  # of a script in another folder
     assert found == values(steady)
 
 
@@ -318,7 +376,7 @@ def record(logdir, run, level, share=1.0):
 @pytest.mark.parametrize("prune_on", ["games", "steps"])
 def test_a_bad_trial_is_pruned_and_its_other_runs_are_stopped(prune_on, tmp_path, capsys):
     """Five trials have 10 in both environments; the sixth has 1 in the first environment, or in the first quarter, where the
-    trials before it had 10 too."""
+    trials before it had 10 too. That its second run fails later on makes no difference, though it is known earlier."""
     asked = {"env_ids": ["CartPole-v1", "Acrobot-v1"], "scale": {"CartPole-v1": [0.0, 10.0], "Acrobot-v1": [0.0, 20.0]}}
     search = begin(tmp_path, 1, pruner="median", prune_on=prune_on, flags=["--total-timesteps=100"], **asked)
     source = Trials(search, parse_args_type(), 6, 1, Live())
@@ -331,14 +389,18 @@ def test_a_bad_trial_is_pruned_and_its_other_runs_are_stopped(prune_on, tmp_path
                 record(tmp_path, run, 10.0)
                 source.over(run, state_of(tmp_path, run))
     first, second = runs
+    record(tmp_path, second, 1.0, 0.3)
+    source.over(second, Progress("failed", error="exit code 1: error: not finite in update 4"))
+    assert source.more() == [] and not source.is_over()
     record(tmp_path, first, 1.0, 1.0 if prune_on == "games" else 0.3)
     if prune_on == "games":
         source.over(first, state_of(tmp_path, first))
-    else:
-        record(tmp_path, second, 1.0, 0.3)
     source.looked = -10.0
     assert source.more() is None and source.is_over()
-    assert source.dropped == {run.name for run in (runs if prune_on == "steps" else runs[1:])}
+    assert source.dropped.keys() == {run.name for run in (runs if prune_on == "steps" else runs[1:])}
+    assert Trials(search, parse_args_type(), 6, 1, Live()).dropped.keys() == {
+        f"00{n}__{env}__short_script__901" for n in range(6) for env in asked["env_ids"]
+    }
     *complete, pruned = search.trials()
     assert {(trial.state, trial.value) for trial in complete} == {(TrialState.COMPLETE, 0.75)}
     # the means of scaled returns: of one environment, or of both after a quarter
@@ -352,13 +414,18 @@ def test_a_bad_trial_is_pruned_and_its_other_runs_are_stopped(prune_on, tmp_path
 def test_a_trial_without_an_episode_or_with_a_failed_run_is_bad(tmp_path, capsys):
     """And what the next trial learns of it."""
     search = begin(tmp_path, 1, flags=["--total-timesteps=100"])
-    source = Trials(search, parse_args_type(), 3, 1, Live())
+    source = Trials(search, parse_args_type(), 4, 1, Live())
     (silent,) = source.more()
     record(tmp_path, silent, None)
     source.over(silent, state_of(tmp_path, silent))
     (failing,) = source.more()
     failed = Progress("failed", error="exit code 1: error: not finite in update 3 (step 30): losses/policy_loss")
     source.over(failing, failed)
+    (damaged,) = source.more()
+    record(tmp_path, damaged, 5.0)
+    metrics = tmp_path / damaged.name / "metrics.jsonl"
+    metrics.write_text("\n".join(metrics.read_text().splitlines()[:6]))
+    source.over(damaged, state_of(tmp_path, damaged))
     (last,) = source.more()
     record(tmp_path, last, 5.0)
     source.over(last, state_of(tmp_path, last))
@@ -367,6 +434,7 @@ def test_a_trial_without_an_episode_or_with_a_failed_run_is_bad(tmp_path, capsys
     silence = f"{tmp_path / silent.name}: no episode ended in its 100 steps"
     reason = "CartPole-v1, seed 901: exit code 1: error: not finite in update 3 (step 30): losses/policy_loss"
     assert states[:2] == [(TrialState.FAIL, silence, False), (TrialState.FAIL, reason, True)]
-    assert states[2] == (TrialState.COMPLETE, "", False)
+    assert states[2] == (TrialState.FAIL, f"{tmp_path / damaged.name}: metrics.jsonl ends at step 60", False)
+    assert states[3] == (TrialState.COMPLETE, "", False)
     said = capsys.readouterr().out
     assert f"trial 0: failed: {silence}" in said and "trial 1: diverged" in said
