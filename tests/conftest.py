@@ -1,6 +1,5 @@
 """Shapes are checked in every test: jaxtyping's import hook wraps all functions of the helper packages."""
 
-import gc
 import os
 import shutil
 import signal
@@ -10,9 +9,6 @@ from pathlib import Path
 # Optimizing the small programs of the default tests takes longer than running them. The first process decides for its workers.
 # tests/test_command_line.py trains on Atari with the optimizations that users have.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", str(int("slow" not in sys.argv)))
-
-# each process has one core, so that dividing a program into 32 parts to compile them in parallel only costs time
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # most of the suite's time is compilation; a second run finds its programs, keyed by their content
@@ -43,12 +39,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
         first = int(worker.removeprefix("gw")) % len(cores)
         os.sched_setaffinity(0, cores[first::workers])
-
-
-def pytest_collection_finish():
-    """Let Python's garbage collector skip what the imports have made, and run less often: it took a twentieth of the time."""
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):
