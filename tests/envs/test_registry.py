@@ -4,7 +4,7 @@ import pytest
 
 from envs.atari import atari_ids
 from envs.minatar import GAMES
-from envs.registry import GRIDWORLD, env_ids, ids_like
+from envs.registry import GRIDWORLD, env_ids, family, ids_like
 from utils.runs.flags import RunArgs, UsageError, check_flags
 
 PONG = ("PongNoFrameskip-v4", "ALE/Pong-v5", "PongDeterministic-v4", "Pong-ramNoFrameskip-v4", "Pong-ram-v0", "Pong-v0", "pong")
@@ -43,3 +43,16 @@ def test_every_game_is_among_those_like_it():
     games = [*GAMES, GRIDWORLD, *atari_ids()[::12]]
     assert {*games, *atari_ids()} <= set(env_ids())
     assert [ids_like(env_id)[0] for env_id in games] == games
+
+
+def test_families_outside_envpool_are_known_without_importing_it(monkeypatch):
+    """Importing it takes a second, and happens at each start. No id has the scripts' own defaults."""
+
+    def imported():
+        raise AssertionError("envpool would be imported")
+
+    monkeypatch.setattr("envs.pool._registry", imported)
+    ids = (GRIDWORLD, "Breakout-MinAtar", "my_envs.py:Corridor", "")
+    assert [family(env_id) for env_id in ids] == ["gridworld", "minatar", "own", None]
+    with pytest.raises(AssertionError):
+        family("Pong-v5")
