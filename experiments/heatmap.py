@@ -33,7 +33,7 @@ from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import defaults, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.outputs import check_output, refuse_input  # noqa: E402
-from utils.runs.stored_flags import may_change  # noqa: E402
+from utils.runs.stored_flags import no_settings  # noqa: E402
 
 
 @dataclass
@@ -69,12 +69,11 @@ def value_of(run: RunRecord, flag: str) -> str:
     name, args_type = flag.replace("-", "_"), args_of_script(run.script)
     usual = defaults(args_type, run.env_id)
     require(name in usual, f"--{flag}: {run.script} has no such flag")
-    same = may_change(args_type) | {"env_id", "seed"}
-    require(name not in same, f"--{flag}: does not affect results, or is averaged over; choose another flag")
+    require(name not in no_settings(args_type), f"--{flag}: does not affect results, or is averaged over; choose another flag")
     typed = next((word for word in split_flags(run.flags) if flag_name(word) == flag), as_typed(name, usual[name]))
     if isinstance(usual[name], bool):
         return str(not typed.startswith("--no-"))
-    return typed.removeprefix(f"--{flag}").strip(" =") or "(none)"
+    return typed.removeprefix(f"--{flag}").strip() or "(none)"
 
 
 def in_order(values: set[str]) -> list[str]:

@@ -27,7 +27,7 @@ from utils.runs.flags import RunArgs, UsageError, defaults, parse_flags, require
 from utils.runs.folder import CHECKPOINTS, MODEL, RECORD, read_record
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
-from utils.runs.stored_flags import may_change, to_store
+from utils.runs.stored_flags import no_settings, to_store
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
@@ -99,7 +99,7 @@ def typed_flags(script: str, flags: dict[str, Any]) -> str:
         default = defaults(args_type, flags["env_id"])
     except Exception:  # an own script may be gone, or raise anything
         args_type, default = RunArgs, {}
-    without, said = may_change(args_type) | {"env_id", "seed"}, []
+    without, said = no_settings(args_type), []
     for name, value in flags.items():
         if name in without or name.startswith("wandb_"):
             continue

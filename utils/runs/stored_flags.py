@@ -46,9 +46,14 @@ def may_change(args_type: type) -> set[str]:
     return {name for name, hint in hints.items() if MAY_CHANGE in annotations_of(hint)}
 
 
+def no_settings(args_type: type) -> set[str]:
+    """Return the flags that are no settings of an algorithm: a resumed run may change them, or they are environment or seed."""
+    return may_change(args_type) | {"env_id", "seed"}
+
+
 def changed_flags(args: Any) -> list[str]:
     """Return the flags that affect results and differ from the environment's defaults, as on the command line."""
-    default, without = defaults(type(args), args.env_id), may_change(type(args)) | {"env_id", "seed"}
+    default, without = defaults(type(args), args.env_id), no_settings(type(args))
     changed = {name: value for name, value in vars(args).items() if value != default[name] and name not in without}
     return [as_typed(name, value) for name, value in changed.items() if not name.startswith("wandb_")]
 
