@@ -22,12 +22,11 @@ from experiments.study.grid import LOGS, RUNNERS, SHORT, TRIALS, WORKER, args_of
 from experiments.study.grid import RECORD as STUDY
 from experiments.study.slurm import JOBS
 from utils.runs.checkpoints import write_csv
-from utils.runs.flag_types import as_typed
 from utils.runs.flags import RunArgs, UsageError, defaults, parse_flags, require
 from utils.runs.folder import CHECKPOINTS, MODEL, RECORD, read_record
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
-from utils.runs.stored_flags import no_settings, to_store
+from utils.runs.stored_flags import to_store, typed_settings
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
@@ -98,15 +97,8 @@ def typed_flags(script: str, flags: dict[str, Any]) -> str:
         args_type = importlib.import_module(script).Args
         default = defaults(args_type, flags["env_id"])
     except Exception:  # an own script may be gone, or raise anything
-        args_type, default = RunArgs, {}
-    without, said = no_settings(args_type), []
-    for name, value in flags.items():
-        if name in without or name.startswith("wandb_"):
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if name in (default or flags) and (name not in default or value != default[name]):
-            said.append(as_typed(name, value))
-    return " ".join(said)
+        args_type, default = RunArgs, None
+    return " ".join(typed_settings(flags, args_type, default))
 
 
 def split_flags(flags: str) -> list[str]:

@@ -51,11 +51,23 @@ def no_settings(args_type: type) -> set[str]:
     return may_change(args_type) | {"env_id", "seed"}
 
 
+def typed_settings(flags: dict[str, Any], args_type: type, default: dict[str, Any] | None) -> list[str]:
+    """Return the flags that affect results, as on the command line.
+
+    Args:
+        flags: flags of a run, also as `to_store` returns them.
+        args_type: declares which flags affect results.
+        default: flags with these values are left out, and so are flags without a default. None: keep all.
+    """
+    without = no_settings(args_type)
+    settings = {k: v for k, v in flags.items() if k not in without and not k.startswith("wandb_")}
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return [as_typed(k, v) for k, v in settings.items() if default is None or (k in default and v != default[k])]
+
+
 def changed_flags(args: Any) -> list[str]:
     """Return the flags that affect results and differ from the environment's defaults, as on the command line."""
-    default, without = defaults(type(args), args.env_id), no_settings(type(args))
-    changed = {name: value for name, value in vars(args).items() if value != default[name] and name not in without}
-    return [as_typed(name, value) for name, value in changed.items() if not name.startswith("wandb_")]
+    return typed_settings(vars(args), type(args), defaults(type(args), args.env_id))
 
 
 def slug(flags: list[str]) -> str:
