@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import json  # noqa: E402
 import shlex  # noqa: E402
 import time  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
+from dataclasses import dataclass, fields, replace  # noqa: E402
 from typing import Any, Literal  # noqa: E402
 
 import jax  # noqa: E402
@@ -80,6 +80,8 @@ class Args:
     """c_P: weight of the transition loss"""
     reward_loss_coef: float = 0.1
     """c_R: weight of the reward loss"""
+    clip_coef: float = 0.1
+    """eps: how far a policy's update may move the probability ratio from 1"""
     dream_learning_rate: float = 1e-3
     """DreamSPI: learning rate of the encoder and the world model"""
     dream_heads_learning_rate: float = 1e-4
@@ -113,7 +115,7 @@ class OncePerCell:
 def script_args(name: str, args: Args) -> Any:
     """Return the flags of the script `name`."""
     ours = ("output", "seeds", "algorithms", *OF_DREAMS)
-    flags = {key: value for key, value in vars(args).items() if key not in ours}
+    flags = {field.name: getattr(args, field.name) for field in fields(Args) if field.name not in ours}
     if name == "DreamSPI":
         flags |= {flag.removeprefix("dream_"): getattr(args, flag) for flag in OF_DREAMS}
     if name == "PPO":
@@ -121,6 +123,33 @@ def script_args(name: str, args: Args) -> Any:
     if args.latent == "continuous":
         del flags["num_categories"], flags["num_classes"]
     return SCRIPTS[name].Args(env_id=ENV_ID, **flags)
+
+
+def command_of(name: str, args: Args) -> str:
+    """Return the command that trains one algorithm without the shortcut, up to its seed."""
+    defaults = vars(SCRIPTS[name].Args())
+    flags = {k: v for k, v in vars(script_args(name, args)).items() if v != defaults[k]}
+    return shlex.join([f"{SCRIPTS[name].__name__}.py", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())])
+
+
+def check(args: Args) -> None:
+    """Check the flags of all runs.
+
+    Raises:
+        UsageError: the first mistake found.
+    """
+    unknown = set(args.algorithms) - set(SCRIPTS)
+    require(not unknown, f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
+    distinct = len(set(args.algorithms)) == len(args.algorithms) > 0
+    require(distinct, "--algorithms: name at least one, and each once")
+    seeds = set(args.seeds)
+    require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name at least two distinct, nonnegative seeds")
+    if args.latent == "continuous":
+        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
+    if "DreamSPI" not in args.algorithms:
+        refuse_unread(args, OF_DREAMS, "--algorithms DreamSPI")
+    for name in args.algorithms:
+        check_flags(replace(script_args(name, args), seed=max(args.seeds)))
 
 
 def make_cells(args: Any) -> tuple[ConfoundingGridworld, UInt8[Array, "S 1 84 84"]]:
@@ -187,18 +216,7 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
 
 def main(args: Args) -> None:
     """Train the algorithms, draw the figure, and write the data."""
-    unknown = set(args.algorithms) - set(SCRIPTS)
-    require(not unknown, f"--algorithms {' '.join(sorted(unknown))}: choose from {', '.join(SCRIPTS)}")
-    distinct = len(set(args.algorithms)) == len(args.algorithms) > 0
-    require(distinct, "--algorithms: name at least one, and each once")
-    seeds = set(args.seeds)
-    require(len(seeds) == len(args.seeds) > 1 and min(seeds) >= 0, "--seeds: name at least two distinct, nonnegative seeds")
-    if args.latent == "continuous":
-        refuse_unread(args, ("num_categories", "num_classes"), "--latent categorical")
-    if "DreamSPI" not in args.algorithms:
-        refuse_unread(args, OF_DREAMS, "--algorithms DreamSPI")
-    for name in args.algorithms:
-        check_flags(replace(script_args(name, args), seed=max(args.seeds)))
+    check(args)
     paths = [check_output(f"{args.output}{ending}", "--output", make_parent=True) for ending in (".png", ".json")]
     args = replace(args, output=str(paths[0].with_suffix("")))
     gamma = deep_spi.Args().gamma
@@ -210,9 +228,7 @@ def main(args: Args) -> None:
     print(describe_device())
     curves, summary = {}, {}
     for name in args.algorithms:
-        defaults = vars(SCRIPTS[name].Args())
-        flags = {k: v for k, v in vars(script_args(name, args)).items() if v != defaults[k]}
-        command = shlex.join([f"{SCRIPTS[name].__name__}.py", *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())])
+        command = command_of(name, args)
         started = time.perf_counter()
         curves[name] = train(name, args)
         final = curves[name][VALUE][:, -1]

@@ -10,13 +10,23 @@ import dream_spi
 import evaluate
 import ppo_atari_envpool_xla_jax_scan as ppo
 from benchmarks import gpu_kernels, profile_update, throughput
-from experiments import confounding_gridworld, guarantees, heatmap, report, representations, run, seeds, tune
+from experiments import (
+    confounding_gridworld,
+    gridworld_sensitivity,
+    guarantees,
+    heatmap,
+    report,
+    representations,
+    run,
+    seeds,
+    tune,
+)
 from tests.commands import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [path for folder in (".", "utils", "networks", "envs") for path in sorted((ROOT / folder).glob("**/*.py"))]
 PROGRAMS = (dream_spi, ppo, evaluate, report, run, seeds, representations, confounding_gridworld, guarantees)
-PROGRAMS += (tune, heatmap, throughput, profile_update, gpu_kernels)
+PROGRAMS += (tune, heatmap, gridworld_sensitivity, throughput, profile_update, gpu_kernels)
 # of other programs (uv, pytest, ruff, chromium), and of examples
 OTHERS = {"extra", "group", "no-project", "with-requirements", "with", "check", "write", "resume", "my-coef", "logdir", "help"}
 

@@ -1,6 +1,8 @@
 """The gridworld's dynamics, pictures and exact values, by hand and by playing."""
 
+import csv
 import json
+import re
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -320,3 +322,53 @@ def test_benchmark_writes_figure_and_numbers(tmp_path, monkeypatch):
     for mistake in ({"algorithms": ("SARSA",)}, {"seeds": (1, 1)}, {"seeds": ()}, {"latent": "continuous", "num_classes": 3}):
         with pytest.raises(UsageError, match=f"^--{list(mistake)[-1].replace('_', '-')} ?"):
             benchmark.main(benchmark.Args(**mistake))
+
+
+def test_sensitivity_trains_the_missing_cells(tmp_path, monkeypatch, capsys):
+    from experiments import confounding_gridworld as benchmark
+    from experiments import gridworld_sensitivity as sensitivity
+
+    make, train, trained = benchmark.make_env, sensitivity.train, []
+    monkeypatch.setattr(benchmark, "make_env", lambda args: with_vectors(make(args)))
+
+    def interrupted(name, args):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        return counted(name, args)
+
+    def counted(name, args):
+        trained.append((args.clip_coef, args.seeds))
+        return train(name, args)
+
+    args = sensitivity.Args(
+        x=("clip-coef", "0.01", "0.3"), y=("gridworld-n-path", "3"), seeds=(1, 2), algorithms=("PPO",),
+        total_timesteps=2048, output=str(tmp_path / "grid"),
+    )  # fmt: skip
+    monkeypatch.setattr(sensitivity, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.main(args)
+    monkeypatch.setattr(sensitivity, "train", counted)
+    sensitivity.main(args)
+    assert trained == [(0.01, (1, 2)), (0.3, (1, 2))]
+    curves = train("PPO", replace(args, clip_coef=0.3, gridworld_n_path=3))[benchmark.VALUE]
+    *_, value, _ = list(csv.DictReader((tmp_path / "grid.csv").open()))[-1].values()
+    assert_allclose(float(value), curves[1, -1], rtol=1e-5)  # the last tenth of two updates is the last one
+    assert f"mean {curves[:, -1].mean():.2f}" in capsys.readouterr().out.splitlines()[-2]
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+    sensitivity.main(replace(args, seeds=(2, 3)))
+    assert trained[2:] == [(0.01, (3,)), (0.3, (3,))]
+
+    (tmp_path / "grid.csv").write_text("command,seed,value,distinct_latents\na,1,,2\n")
+    for change, said in (
+        ({}, f"{tmp_path / 'grid.csv'}: is damaged"),
+        ({"x": ()}, "--x and --y: name a flag"),
+        ({"x": ("clip-coef",)}, "--x clip-coef: name at least one value"),
+        ({"x": ("clip-coef", "0.1", "0.10")}, "--x clip-coef: name at least one value, and each once"),
+        ({"x": ("clip-coef", "-1")}, "--clip-coef -1.0"),
+        ({"x": ("gamma", "1")}, "--gamma: --x can be clip-coef"),
+        ({"x": args.y}, "--x and --y: both are gridworld-n-path"),
+        ({"x": ("transition-loss-coef", "0", "1")}, "--x transition-loss-coef --y gridworld-n-path: PPO does not read"),
+        ({"algorithms": ("PPO", "DeepMDP")}, "--algorithms: name one"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(said)):
+            sensitivity.main(replace(args, **change))
