@@ -168,8 +168,12 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     rows = sorted({row[0]: row for row in rows}.values())
     try:
         run = _record(str(path), record["script"], record["flags"], rows, (record["sittings"] or [None])[-1])
+        lost = record.get("finished_at", 0) > run.reached
     except DAMAGED:
         return None, [*problems, f"{path}: {RECORD} is not from a run of these scripts{LEFT_OUT}"]
+    if lost:
+        said = f"{METRICS} ends at step {run.reached:,} although the run is finished; it counts as unfinished"
+        problems.append(f"{path}: {said}")
     if not (run.weight > 0).any():
         said = f"no episode ended in its {run.reached:,} steps" if metric in OF_EPISODES else f"{METRICS} has no {metric}"
         said = said if run.is_finished else f"{METRICS} has no {metric} yet"

@@ -11,7 +11,6 @@ from experiments.study.space import Params, as_words, refusal
 from experiments.study.status import Live
 from utils.runs import folder
 from utils.runs.flags import UsageError, parse_flags
-from utils.runs.logs import METRICS
 
 LOOK_SECONDS = 5.0  # between checks of how far runs are, and of what other processes have decided
 
@@ -165,10 +164,7 @@ class Trials(Source):
         if not (pruned or reason) and silent is not None:
             readings = [read_folder(self.search.logdir / run.name, OF_EPISODES[0]) for run in silent]
             said = [problem for _, problems in readings for problem in problems]
-            lost = [
-                f"{run.source}: {METRICS} ends at step {run.reached:,}" for run, _ in readings if run and not run.is_finished
-            ]
-            reason = [*lost, *said[-1:], f"{silent[0].env_id}: no episode ended"][0].removesuffix(LEFT_OUT)
+            reason = [*said[-1:], f"{silent[0].env_id}: no episode ended"][0].removesuffix(LEFT_OUT)
         rest = trial.params, known, steps, round(seconds, 1)
         if pruned:
             last = max(steps)

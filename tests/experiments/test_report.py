@@ -96,6 +96,9 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     cut = write_run(tmp_path / "cut", "deep_spi", "Asterix-MinAtar", 1, [(1.0, 2), (3.0, 1)])
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 384, "charts/ep')
+    early = write_run(tmp_path / "early", "deep_spi", "Asterix-MinAtar", 6, [(1.0, 1), (2.0, 1)])
+    identity = json.loads((early / "run.json").read_text())
+    (early / "run.json").write_text(json.dumps(identity | {"finished_at": 3 * BATCH}))
     empty = write_run(tmp_path / "empty", "deep_spi", "Asterix-MinAtar", 2, [(1.0, 1)])
     (empty / "metrics.jsonl").write_text("")
     lost = write_run(tmp_path / "lost", "deep_spi", "Asterix-MinAtar", 3, [(1.0, 1)])
@@ -104,9 +107,10 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     gone = write_run(tmp_path / "gone", "deep_spi", "Asterix-MinAtar", 5, [(1.0, 1)])
     (gone / "metrics.jsonl").unlink()
     found = read_runs([str(tmp_path)], RETURN)
-    assert [run.source for run in found.runs] == [str(cut), str(whole)] and found.runs[0].reached == 2 * BATCH
+    assert [run.source for run in found.runs] == [str(cut), str(early), str(whole)] and found.runs[0].reached == 2 * BATCH
     assert sorted(found.problems) == [
         f"{cut}: 1 of 3 rows of metrics.jsonl are damaged and ignored",
+        f"{early}: metrics.jsonl ends at step 256 although the run is finished; it counts as unfinished",
         f"{empty}: metrics.jsonl has no {RETURN} yet; skipped",
         f"{gone}: metrics.jsonl cannot be read (No such file or directory); skipped",
         f"{lost}: run.json is missing or damaged; skipped",

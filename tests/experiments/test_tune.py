@@ -434,7 +434,8 @@ def test_a_trial_without_an_episode_or_with_a_failed_run_is_bad(tmp_path, capsys
     silence = f"{tmp_path / silent.name}: no episode ended in its 100 steps"
     reason = "CartPole-v1, seed 901: exit code 1: error: not finite in update 3 (step 30): losses/policy_loss"
     assert states[:2] == [(TrialState.FAIL, silence, False), (TrialState.FAIL, reason, True)]
-    assert states[2] == (TrialState.FAIL, f"{tmp_path / damaged.name}: metrics.jsonl ends at step 60", False)
+    lost = f"{tmp_path / damaged.name}: metrics.jsonl ends at step 60 although the run is finished; it counts as unfinished"
+    assert states[2] == (TrialState.FAIL, lost, False)
     assert states[3] == (TrialState.COMPLETE, "", False)
     said = capsys.readouterr().out
     assert f"trial 0: failed: {silence}" in said and "trial 1: diverged" in said
