@@ -3,7 +3,7 @@
 The games come from the library pgx-minatar, an optional extra because of its license (GPL-3): `uv run --extra minatar ...`. An
 action is replaced by the previous one with probability 0.1 (sticky actions), and some games get harder over time. The actions
 are those with an effect in the game. An observation has one binary map per type of object. A time limit truncates.
-docs/minatar.md lists differences from the original.
+docs/environments.md lists differences from the original.
 """
 
 import importlib.util
