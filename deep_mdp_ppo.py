@@ -4,7 +4,8 @@
 
 PPO plus the losses of a latent world model, which shape the representation. This is the baseline of Deep SPI, with the
 same networks and losses. Here the model losses are outside the clipped ratio, so the model is fitted where the data was
-collected, and a high model error does not lower the utility of an action. `diff deep_mdp_ppo.py deep_spi.py` shows only this.
+collected, and a high model error does not lower the utility of an action. `diff deep_mdp_ppo.py deep_spi.py` shows this,
+Deep SPI's options, and two hooks for `dream_spi.py`.
 
 Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
 Shapes: T steps x B environments; a minibatch has N transitions.
@@ -211,8 +212,8 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
     keys = jax.random.split(act_key, args.num_steps)
     env_state, obs, (all_obs, action, (value, log_probs), after) = scan_steps(act, env, state.env_state, state.obs, keys)
     value = jnp.concatenate([value, policy(obs)[1][None]])
-    _, reward, *told = after
-    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(all_obs, value, action, log_probs, reward, *told)
+    steps = after._asdict() | {"obs": all_obs, "value": value, "action": action, "log_probs": log_probs}
+    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(**steps)
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:

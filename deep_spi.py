@@ -4,7 +4,8 @@
 
 PPO with the utility U = A - c_R l_R - c_P l_P in place of the advantage A. The reward loss l_R and the transition loss l_P of a
 latent world model lower the utility of each transition. The clipped ratio multiplies U, so world model and encoder are fitted
-where the next policy acts. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows exactly what Deep SPI adds.
+where the next policy acts. `diff ppo_atari_envpool_xla_jax_scan.py deep_spi.py` shows what Deep SPI adds, its options, and two
+hooks for `dream_spi.py`.
 
 Read from top to bottom: flags, records, rollout, advantages, loss, update, main.
 Shapes: T steps x B environments; a minibatch has N transitions.
@@ -218,8 +219,8 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
     keys = jax.random.split(act_key, args.num_steps)
     env_state, obs, (all_obs, action, (value, log_probs), after) = scan_steps(act, env, state.env_state, state.obs, keys)
     value = jnp.concatenate([value, policy(obs)[1][None]])
-    _, reward, *told = after
-    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(all_obs, value, action, log_probs, reward, *told)
+    steps = after._asdict() | {"obs": all_obs, "value": value, "action": action, "log_probs": log_probs}
+    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(**steps)
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:
@@ -247,7 +248,7 @@ def loss_fn(
     """Return Deep SPI's loss on a minibatch, and its metrics. `key` samples the next latents.
 
     For `dream_spi.py`: `distance` measures how far a predicted next latent is from the actual one. `weight`, the ratio of
-    the policy of `batch.log_probs` to the policy that acted, multiplies both the ratio and the clipped ratio.
+    the policy of `batch.log_probs` to the policy that acted, multiplies the policy loss of each transition.
     """
     n = batch.action.shape[0]
     mean = partial(masked_mean, valid=batch.valid)
@@ -259,8 +260,8 @@ def loss_fn(
     # of all actions; masked before exp, because an overflow turns even a masked gradient into NaN
     log_ratios = jnp.where(batch.valid[:, None], log_probs - batch.log_probs, 0.0)
     log_ratio = jnp.take_along_axis(log_ratios, batch.action[:, None], axis=1)[:, 0]
-    ratio = weight * jnp.exp(log_ratio)
-    clipped_ratio = weight * jnp.clip(jnp.exp(log_ratio), 1 - args.clip_coef, 1 + args.clip_coef)
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
     advantage = masked_normalize(batch.advantage, batch.valid) if args.norm_adv else batch.advantage
 
     # U = A - c_R l_R - c_P l_P. No gradient is stopped: U trains both networks, and the encoder through z and z'.
@@ -280,9 +281,9 @@ def loss_fn(
 
     if args.drift_formulation:
         drift = nn.relu((ratio - clipped_ratio) * utility)
-        policy_loss = mean(-utility * ratio + args.drift_coef * drift)
+        policy_loss = mean(weight * (-utility * ratio + args.drift_coef * drift))
     else:
-        policy_loss = mean(jnp.maximum(-utility * ratio, -utility * clipped_ratio))
+        policy_loss = mean(weight * jnp.maximum(-utility * ratio, -utility * clipped_ratio))
     entropy = mean(-jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
 
     value_error = smooth_l1_loss if args.use_huber else lambda error: 0.5 * error**2
@@ -303,7 +304,7 @@ def loss_fn(
         "losses/policy_loss": policy_loss,
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
-        "losses/approx_kl": mean(ratio - weight - weight * log_ratio),
+        "losses/approx_kl": mean(weight * (ratio - 1 - log_ratio)),
         "losses/clipfrac": mean(clipped),
     } | ratio_metrics(log_ratios, batch.valid, args.clip_coef) | model_metrics
 

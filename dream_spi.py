@@ -33,7 +33,7 @@ from envs.protocol import Env
 from envs.registry import make_env
 from networks.architectures import to_range
 from networks.discriminator import make_discriminator
-from networks.flags import CONTINUOUS, PENALIZED, Density
+from networks.flags import CONTINUOUS, PENALIZED, DensityFlag
 from networks.world_models import make_end_predictor
 from utils.devices import by_device, on_each_device
 from utils.dreams import replay, traces
@@ -64,7 +64,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
     reward_loss_coef: NotNegative = 0.1
     model_clip_coef: InsideUnit | None = None
     """eps of the loss on real data, which trains encoder and world model (default: --clip-coef, which is the eps in dreams)"""
-    transition_density: Density = "deterministic"
+    transition_density: DensityFlag = "deterministic"
     transition_layers: Annotated[Sizes, CONTINUOUS, Default(minatar=(512, 512))] = (64, 64)
     lipschitz_nets: Annotated[bool, CONTINUOUS] = False
     lambda_gp: Annotated[NotNegative, CONTINUOUS, PENALIZED] = 0.0
@@ -124,7 +124,7 @@ class Args(replay.ReplayArgs, EndArgs, DiscriminatorArgs, DreamTraceArgs, DreamO
 
 
 class Agent(NamedTuple):
-    """The networks, without their parameters."""
+    """The networks, without their parameters, and the range of dreamed rewards."""
 
     encoder: nn.Module
     actor_critic: nn.Module
@@ -220,7 +220,11 @@ def dream_step(
 def imagine(
     params: Params, z: Float[Array, "M *z"], awake: Float[Array, " M"], key: jax.Array, agent: Agent, args: Args
 ) -> Dreams:
-    """Act in the world model for H steps, from each latent where `awake` is 1. No gradient flows through a dream."""
+    """Act in the world model for H steps, from each latent where `awake` is 1. No gradient flows through a dream.
+
+    With `--bounded-dreams`, `agent.reward_range` bounds rewards and values. A loaded agent needs the environment's:
+    `agent._replace(reward_range=env.reward_range)`.
+    """
     params, z = jax.lax.stop_gradient((params, z))
     low, high = agent.reward_range  # the value range includes 0, because episodes end
     value_range = jnp.asarray([min(low, 0.0), max(high, 0.0)]) / max(1.0 - args.gamma, 1e-8)
@@ -399,7 +403,8 @@ def update_model(
     count = jax.tree.leaves(draws)[0].shape[0]
     drawn = draws, jax.random.split(loss_key, count)
     (params, opt_state), metrics = scan_with_metrics(minibatch_step, (state.params, state.opt_state), drawn)
-    metrics = summarize(metrics, jnp.ones(count, bool), args.num_minibatches) | {
+    last_epoch = count if args.use_replay_buffer else args.num_minibatches
+    metrics = summarize(metrics, jnp.ones(count, bool), last_epoch) | {
         "charts/learning_rate": jnp.asarray(rates.model),
         "charts/heads_learning_rate": jnp.asarray(rates.heads),
     }
@@ -481,7 +486,7 @@ def main(args: Args) -> None:
     improve = jit(partial(learn, env=env, agent=agent, optimizers=optimizers, args=args))
     with run:
         state = run.restore(init_state(args, env, agent, optimizers), env, agent)
-        state = replay.go_on(state, lambda state: fill(*act(state)), run.iteration, env, args)
+        state = replay.refill(state, lambda state: fill(*act(state)), run.iteration, env, args)
         for k in range(run.iteration, run.num_iterations):
             state, metrics = (fill if k < replay.prefill_iterations(args) else improve)(*act(state))
             run.log(state, metrics)

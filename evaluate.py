@@ -30,11 +30,11 @@ from envs.registry import atari_protocol, family, make_env, refusal
 from utils.evaluation.camera import MOST_FRAMES
 from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
-from utils.runs.checkpoints import csv_text, write_whole
+from utils.files import csv_text, write_whole
 from utils.runs.compilation_cache import keep_compiled
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import CHECKPOINTS, MODEL, read_record
-from utils.runs.launch import describe_device, fail, run_main
+from utils.runs.launch import describe_device, fail, run_main, start_jax
 from utils.runs.load_run import LoadedRun, read_run
 from utils.runs.outputs import check_output, expand
 from utils.runs.stored_flags import slug
@@ -231,11 +231,13 @@ def main(args: Args) -> None:
         print(f"*** imageio-ffmpeg is not installed: writing {video} instead (for MP4: uv run --extra video ...) ***")
     # training derives its seeds from one number, so seeds derived from two are different
     seeds = [int(seed) for seed in np.random.SeedSequence([args.seed, len(COLUMNS)]).generate_state(3)]
+    start_jax()
     run = read_run(args.run, num_envs=1)
     identity = wandb_identity(args) if args.track else None
     env = make_envs(args, run, num_envs, seeds[0])
     camera = None if video is None else open_camera(args, run, seeds[2])
     output = check_output(args.output or default_output(args, run), "--output")
+    require(video is None or video.resolve() != output.resolve(), f"--output {output}: is also the --video; rename one")
     older = None if args.output is None else games_in(output)
     films = video is not None and video.exists()
     print(f"{run.progress['name']}: {run.progress['script']} on {run.args.env_id} after {run.progress['step']:,} steps")

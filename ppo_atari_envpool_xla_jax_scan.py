@@ -189,8 +189,8 @@ def rollout(state: TrainState, env: Env, agent: Agent, args: Args) -> tuple[Trai
     keys = jax.random.split(act_key, args.num_steps)
     env_state, obs, (all_obs, action, (value, log_probs), after) = scan_steps(act, env, state.env_state, state.obs, keys)
     value = jnp.concatenate([value, policy(obs)[1][None]])
-    _, reward, *told = after
-    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(all_obs, value, action, log_probs, reward, *told)
+    steps = after._asdict() | {"obs": all_obs, "value": value, "action": action, "log_probs": log_probs}
+    return state._replace(env_state=env_state, obs=obs, key=key), Rollout(**steps)
 
 
 def compute_gae(steps: Rollout, gamma: float, gae_lambda: float) -> Float[Array, "T B"]:

@@ -1,5 +1,6 @@
 """Environments written in JAX: from the rules for one game to an `Env` of B games; adapters for gymnax's and octax's games."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,20 +77,23 @@ class JaxEnv(Env):
         steps = jnp.where(played, state.steps + 1, 0)
         terminated = terminated & played
         truncated = truncated & played
-        if self.time_limit is not None:
-            truncated = truncated | (steps == self.time_limit)
+        cut = jnp.zeros_like(truncated) if self.time_limit is None else (steps == self.time_limit) & ~(terminated | truncated)
+        truncated = truncated | cut
         truncated = truncated & ~terminated
         done = terminated | truncated
         episode = state.episode.update(reward, played, done)
+
+        def choose(keep, stepped, fresh):
+            return jnp.where(keep.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
+
         if self.resets_within:
+            if self.time_limit is not None:  # of this limit the game knows nothing
+                game = jax.tree.map(partial(choose, ~cut), game, self._start(draw_start))
             obs = jax.vmap(self.observe_one)(game)
             after = Timestep(obs, reward, terminated, truncated, ~truncated, episode, done)
             return JaxState(game, jnp.where(done, 0, steps), jnp.zeros_like(done), key, episode), after
 
-        def choose(stepped, fresh):
-            return jnp.where(played.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
-
-        game = jax.tree.map(choose, game, self._start(draw_start))
+        game = jax.tree.map(partial(choose, played), game, self._start(draw_start))
         after = Timestep(jax.vmap(self.observe_one)(game), reward, terminated, truncated, played, episode)
         return JaxState(game, steps, done, key, episode), after
 

@@ -47,7 +47,7 @@ def in_colors(maps: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     """Draw an observation [H, W, C] with one color per type of object. Later types cover earlier ones."""
     maps = maps.astype(bool)
     kind = np.where(maps.any(-1), maps.shape[-1] - np.argmax(maps[..., ::-1], -1), 0)  # 1 + the last type; 0 if none
-    return COLORS[kind]
+    return COLORS[np.where(kind > 0, (kind - 1) % (len(COLORS) - 1) + 1, 0)]  # more types than colors: they repeat
 
 
 def is_installed() -> bool:

@@ -75,6 +75,16 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and max(min(shape[1:]), min(shape[:2])) >= SMALLEST_FRAME
 
 
+def unreadable(shape: Sequence[int]) -> str | None:
+    """Return why no encoder reads an observation of this shape, or None if one does."""
+    if len(shape) != 3 or is_image(shape) or (min(shape[:2]) >= 3 and max(shape[:2]) < SMALLEST_FRAME):
+        return None
+    return (
+        f"observations of shape {list(shape)}: must be frames of {SMALLEST_FRAME} or more pixels along each axis, with "
+        f"channels first or last, or a grid, [height, width, channels], of 3 to {SMALLEST_FRAME - 1} cells along each axis"
+    )
+
+
 def channels_first(shape: Sequence[int]) -> bool:
     """Return True if an image's first axis is its smallest, as in [4, 84, 84]; False for [72, 96, 4]."""
     return shape[0] < shape[-1]

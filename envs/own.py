@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from envs.observations import unreadable
 from envs.options import EnvError, read_options
 from envs.protocol import Env, Timestep
 
@@ -98,7 +99,8 @@ def _import(env_id: str, place: str) -> ModuleType:
 def _where(error: Exception, place: str) -> str:
     """Return an error and the line that raised it: the last one in the file or module `place`, if there is one."""
     lines = traceback.extract_tb(error.__traceback__)
-    own = [line for line in lines if Path(line.filename).stem == Path(place).stem or line.filename.endswith(place)]
+    stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    own = [line for line in lines if Path(line.filename).stem == stem]
     line = (own or lines)[-1]
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first} ({line.filename}, line {line.lineno})"
@@ -172,8 +174,11 @@ def check(env: Any, env_id: str, num_envs: int) -> None:
     said = f"--env-id {env_id}: step returns {type(after).__name__}, but must return a state and an envs.protocol.Timestep"
     if not isinstance(after, Timestep):
         raise EnvError(said)
-    if jax.tree.map(lambda x: (x.shape, x.dtype), state) != jax.tree.map(lambda x: (x.shape, x.dtype), new):
+    arrays_of = lambda tree: [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]  # noqa: E731
+    if jax.tree.structure(state) != jax.tree.structure(new) or arrays_of(state) != arrays_of(new):
         raise EnvError(f"--env-id {env_id}: the state that step returns has other arrays than the one that reset returns")
+    if env.obs_parts is None and (said := unreadable(env.obs_spec.shape)):
+        raise EnvError(f"--env-id {env_id}: {said}")
     expected = {"obs": (env.obs_spec.shape, env.obs_spec.dtype), "reward": ((), jnp.float32)}
     expected |= {name: ((), jnp.bool_) for name in ("terminated", "truncated", "valid")}
     for where, arrays in (("reset", {"obs": obs}), ("step", after._asdict())):

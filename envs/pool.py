@@ -74,7 +74,7 @@ class PoolSpec(NamedTuple):
     resets_within: bool  # the step that ends an episode returns the first observation of the next one
 
 
-class Unsupported(Exception):
+class Unsupported(EnvError):
     """Scripts cannot train on this environment. The message says why."""
 
 

@@ -91,16 +91,18 @@ def refusal(env_id: str, options: tuple[str, ...] = ()) -> str | None:
     return None
 
 
-def reward_range(env_id: str) -> tuple[float, float]:
+def reward_range(env_id: str, options: tuple[str, ...] = ()) -> tuple[float, float]:
     """Return the range of one step's reward, infinite if unknown. For Atari, --reward-clip decides."""
     if env_id in MINATAR:
         return MINATAR[env_id].reward_range
+    if own.is_path(env_id):
+        return own.make(env_id, 1, 0, options).reward_range
     return pool_rewards(env_id) if is_pooled(env_id) else (-np.inf, np.inf)
 
 
-def pays_beyond_one(env_id: str) -> bool:
+def pays_beyond_one(env_id: str, options: tuple[str, ...] = ()) -> bool:
     """Return True if a reward of the environment can leave [-1, 1]. Return False for Atari, where --reward-clip decides."""
-    low, high = reward_range(env_id)
+    low, high = reward_range(env_id, options)
     return family(env_id) != "atari" and not -1.0 <= low <= high <= 1.0
 
 

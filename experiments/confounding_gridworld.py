@@ -33,7 +33,6 @@ import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 from jaxtyping import Array, Float, Int, UInt8  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from scipy import stats  # noqa: E402
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
@@ -50,7 +49,7 @@ from envs.confounding_gridworld import (  # noqa: E402
     policy_value,
 )
 from envs.registry import make_env  # noqa: E402
-from experiments.study.figures import styled  # noqa: E402
+from experiments.study.figures import mean_curve, styled  # noqa: E402
 from utils.runs.flags import check_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
@@ -188,12 +187,6 @@ def train(name: str, args: Args) -> dict[str, np.ndarray]:
     return curves | {"steps": steps_per_iteration * (1 + np.arange(curves[VALUE].shape[1]))}
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean over seeds (axis 0) and the half-width of its 95% confidence interval (Student's t)."""
-    n = len(values)
-    return values.mean(axis=0), stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / n**0.5
-
-
 @styled()
 def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, right: float) -> None:
     """Draw the exact values of the start state above the distances between latents; thin lines are single seeds."""
@@ -201,7 +194,7 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
     above, beneath = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, curve in curves.items():
         for axes, key in ((above, VALUE), (beneath, DISTANCE)):
-            mean, half = interval(curve[key])
+            mean, half = mean_curve(curve[key])
             (line,) = axes.plot(curve["steps"], mean, label=name)
             axes.fill_between(curve["steps"], mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
             axes.plot(curve["steps"], curve[key].T, color=line.get_color(), alpha=0.35, linewidth=0.6)
@@ -232,7 +225,7 @@ def main(args: Args) -> None:
         started = time.perf_counter()
         curves[name] = train(name, args)
         final = curves[name][VALUE][:, -1]
-        mean, half = (float(x[-1]) for x in interval(curves[name][VALUE]))
+        mean, half = (float(x[-1]) for x in mean_curve(curves[name][VALUE]))
         up = [np.median(curves[name][f"up, {where}"][:, -1]) for where in ("above", "below")]
         distance, distinct = (np.median(curves[name][key][:, -1]) for key in (DISTANCE, DISTINCT))
         seconds = (time.perf_counter() - started) / len(args.seeds)
@@ -252,7 +245,7 @@ def main(args: Args) -> None:
         } | {
             key: {"mean": [round(float(x), 4) for x in m], "95% interval": [round(float(x), 4) for x in h]}
             for key in (VALUE, DISTANCE, DISTINCT, "up, above", "up, below")
-            for m, h in [interval(curves[name][key])]
+            for m, h in [mean_curve(curves[name][key])]
         }
     draw(curves, args, float(optimum), float(right))
     # one line per curve; json.dumps with an indent puts every number on its own line

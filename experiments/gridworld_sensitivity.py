@@ -29,7 +29,7 @@ from experiments import confounding_gridworld, heatmap  # noqa: E402
 from experiments.confounding_gridworld import DISTINCT, VALUE, command_of, train  # noqa: E402
 from experiments.study.figures import styled  # noqa: E402
 from experiments.study.records import table_rows  # noqa: E402
-from utils.runs.checkpoints import write_csv  # noqa: E402
+from utils.files import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402

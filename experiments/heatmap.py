@@ -18,7 +18,6 @@ if __name__ == "__main__":
     start_quietly()
 
 from dataclasses import dataclass, replace  # noqa: E402
-from functools import cache  # noqa: E402
 from typing import Annotated  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -26,9 +25,8 @@ import tyro  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from experiments.study.figures import styled  # noqa: E402
-from experiments.study.grid import args_of, script_path  # noqa: E402
-from experiments.study.records import RunRecord, flag_name, last_tenth, read_runs, split_flags  # noqa: E402
-from utils.runs.checkpoints import write_csv  # noqa: E402
+from experiments.study.records import RunRecord, args_of_script, flag_name, labels, last_tenth, read_runs, split_flags  # noqa: E402
+from utils.files import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import defaults, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
@@ -54,12 +52,6 @@ class Args:
     """path of the picture (.png); the table has the same name, with .csv"""
 
 
-@cache  # it parses all scripts
-def args_of_script(name: str) -> type:
-    """Return the class that declares the flags of a script, by the name that tables have."""
-    return args_of(script_path(name))
-
-
 def value_of(run: RunRecord, flag: str) -> str:
     """Return the run's value of a flag, as on the command line. That of a switch is True or False.
 
@@ -67,6 +59,7 @@ def value_of(run: RunRecord, flag: str) -> str:
         UsageError: the run's script has no such flag, or the runs of a study cannot differ in it.
     """
     name, args_type = flag.replace("-", "_"), args_of_script(run.script)
+    require(args_type is not None, f"{run.source}: script {run.script} cannot be imported; add its folder to PYTHONPATH")
     usual = defaults(args_type, run.env_id)
     require(name in usual, f"--{flag}: {run.script} has no such flag")
     require(name not in no_settings(args_type), f"--{flag}: does not affect results, or is averaged over; choose another flag")
@@ -88,8 +81,9 @@ def cells(runs: list[RunRecord], x: str, y: str) -> dict[tuple[str, str, str], n
     """Return the final scores of the finished runs of each cell, by environment, value of y, and value of x.
 
     Raises:
-        UsageError: the runs are of several scripts, or differ in other flags too.
+        UsageError: the runs are of several scripts, differ in other flags too, or contain duplicates.
     """
+    labels(runs)
     scripts = {run.script for run in runs}
     require(len(scripts) == 1, f"the runs are of several scripts, {', '.join(sorted(scripts))}; name folders of one")
     others: dict[str, set[str]] = {}

@@ -45,7 +45,7 @@ from experiments.study.comparison import (  # noqa: E402
 from experiments.study.evaluations import evaluations  # noqa: E402
 from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
 from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
-from utils.runs.checkpoints import write_csv, write_whole  # noqa: E402
+from utils.files import write_csv, write_whole  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.runs.outputs import check_output, expand, refuse_input  # noqa: E402

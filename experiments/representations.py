@@ -43,12 +43,12 @@ import tyro  # noqa: E402
 from jaxtyping import Array, Float  # noqa: E402
 
 import deep_spi  # noqa: E402
+from experiments.study.latent_measures import of_latents, of_predictions  # noqa: E402
 from experiments.study.page import Table  # noqa: E402
 from experiments.study.records import LEFT_OUT, WANDB, RunRecord, labels, read_runs  # noqa: E402
-from experiments.study.representations import of_latents, of_predictions  # noqa: E402
 from utils.dreams.discriminator import transition_distance  # noqa: E402
+from utils.files import write_csv  # noqa: E402
 from utils.losses import smooth_l1_loss  # noqa: E402
-from utils.runs.checkpoints import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402

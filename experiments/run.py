@@ -23,7 +23,7 @@ from dataclasses import dataclass  # noqa: E402
 import tyro  # noqa: E402
 
 from experiments.study import estimates, local, slurm, status  # noqa: E402
-from experiments.study.grid import LOGS, PlannedRun, claim, plan, read_plan, state_of, to_paste, write_plan  # noqa: E402
+from experiments.study.plan import LOGS, SEARCH, PlannedRun, claim, plan, read_plan, state_of, to_paste, write_plan  # noqa: E402
 from utils.runs.flags import UsageError, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.runs.outputs import expand  # noqa: E402
@@ -91,14 +91,15 @@ def main(args: Args, flags: list[str]) -> None:
     require(args.num_seeds >= 1, f"--num-seeds {args.num_seeds}: must be at least 1")
     seeds = list(range(args.start_seed, args.start_seed + args.num_seeds))
     runs = plan(args.scripts, args.env_ids, seeds, flags, logdir)
+    if args.slurm:
+        local.refuse_resources(args.gpus, args.runs_per_gpu, args.workers)
+    require(not (logdir / SEARCH).exists(), f"--logdir {logdir}: contains a search of tune.py; choose another folder")
     slots = local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
     if args.dry_run:
         return show_plan(logdir, runs, len(slots))
     lock = claim(logdir)
     write_plan(logdir, runs)
     if args.slurm:
-        ours = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
-        require(ours, "--slurm: the batch script sets the runs' resources; leave out --gpus, --runs-per-gpu and --workers")
         jobs, submitted, waiting = slurm.submit(logdir, runs, expand(args.slurm_script, "--slurm-script").absolute())
         finished = sum(state_of(logdir, run).kind == "finished" for run in runs)
         print(f"{finished} of {len(runs)} runs finished, {waiting} already in SLURM's queue, {submitted} submitted", end="")

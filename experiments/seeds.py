@@ -36,10 +36,11 @@ import deep_mdp_ppo  # noqa: E402
 import deep_spi  # noqa: E402
 import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
+from envs.own import short  # noqa: E402
 from envs.registry import is_pooled, make_env  # noqa: E402
 from experiments.study.records import COLUMNS, table_rows, typed_flags  # noqa: E402
 from utils.dreams.replay import prefill_iterations  # noqa: E402
-from utils.runs.checkpoints import write_csv  # noqa: E402
+from utils.files import write_csv  # noqa: E402
 from utils.runs.flags import UsageError, check_flags, parse_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.logs import STOPPING  # noqa: E402
@@ -205,6 +206,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
         except ValueError:
             raise UsageError(f"--vary {' '.join(args.vary)}: the values must be numbers") from None
         require(len(values) > 0, f"--vary {args.vary[0]}: has no values; add them after the flag")
+        require(len({*map(float, words)}) == len(words), f"--vary {' '.join(args.vary)}: has duplicates; remove them")
     planned = {}
     for env_id in args.env_ids:
         flags = parse_flags(module.Args, [f"--env-id={env_id}", *typed])
@@ -223,7 +225,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
 def identity(script: str, flags: Any, run: dict) -> tuple[str, ...]:
     """Return the first columns of a run's rows, which identify it as a report does: flags with default values are left out."""
     stored = to_store(replace(flags, **run))
-    return script, flags.env_id, typed_flags(SCRIPTS[script].__name__, stored), str(run["seed"])
+    return script, short(flags.env_id), typed_flags(SCRIPTS[script].__name__, stored), str(run["seed"])
 
 
 def columns_of(row: dict[str, str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
     start_quietly()
 
+import shlex  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from tempfile import TemporaryDirectory  # noqa: E402
@@ -31,7 +32,7 @@ import tyro  # noqa: E402
 from envs.own import absolute  # noqa: E402
 from experiments.run import show_plan  # noqa: E402
 from experiments.study import local, slurm  # noqa: E402
-from experiments.study.grid import LOGS, SETS, PlannedRun, args_of, claim, plan, script_path  # noqa: E402
+from experiments.study.plan import LOGS, PLAN, SETS, PlannedRun, args_of, claim, plan, read_plan, script_path  # noqa: E402
 from experiments.study.status import Live  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
@@ -106,6 +107,7 @@ def read_command(args: Args, flags: list[str]) -> Asked:
     """
     from experiments.study.search import Settings, make_scale
     from experiments.study.space import as_words, check_space, default_params, ends, parse_space, size
+    from experiments.study.trials import is_of_trial
 
     for flag in ("trials", "concurrent_trials"):
         require(getattr(args, flag) >= 1, f"{as_typed(flag, getattr(args, flag))}: must be at least 1")
@@ -113,9 +115,8 @@ def read_command(args: Args, flags: list[str]) -> Asked:
     require(len(args.seeds) > 0, "--seeds: name at least one")
     require(len(set(args.seeds)) == len(args.seeds), f"{as_typed('seeds', args.seeds)}: has duplicates; remove them")
     require(args.pruner != "none" or args.prune_on == "games", "--prune-on: is used only with --pruner; leave it out")
-    own = args.gpus is None and args.workers is None and args.runs_per_gpu == 1
-    said = "--slurm: the batch script sets the resources; leave out --gpus, --runs-per-gpu and --workers"
-    require(own or not args.slurm, said)
+    if args.slurm:
+        local.refuse_resources(args.gpus, args.runs_per_gpu, args.workers)
     env_ids = tuple(dict.fromkeys(absolute(one) for name in args.env_ids for one in SETS.get(name, (name,))))
     require(len(env_ids) > 0, "--env-ids: name at least one")
     path = script_path(args.script)
@@ -131,7 +132,9 @@ def read_command(args: Args, flags: list[str]) -> Asked:
     first = default_params(space, args_type, env_ids, flags)
     sample = first or {name: ends(of)[0] for name, of in space.items()}
     logdir = expand(args.logdir, "--logdir").absolute()
-    plan((script,), env_ids, list(args.seeds), [*flags, *as_words(sample, args_type)], logdir, prefix="any__")
+    planned = read_plan(logdir) if (logdir / PLAN).exists() else []
+    require(all(map(is_of_trial, planned)), f"--logdir {logdir}: contains a study of run.py; choose another folder")
+    plan((shlex.quote(script),), env_ids, list(args.seeds), [*flags, *as_words(sample, args_type)], logdir, prefix="any__")
     asked = [script, list(env_ids), list(args.seeds), list(args.search), flags, scale]
     settings = Settings(*asked, args.sampler_seed, args.concurrent_trials, args.pruner, args.prune_on)
     return Asked(settings, args_type, space, first)

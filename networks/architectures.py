@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from envs.observations import SMALLEST_FRAME, Part, channels_first, is_image, unpack
+from envs.observations import Part, channels_first, is_image, unpack, unreadable
 from networks.convolution import conv2d, frames_conv2d, grid_layer, halve
 from networks.products import product
 from utils.distributions import straight_through
@@ -173,11 +173,8 @@ class Encoder(nn.Module):
 
     def read_map(self, x: Num[Array, "N H W C"]) -> Float[Array, "N d"]:
         """Return the features of a small map."""
-        if min(x.shape[1:3]) < 3 or max(x.shape[1:3]) >= SMALLEST_FRAME:
-            raise ValueError(
-                f"observations of shape {x.shape[1:]}: must be frames of {SMALLEST_FRAME} or more pixels along each "
-                f"axis, with channels first or last, or a grid, [height, width, channels], of 3 to {SMALLEST_FRAME - 1} cells"
-            )
+        if said := unreadable(x.shape[1:]):
+            raise ValueError(said)
         return GridLayer(16, 3, ACTIVATIONS[self.activation], self.dtype)(x).reshape(x.shape[0], -1)
 
     def read_part(self, part: Part, x: Num[Array, "N *shape"]) -> Float[Array, "N d"]:
@@ -192,7 +189,7 @@ class Encoder(nn.Module):
             channels = jnp.moveaxis(x.astype(jnp.int32) - part.lowest, -1, 0)
             codes = [nn.one_hot(channel, n) for channel, n in zip(channels, part.values, strict=True)]
             x = jnp.concatenate(codes, axis=-1)
-        if x.ndim == 4 and 3 <= min(x.shape[1:3]) and max(x.shape[1:3]) < SMALLEST_FRAME:
+        if x.ndim == 4 and not is_image(x.shape[1:]) and not unreadable(x.shape[1:]):
             return self.read_map(x)
         return x.reshape(x.shape[0], -1).astype(FLOAT32)
 

@@ -23,7 +23,7 @@ PENALIZED = Needs(lipschitz_nets=False)
 SAMPLES = Needs(f"a sampled cost, --categorical-cost {' or '.join(SAMPLED)}", categorical_cost=SAMPLED)
 SCALES = Needs("a density with scales", transition_density=WITH_SCALE)
 IMAGES = Needs("image observations", lambda args: observes_images(args.env_id, args.env_option))
-Density = Annotated[Literal[*DENSITIES], CONTINUOUS]
+DensityFlag = Annotated[Literal[*DENSITIES], CONTINUOUS]
 
 
 @dataclass
@@ -60,7 +60,7 @@ class WorldModelArgs:
     """Flags of the world model."""
 
     # continuous latents
-    transition_density: Density = "mixture_normal"
+    transition_density: DensityFlag = "mixture_normal"
     """continuous latents: distribution of the next latent; mixture_normal is a weighted average of normals (a soft mixture)"""
     mixture_components: Annotated[Count, CONTINUOUS, Needs(transition_density="mixture_normal")] = 5
     """number of components of mixture_normal"""
@@ -109,6 +109,6 @@ class WorldModelArgs:
             "--clip-reward-net-output: cannot predict unclipped rewards; drop it or --no-reward-clip",
         )
         require(
-            not (self.clip_reward_net_output and pays_beyond_one(self.env_id)),
+            not (self.clip_reward_net_output and pays_beyond_one(self.env_id, self.env_option)),
             f"--clip-reward-net-output: cannot predict the rewards of {self.env_id} beyond [-1, 1]; drop it",
         )

@@ -281,7 +281,7 @@ def main():
     parser.add_argument("--total-timesteps", type=int, default=Config().total_timesteps, help="steps of each seed")
     args = parser.parse_args()
     config = Config(args.total_timesteps)
-    if config.num_updates == 0:
+    if config.num_updates < 1:
         parser.error(f"--total-timesteps: must be at least {config.num_envs * config.num_steps}, one rollout")
     init, iterate = map(jax.vmap, make_train(MinAtar(args.game), config))
     state, iterate = jax.jit(init)(jax.vmap(jax.random.key)(jnp.array(args.seeds))), jax.jit(iterate, donate_argnums=0)
@@ -289,7 +289,7 @@ def main():
     for i in range(1, config.num_updates + 1):
         state, ended = iterate(state)
         episodes, total = episodes + ended[0], total + ended[1]
-        if i % max(1, config.num_updates // 20) == 0:
+        if i % max(1, config.num_updates // 20) == 0 or i == config.num_updates:
             mean, steps = total / episodes, i * config.num_envs * config.num_steps
             seeds, bar = " ".join(f"{x:6.2f}" for x in mean), "#" * int(jnp.nan_to_num(mean.mean()))
             print(f"{steps:>10,} steps {time.time() - started:5.0f} s  return of each seed {seeds}  {bar}", flush=True)

@@ -1,6 +1,7 @@
 """What would run on a GPU, as far as that shows without one: the programs of every script and world model, lowered for CUDA."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -46,7 +47,9 @@ REPLAY |= {"replay_ratio": 1.0}
 def test_lowers_for_cuda(script, flags):
     """The platform's own convolution, forwards and backwards; of the host a step needs but the emulators' two calls."""
     # few games, because each takes a tenth of a second to make
-    args = make_args(script.Args, env_id="Breakout-v5", num_envs=4, num_steps=64, num_minibatches=2, **flags)
+    args = make_args(script.Args, env_id="Breakout-v5", num_envs=4, num_steps=64, **flags)
+    if not getattr(args, "use_replay_buffer", False):
+        args = replace(args, num_minibatches=2)
     check_flags(args)
     env = make_env(args)
     agent, optimizer = script.make_agent(args, env.num_actions, env.obs_parts), script.make_optimizer(args)

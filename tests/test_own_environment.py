@@ -11,7 +11,7 @@ import evaluate
 import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.jax_env import Gymnax, Octax
 from experiments import report
-from experiments.study import grid
+from experiments.study import plan as planning
 from experiments.study.records import planned_runs
 from tests.commands import ROOT
 from utils.runs.flags import UsageError, parse_flags
@@ -82,15 +82,15 @@ def test_it_resumes_and_is_evaluated(folder, monkeypatch, capsys):
 
 def test_a_study_has_own_environments(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    runs = grid.plan(("ppo", "deep_spi"), ("my_envs.py:GoToGoal", "CartPole-v1"), [1], [], folder / "study")
+    runs = planning.plan(("ppo", "deep_spi"), ("my_envs.py:GoToGoal", "CartPole-v1"), [1], [], folder / "study")
     names = {"my_envs-GoToGoal__ppo__1", "my_envs-GoToGoal__deep_spi__1", "CartPole-v1__ppo__1", "CartPole-v1__deep_spi__1"}
     assert {run.name for run in runs} == names
     own = next(run for run in runs if run.name == "my_envs-GoToGoal__ppo__1")  # runs start in another folder
     assert own.env_id == "my_envs.py:GoToGoal" and f"--env-id={folder}/my_envs.py:GoToGoal" in own.command
-    grid.write_plan(folder / "study", runs)
+    planning.write_plan(folder / "study", runs)
     assert planned_runs(folder / "study")[own.name].env_id == own.env_id
     with pytest.raises(UsageError, match="my_envs.py has no class or function GoTo"):
-        grid.plan(("ppo",), ("my_envs.py:GoTo",), [1], [], folder / "study")
+        planning.plan(("ppo",), ("my_envs.py:GoTo",), [1], [], folder / "study")
 
 
 def test_a_missing_file_is_named(folder, tmp_path, monkeypatch):

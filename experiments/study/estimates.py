@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from envs.registry import family, make_env
-from experiments.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
+from envs.registry import UNDIVIDED, family, make_env
+from experiments.study.plan import PlannedRun, Progress, rates, seconds_left, state_of
 from utils.runs.flags import parse_flags
 from utils.runs.folder import ROOT
 
@@ -47,7 +47,7 @@ def disk_bytes(run: PlannedRun) -> int | None:
     if not all(hasattr(script, name) for name in ("make_agent", "make_optimizer", "init_state")):
         return None
     args = parse_flags(script.Args, run.command[2:])
-    env = make_env(dataclasses.replace(args, num_envs=1))  # creating 128 emulators is slow, and they are not saved
+    env = make_env(dataclasses.replace(args, num_envs=1, **UNDIVIDED))  # creating 128 emulators is slow, and they are not saved
     agent = script.make_agent(args, env.num_actions, env.obs_parts)
     state = jax.eval_shape(partial(script.init_state, args, env, agent, script.make_optimizer(args)))
     state = state._replace(env_state=None, obs=None)

@@ -1,5 +1,6 @@
 """The tables of games that evaluate.py left in the folders of compared runs."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def games_of(run: RunRecord) -> tuple[dict[str, list[float]], list[str]]:
     """Return the returns of the games played after a run's last step, by their kind, and the problems of its tables. A game in
     several tables counts once."""
     found, problems = {}, []
-    for path in sorted(Path(run.source).glob(PATTERN)) if Path(run.source).is_dir() else []:
+    for path in sorted(Path(run.source).glob(PATTERN)) if os.path.isdir(run.source) else []:
         try:
             names, rows = table_rows(path)
             if not set(COLUMNS) <= set(names):

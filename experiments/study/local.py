@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.study import status
-from experiments.study.grid import (
+from experiments.study.plan import (
     BEGAN,
     ENDED,
     STOPPED,
@@ -51,7 +51,7 @@ class Slot(NamedTuple):
 
 def visible_gpus() -> list[str]:
     """Return the indices or UUIDs of the GPUs that this process may use. Each MIG instance of a GPU is one by itself."""
-    if "cpu" in os.environ.get("JAX_PLATFORMS", ""):
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0].strip() == "cpu":  # the first one is the default
         return []
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked is not None:  # like CUDA, stop at the first word that is no device, such as -1 or NoDevFiles
@@ -117,6 +117,16 @@ def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | N
         own = cores[i * len(cores) // number : (i + 1) * len(cores) // number] or cores[i % max(1, len(cores)) :][:1]
         slots.append(Slot(i, tuple(own), found[i // runs_per_gpu] if found else absent, WHOLE / runs_per_gpu))
     return slots
+
+
+def refuse_resources(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | None) -> None:
+    """Refuse the arguments of `make_slots` for runs that SLURM starts.
+
+    Raises:
+        UsageError: one of them is not the default.
+    """
+    said = "--slurm: the batch script sets the resources; leave out --gpus, --runs-per-gpu and --workers"
+    require(gpus is None and runs_per_gpu == 1 and workers is None, said)
 
 
 class Worker(NamedTuple):

@@ -18,18 +18,19 @@ from jaxtyping import Float, Int
 
 from envs.own import short
 from envs.registry import family
-from experiments.study.grid import LOGS, RUNNERS, SHORT, TRIALS, WORKER, args_of, read_plan
-from experiments.study.grid import RECORD as STUDY
+from experiments.study.plan import LOGS, PLAN, RUNNERS, SHORT, TRIALS, WORKER, args_of, read_plan
 from experiments.study.slurm import JOBS
-from utils.runs.checkpoints import write_csv
+from utils.files import write_csv
 from utils.runs.flags import RunArgs, UsageError, defaults, parse_flags, require
 from utils.runs.folder import CHECKPOINTS, MODEL, RECORD, read_record
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
-from utils.runs.stored_flags import to_store, typed_settings
+from utils.runs.stored_flags import renewed, to_store, typed_settings
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
 OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
+SCALED = ("charts/human_normalized_score", "charts/relative_improvement")  # those and, where they exist, these
+LONG = {short: long for long, short in SHORT.items()}
 WANDB = "wandb:"
 LEFT_OUT = "; skipped"  # ends the message about a run that is not in the comparison
 LAUNCHED = {f"--{flag}" for flag in (*RUNNERS, "wandb-group")}  # flags of a planned command that do not affect results
@@ -90,15 +91,24 @@ class Reading(NamedTuple):
     skipped: list[Unread] = []
 
 
+def args_of_script(script: str) -> type | None:
+    """Return the class that declares the flags of a script, by its name in a run's record or in a table. None if the script
+    cannot be imported: one of your own may be gone, or raise anything. Reading its study makes it importable."""
+    try:
+        return importlib.import_module(LONG.get(script, script)).Args
+    except Exception:
+        return None
+
+
 def typed_flags(script: str, flags: dict[str, Any]) -> str:
     """Return a run's flags that affect its results and differ from its environment's defaults, as on the command line. If the
     script cannot be imported, the defaults are unknown: return all flags that affect the results."""
-    try:
-        args_type = importlib.import_module(script).Args
-        default = defaults(args_type, flags["env_id"])
-    except Exception:  # an own script may be gone, or raise anything
-        args_type, default = RunArgs, None
-    return " ".join(typed_settings(flags, args_type, default))
+    args_type, default = args_of_script(script), None
+    if args_type is not None:
+        with contextlib.suppress(Exception):  # the environment's file may be gone too
+            default = defaults(args_type, flags["env_id"])
+    args_type = RunArgs if default is None else args_type
+    return " ".join(typed_settings(renewed(flags, default or ()), args_type, default))
 
 
 def split_flags(flags: str) -> list[str]:
@@ -158,7 +168,7 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
             row = json.loads(line)
             value = row.get(metric)
             value = np.nan if value is None else float(value)
-            weight = float(row.get("charts/episodes", 1.0) if metric in OF_EPISODES else 1.0)
+            weight = float(row.get("charts/episodes", 1.0) if metric in OF_EPISODES + SCALED else 1.0)
             rows.append((int(row["step"]), value, weight if np.isfinite(value) else 0.0))
         except DAMAGED:
             bad += 1
@@ -218,9 +228,10 @@ def read_table(path: Path) -> list[RunRecord]:
     for number, row in enumerate(rows, 2):
         key = tuple(row[name] for name in COLUMNS[:5])
         try:
+            complete = None not in (row[name] for name in COLUMNS)
             value = float(row["episodic_return"]) if row["episodic_return"] else np.nan
             step, weight = int(row["step"]), float(row["episodes"] or 0)
-            whole = int(row["seed"]) >= 0 and int(row["planned_steps"]) > 0 and step >= 0
+            whole = complete and int(row["seed"]) >= 0 and int(row["planned_steps"]) > 0 and step >= 0
             whole = whole and 0 <= weight < np.inf and (weight == 0 or bool(np.isfinite(value)))
         except (ValueError, TypeError):
             whole = False
@@ -249,15 +260,16 @@ def read_wandb(project: str, metric: str) -> Reading:
             # scan_history returns only rows with all keys, so read all updates first, then those in which an episode ended
             rows = {row["global_step"]: (row["global_step"], np.nan, 0.0) for row in run.scan_history(keys=["global_step"])}
             for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
-                weight = row["charts/episodes"] if metric in OF_EPISODES else 1.0
-                rows[row["global_step"]] = (row["global_step"], row[metric], weight if np.isfinite(row[metric]) else 0.0)
+                value = float(row[metric])  # W&B stores NaN as a string
+                weight = row["charts/episodes"] if metric in OF_EPISODES + SCALED else 1.0
+                rows[row["global_step"]] = (row["global_step"], value, weight if np.isfinite(value) else 0.0)
             if not any(weight > 0 for *_, weight in rows.values()):
                 problems.append(f"{source}: has no {metric}{LEFT_OUT}")
                 with contextlib.suppress(*DAMAGED):
                     skipped.append(_unread(source, run.config["script"], dict(run.config)))
                 continue
             try:
-                found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values())))
+                found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values()), dict(run.config)))
             except DAMAGED:
                 problems.append(f"{source}: its config is not from a run of these scripts{LEFT_OUT}")
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -307,7 +319,7 @@ def _read_folders(path: Path, metric: str) -> Reading:
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
         folders, planned, problems = inside, {}, []
-        if os.path.lexists(path / STUDY):
+        if os.path.lexists(path / PLAN):
             try:
                 planned = planned_runs(path)  # before the runs are read: it makes own scripts importable
             except UsageError as error:

@@ -26,16 +26,16 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from envs.atari_scores import reference
 from envs.own import absolute
-from experiments.study.grid import TRIALS
+from experiments.study.plan import SEARCH, TRIALS
 from experiments.study.records import RunRecord, last_tenth
 from experiments.study.space import Params, Space, rounded
-from utils.runs.checkpoints import write_json
+from utils.files import write_json
 from utils.runs.flags import UsageError, require
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
-SETTINGS, DATABASE, JOURNAL, REPLACED = "search.json", "search.db", "search.journal", "replaced.json"
+DATABASE, JOURNAL, REPLACED = "search.db", "search.journal", "replaced.json"
 REFUSED = "refused: "  # begins the reason of a trial whose values the script does not accept
 DRAWS = 1_000  # to propose values that no trial has had
 RUNGS = 4  # with --prune-on steps, a trial may be pruned after each quarter
@@ -191,8 +191,8 @@ class Search:
             lock.release()
 
     def _check_settings(self) -> None:
-        if not (self.logdir / SETTINGS).exists():
-            write_json(self.logdir / SETTINGS, self.settings._asdict())
+        if not (self.logdir / SEARCH).exists():
+            write_json(self.logdir / SEARCH, self.settings._asdict())
         for name, before, now in zip(Settings._fields, read_settings(self.logdir), self.settings, strict=True):
             said = f"--{name.replace('_', '-')}" if name != "flags" else "the flags after --"
             require(
@@ -319,8 +319,8 @@ def read_settings(logdir: Path) -> Settings:
     Raises:
         UsageError: there is no search, or the file is damaged.
     """
-    path, remedy = logdir / SETTINGS, "delete it, and repeat the command that began the search"
-    require(path.is_file(), f"--logdir {logdir}: contains no search ({SETTINGS}); name the folder of one")
+    path, remedy = logdir / SEARCH, "delete it, and repeat the command that began the search"
+    require(path.is_file(), f"--logdir {logdir}: contains no search ({SEARCH}); name the folder of one")
     found = read_json(path, dict, remedy)
     kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(Settings).items()}
     whole = set(found) == set(kinds) and all(isinstance(found[name], kind) for name, kind in kinds.items())

@@ -11,14 +11,14 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.study.figures import COLORS, INK, WARNING, styled
-from experiments.study.grid import script_path, to_paste
+from experiments.study.plan import script_path, to_paste
 from experiments.study.search import Search
 from experiments.study.space import Space, as_words
-from utils.runs.checkpoints import write_csv
+from utils.files import write_csv
 from utils.runs.folder import ROOT
 
 TABLE, SLICES = "trials.csv", "slices.png"
-COLUMNS = 3  # panels in a row
+PANELS = 3  # in a row
 
 
 def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
@@ -65,9 +65,9 @@ def draw_slices(trials: list[FrozenTrial], space: Space, path: Path) -> None:
     valued = [trial.value for trial in trials if trial.value is not None and trial.state != TrialState.FAIL]
     low, high = min(valued, default=0.0), max(valued, default=1.0)
     floor = low - 0.08 * ((high - low) or 1.0)
-    rows = math.ceil(len(space) / COLUMNS)
+    rows = math.ceil(len(space) / PANELS)
     with styled():
-        width = min(COLUMNS, len(space))
+        width = min(PANELS, len(space))
         figure = Figure(figsize=(3.2 * width, 2.5 * rows))
         panels = figure.subplots(rows, width, sharey=True, squeeze=False)
         for panel in panels.flat[len(space) :]:

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from experiments.study.grid import LOGS, PlannedRun, state_of, to_paste
+from experiments.study.plan import LOGS, PlannedRun, state_of, to_paste
 from utils.runs.flags import UsageError, require
 from utils.runs.folder import ROOT
 

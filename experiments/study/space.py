@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from envs.options import WORDS
 from envs.registry import family
-from experiments.study.grid import RUNNERS
+from experiments.study.plan import RUNNERS
 from utils.runs.flag_types import as_typed
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 

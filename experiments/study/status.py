@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.study.grid import PlannedRun, Progress, rates, seconds_left, state_of
+from experiments.study.plan import PlannedRun, Progress, rates, seconds_left, state_of
 
 REDRAWN_SECONDS = 2.0  # between updates on a terminal
 PLAIN_SECONDS = 60.0  # between updates if the output is not a terminal

@@ -1,10 +1,11 @@
 """The trials of a search, as a source of runs for `experiments.study.local.launch`."""
 
+import shlex
 import time
 from typing import Any, NamedTuple
 
-from experiments.study.grid import RECORD, PlannedRun, Progress, plan, rates, read_plan, seconds_left, state_of, write_plan
 from experiments.study.local import Source
+from experiments.study.plan import PLAN, PlannedRun, Progress, plan, rates, read_plan, seconds_left, state_of, write_plan
 from experiments.study.records import LEFT_OUT, OF_EPISODES, read_folder
 from experiments.study.search import REFUSED, RUNGS, Outcome, Search, score
 from experiments.study.space import Params, as_words, refusal
@@ -19,7 +20,7 @@ def runs_of(search: Search, args_type: type, number: int, params: Params) -> dic
     """Return the runs of a trial for each environment, one per seed."""
     asked = search.settings
     words = [*asked.flags, *as_words(params, args_type)]
-    runs = plan((asked.script,), tuple(asked.env_ids), asked.seeds, words, search.logdir, prefix=f"{number:03d}__")
+    runs = plan((shlex.quote(asked.script),), tuple(asked.env_ids), asked.seeds, words, search.logdir, prefix=f"{number:03d}__")
     return {env_id: runs[i :: len(asked.env_ids)] for i, env_id in enumerate(asked.env_ids)}
 
 
@@ -57,7 +58,7 @@ class Trials(Source):
         self.values: dict[tuple[int, int], float | None] = {}  # of each trial at the rungs that it has reached
         self.looked = -LOOK_SECONDS
         # a tuner may have been killed before it stopped the runs of a trial that it had decided
-        planned = read_plan(search.logdir) if (search.logdir / RECORD).exists() else []
+        planned = read_plan(search.logdir) if (search.logdir / PLAN).exists() else []
         self.dropped = {run.name: run for run in planned if search.outcome_path(number_of(run)).exists()}
 
     def greeting(self, new: list[PlannedRun], finished: int) -> str:
@@ -66,6 +67,7 @@ class Trials(Source):
 
     def is_over(self) -> bool:
         """Return True if all trials of the search are over."""
+        self.search.publish()  # also what was decided last, here or by other processes
         return len(self.search.trials()) >= self.total
 
     def over(self, run: PlannedRun, state: Progress) -> None:
@@ -218,6 +220,11 @@ class Trials(Source):
             left += sum(took) / len(took) * (self.total - over - len(self.mine))
             line += f"; about {left / together / 3600:.1f} hours left"
         return line
+
+
+def is_of_trial(run: PlannedRun) -> bool:
+    """Return True if the run is one of a search, and not of another study in the same folder."""
+    return run.name.partition("__")[0].isdecimal()
 
 
 def number_of(run: PlannedRun) -> int:

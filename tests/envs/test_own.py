@@ -139,6 +139,18 @@ def test_gymnax_marks_ends_that_it_cannot_see():
     assert [int(s.episode.age[0]) for s in steps] == [1, 2, 3, 1, 2, 3] and int(steps[3].episode.previous_age[0]) == 3
 
 
+def test_a_time_limit_starts_a_game_anew_that_resets_by_itself():
+    """The game has its own limit of 6 steps; here it is cut off after 4 of them, and after 2 the goal is reached."""
+    game = SimpleNamespace(num_actions=2, reset=Ticking().reset, step=Ticking().step)
+    env = Gymnax(game, Params(goal=2), 2, 0)
+    env.time_limit = 4
+    _, steps = step_by_step(env, [0, 0, 0, 0, 1, 1, 0, 0])
+    assert [s.obs[0].tolist() for s in steps] == [[0, 1], [0, 2], [0, 3], [0, 0], [1, 1], [0, 0], [0, 1], [0, 2]]
+    assert [bool(s.truncated[0]) for s in steps] == [k == 3 for k in range(8)]
+    assert [bool(s.terminated[0]) for s in steps] == [k == 5 for k in range(8)]
+    assert [bool(s.valid[0]) for s in steps] == [k != 3 for k in range(8)]
+
+
 class Chip:
     """A game with octax's interface: images of booleans, and a truncation that it tells."""
 
@@ -192,6 +204,12 @@ def test_a_module_on_the_path_works_too(tmp_path, monkeypatch):
     write(tmp_path, HEAD + FILE, "a_module_of_mine.py")
     monkeypatch.syspath_prepend(tmp_path)
     assert own.make("a_module_of_mine:Corridor", 2, 0).num_envs == 2
+    (tmp_path / "a_package_of_mine").mkdir()
+    write(
+        tmp_path / "a_package_of_mine", "import jax\n\n\ndef f(num_envs, seed):\n    return jax.numpy.zeros('a')\n", "envs.py"
+    )
+    with pytest.raises(EnvError, match=r"TypeError: .*a_package_of_mine/envs.py, line 5\)$"):
+        own.make("a_package_of_mine.envs:f", 2, 0)
     assert own.source("a_module_of_mine:Corridor") == tmp_path / "a_module_of_mine.py" and own.source("Pong-v5") is None
 
 
@@ -259,7 +277,8 @@ class Wrong(Env):
 
     def __init__(self, num_envs, seed, mistake=""):
         self.num_envs, self.mistake = num_envs + (mistake == "count"), mistake
-        self.obs_spec = jax.ShapeDtypeStruct((3,), jnp.float32)
+        shape = {"small": (2, 8, 8), "uneven": (40, 20, 3)}.get(mistake, (3,))
+        self.obs_spec = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def reset(self):
         return jnp.zeros(self.num_envs), jnp.zeros((self.num_envs, 4 if self.mistake == "obs" else 3))
@@ -279,6 +298,11 @@ class Wrong(Env):
         ("reward", r"reward of step is int32\[2\], but must be float32\[2\]"),
         ("state", "the state that step returns has other arrays"),
         ("step", "step returns NoneType"),
+        ("small", r"observations of shape \[2, 8, 8\]: must be frames of 32 or more pixels along each axis"),
+        (
+            "uneven",
+            r"observations of shape \[40, 20, 3\]: must be frames .*, or a grid, \[height, width, channels\], of 3 to 31",
+        ),
         ("code", "step fails with ZeroDivisionError: integer division or modulo by zero .*test_own.py, line"),
     ],
 )
@@ -286,6 +310,52 @@ def test_what_an_environment_returns_is_checked(mistake, said):
     with pytest.raises(EnvError, match=said):
         own.make(f"{__name__}:Wrong", 2, 0, (f"mistake={mistake}",))
     assert own.make(f"{__name__}:Wrong", 2, 0).num_envs == 2
+
+
+@jax.tree_util.register_pytree_node_class
+class Unequal:
+    """A state without __eq__, so that two of the same arrays are not equal."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def tree_flatten(self):
+        return (self.place,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class OfObjects(Corridor):
+    """Its state is any pytree of arrays."""
+
+    def start_one(self, key):
+        return Unequal(super().start_one(key))
+
+    def observe_one(self, game):
+        return super().observe_one(game.place)
+
+    def step_one(self, key, game, action):
+        place, *told = super().step_one(key, game.place, action)
+        return Unequal(place), *told
+
+
+def test_a_state_may_be_any_pytree():
+    assert own.make(f"{__name__}:OfObjects", 2, 0).num_envs == 2
+
+
+def test_the_reward_network_may_be_limited_where_rewards_are():
+    """The class says so: its range is [0, 1]; that of `Unlimited` is unknown."""
+    check_flags(make_args(deep_spi.Args, env_id=f"{__name__}:Corridor", clip_reward_net_output=True))
+    with pytest.raises(UsageError, match="--clip-reward-net-output: cannot predict the rewards of .* beyond"):
+        check_flags(make_args(deep_spi.Args, env_id=f"{__name__}:Unlimited", clip_reward_net_output=True))
+
+
+class Unlimited(Corridor):
+    """The same, without the range of its rewards."""
+
+    reward_range = Env.reward_range
 
 
 def test_a_function_may_return_anything_but_has_to_return_an_env():

@@ -54,6 +54,7 @@ def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
     heatmap.main(replace(args, where=("gamma=0.90",), output=tmp_path / "a.png"))
     assert "Pong-v5,0.0005,0.2,1,,1" in (tmp_path / "a.csv").read_text()
     several = table(tmp_path / "u.csv", [("ppo", "Pong-v5", "", 1, 1.0, True), *runs])
+    gone = table(tmp_path / "gone.csv", [("gone", "Pong-v5", "", 1, 1.0, True)])
     for wrong, said in (
         (replace(args, x="transition_loss_coef"), "name two flags"),
         (replace(args, y="gama"), "--gama: deep_spi has no such flag"),
@@ -61,6 +62,8 @@ def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
         (replace(args, where=("gamma=0.5",)), "no run is left to draw"),
         (replace(args, output=tmp_path / "a.svg"), "name a .png file"),
         (replace(args, output=tmp_path / "t.png"), "would overwrite .*t.csv, which is an input"),
+        (replace(args, runs=args.runs * 2), "are duplicates: deep_spi on Pong-v5, seed 1"),
+        (gone, "script gone cannot be imported; add its folder"),
         (replace(several, y="gamma"), "the runs are of several scripts, deep_spi, ppo"),
     ):
         with pytest.raises(UsageError, match=said):

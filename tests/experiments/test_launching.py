@@ -15,8 +15,9 @@ import pytest
 from envs.atari import atari_ids
 from experiments import run as launching
 from experiments.study import local, slurm, status
-from experiments.study.grid import BEGAN, ENDED, SETS, log_path, plan, read_plan, state_of, to_paste, write_plan
+from experiments.study.plan import BEGAN, ENDED, SETS, log_path, plan, read_plan, script_path, state_of, to_paste, write_plan
 from tests.commands import PPO, ROOT, command
+from utils.runs import folder as run_folder
 from utils.runs.flags import UsageError
 
 pytestmark = pytest.mark.minatar
@@ -167,6 +168,23 @@ def test_mistakes_are_found_before_anything_starts(scripts, env_ids, flags, said
     assert said in str(error.value)
 
 
+def test_a_draft_among_the_scripts_is_no_script(tmp_path, monkeypatch):
+    (tmp_path / "draft.py").write_text("def main(:"), (tmp_path / "text.py").write_bytes(b"\xff\x00")
+    (tmp_path / "whole.py").write_text("run_script(main, Args)")
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    with pytest.raises(UsageError, match="nothing: no such script; choose from whole, or"):
+        script_path("nothing")
+
+
+def test_a_search_and_slurm_with_resources_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UsageError, match="--slurm: the batch script sets the resources"):
+        launching.main(launching.Args(scripts=("ppo",), logdir=tmp_path / "s", slurm=True, workers=1), [])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "search.json").touch()
+    with pytest.raises(UsageError, match="contains a search of tune.py; choose another folder"):
+        launching.main(launching.Args(scripts=("ppo",), logdir=tmp_path), [])
+
+
 def test_one_wandb_id_for_all_runs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "abc")
     assert len(planned(tmp_path)) == 1
@@ -187,8 +205,9 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert local.visible_gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert local.visible_gpus() == []
+    for platforms, found in (("cpu", []), ("cpu,cuda", []), ("cuda,cpu", ["0"])):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert local.visible_gpus() == found
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
     assert [slot.cores for slot in local.make_slots((), 1, 2)] == [(5,), (5,)]
@@ -423,6 +442,7 @@ def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
 
 def test_dry_run_starts_nothing_and_says_how_long(tmp_path):
     flags = ["--scripts", "ppo", "deep_spi", "--env-ids", *GAMES, "--num-seeds=2", "--dry-run", f"--logdir={tmp_path / 's'}"]
+    flags += ["--", "--num-devices=2"]  # its estimates need one environment alone
     done = subprocess.run(command("experiments/run.py", *flags), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and not (tmp_path / "s").exists()
     lines = done.stdout.splitlines()

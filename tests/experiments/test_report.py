@@ -26,7 +26,7 @@ from experiments.study.comparison import (
     unequal,
 )
 from experiments.study.figures import curves, filled, mean_curve
-from experiments.study.grid import plan, write_plan
+from experiments.study.plan import plan, write_plan
 from experiments.study.records import (
     RunRecord,
     Unread,
@@ -148,6 +148,9 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     (tmp_path / "b.csv").write_text("\n".join([*lines[:2], lines[2][:20]]))
     with pytest.raises(UsageError, match="b.csv: line 3 is damaged"):
         read_table(tmp_path / "b.csv")
+    (tmp_path / "b.csv").write_text("\n".join([*lines[:2], lines[2].rsplit(",", 2)[0]]))  # its last step, without the return
+    with pytest.raises(UsageError, match="b.csv: line 3 is damaged"):
+        read_table(tmp_path / "b.csv")
     (tmp_path / "c.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="c.csv: is not a table of runs .no column script"):
         read_table(tmp_path / "c.csv")
@@ -172,6 +175,13 @@ def test_algorithms_are_named_by_what_differs():
 def test_flags_are_those_that_are_not_the_defaults_of_the_game():
     args = make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", learning_rate=2e-3, logdir="x")
     assert typed_flags("deep_spi", to_store(args)) == "--learning-rate 0.002"
+    old = to_store(args) | {"enforce_neighbourhood": "backtrack"}
+    del old["enforce_neighborhood"]
+    assert typed_flags("deep_spi", old) == "--learning-rate 0.002 --enforce-neighborhood backtrack"
+    dreams = to_store(make_args(importlib.import_module("dream_spi").Args, env_id="Breakout-MinAtar"))
+    assert typed_flags("dream_spi", dreams) == ""
+    del dreams["transition_layers"]  # of a run older than the flag, whose network had no such layers
+    assert typed_flags("dream_spi", dreams) == "--transition-layers (none)"
     all_that_matter = typed_flags("no_such_script", to_store(args))
     assert "--learning-rate 0.002" in all_that_matter and "--gamma 0.99" in all_that_matter
     assert "--logdir" not in all_that_matter and "--seed" not in all_that_matter
@@ -554,7 +564,9 @@ def test_weights_and_biases(monkeypatch):
     import wandb
 
     config = to_store(make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", gamma=0.9, seed=4))
+    config |= {"git_commit": "abc", "git_dirty": False, "versions": {"jax": "1"}}
     rows = [{"global_step": 8192 * k, RETURN: float(k), "charts/episodes": 2 * k} for k in (1, 2)]
+    rows.append({"global_step": 8192 * 3, RETURN: "NaN", "charts/episodes": 1})
     rows.append({"global_step": 610 * 8192, "charts/episodes": 0})  # no episode ended in the last update
     with_keys = lambda rows: lambda keys: (row for row in rows if set(keys) <= set(row))  # noqa: E731
     runs = [
@@ -566,7 +578,8 @@ def test_weights_and_biases(monkeypatch):
     found = read_runs(["wandb:we/spi"], RETURN)
     (run,) = found.runs
     assert (run.script, run.flags, run.seed, run.planned) == ("deep_spi", "--gamma 0.9", 4, 610 * 8192)
-    assert_allclose(run.value, [1, 2, np.nan]), assert_allclose(run.weight, [2, 4, 0])
+    assert_allclose(run.value, [1, 2, np.nan, np.nan]), assert_allclose(run.weight, [2, 4, 0, 0])
+    assert (run.commit, run.dirty, run.versions) == ("abc", False, {"jax": "1"})
     assert run.reached == run.planned
     assert found.problems == [
         f"wandb:we/spi/b: has no {RETURN}; skipped",

@@ -11,7 +11,7 @@ import pytest
 import deep_spi
 from experiments import representations
 from experiments.representations import MEASURES
-from experiments.study.representations import (
+from experiments.study.latent_measures import (
     centered,
     dormant_share,
     effective_rank,

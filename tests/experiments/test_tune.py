@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import deep_spi
 import ppo_atari_envpool_xla_jax_scan as ppo
 from experiments import tune
 from experiments.study import search_report
-from experiments.study.grid import Progress, python_path, state_of
+from experiments.study.plan import PlannedRun, Progress, python_path, state_of, write_plan
 from experiments.study.records import RunRecord
 from experiments.study.search import Outcome, Search, Settings, make_scale, score
 from experiments.study.space import as_words, check_space, default_params, parse_space, rounded, size
@@ -222,7 +223,7 @@ def test_what_fails_is_a_bad_trial(tmp_path):
 
 
 def parse_args_type():
-    from experiments.study.grid import args_of, script_path
+    from experiments.study.plan import args_of, script_path
 
     return args_of(script_path(SHORT))
 
@@ -288,6 +289,8 @@ def test_values_that_the_script_refuses_are_a_failed_trial(tmp_path):
     search = begin(tmp_path, 1, first={"gamma": 1.5}, **asked)
     source = Trials(search, ppo.Args, 3, 1, Live())
     assert source.more() == [] and not list(tmp_path.glob("*__ppo__*"))
+    source.total = 1
+    assert source.is_over() and len(search.trials()) == 1  # the last trial may be a refused one
     refused = json.loads(search.outcome_path(0).read_text())
     assert refused["reason"].startswith("refused: CartPole-v1: --gamma 1.5: must lie") and refused["state"] == "failed"
     search.publish(), search.replace_failed()
@@ -308,6 +311,19 @@ def test_the_size_of_a_space():
     args = tune.Args(search=("num-minibatches=4,8",), script="ppo", env_ids=("Breakout-MinAtar",), logdir=Path("none"))
     with pytest.raises(UsageError, match="--trials 40: the search space has only 2 settings; use fewer"):
         tune.main(args, [])
+
+
+def test_the_folder_of_a_study_is_refused_and_a_script_may_have_a_space_in_its_path(tmp_path):
+    script = tmp_path / "my scripts" / "my_short.py"
+    script.parent.mkdir(), script.write_text(Path(SHORT).read_text())
+    args = tune.Args(search=("level=0.1:10",), script=str(script), env_ids=("CartPole-v1",), scale=("CartPole-v1=0:20",))
+    assert tune.read_command(replace(args, logdir=tmp_path), []).settings.script == str(script)
+    runs = [PlannedRun(name, "ppo", "CartPole-v1", 1, 8, ["python", "ppo.py"]) for name in ("000__a__ppo__1", "a__ppo__1")]
+    write_plan(tmp_path, runs[:1])  # of a search whose search.json was deleted
+    tune.read_command(replace(args, logdir=tmp_path), [])
+    write_plan(tmp_path, runs[1:])
+    with pytest.raises(UsageError, match="contains a study of run.py; choose another folder"):
+        tune.main(replace(args, logdir=tmp_path), [])
 
 
 def test_without_optuna_one_line_says_what_to_install(monkeypatch):

@@ -161,5 +161,5 @@ def test_normalized_latents_have_mean_0_and_variance_1():
 
 
 def test_neither_an_image_nor_a_grid():
-    with pytest.raises(ValueError, match=r"observations of shape \(2, 40, 3\)"):
+    with pytest.raises(ValueError, match=r"observations of shape \[2, 40, 3\]"):
         Encoder().init(jax.random.key(0), jnp.zeros((1, 2, 40, 3)))

@@ -56,7 +56,7 @@ class ReplayArgs:
             self.replay_batch_size % self.num_devices == 0,
             f"--replay-batch-size {self.replay_batch_size}: must be a multiple of --num-devices {self.num_devices}; change one",
         )
-        refuse_unread(self, ("update_epochs", "minibatch_by"), "--no-use-replay-buffer")
+        refuse_unread(self, ("num_minibatches", "update_epochs", "minibatch_by"), "--no-use-replay-buffer")
         shortest = (self.replay_length + 1 + steps_before(family(self.env_id) == "atari")) * self.num_envs
         require(
             self.replay_prefill >= shortest,
@@ -102,7 +102,7 @@ def prefill_iterations(args: Any) -> int:
     return -(-args.replay_prefill // (args.num_envs * args.num_steps)) if getattr(args, "use_replay_buffer", False) else 0
 
 
-def go_on(state: Any, prefill: Callable, iteration: int, env: Env, args: Any) -> Any:
+def refill(state: Any, prefill: Callable, iteration: int, env: Env, args: Any) -> Any:
     """Return the state of a run resumed at `iteration`, with a usable buffer.
 
     An unsaved buffer is refilled by `prefill`, with as many rollouts as before the first update (at most `iteration`).

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from utils.runs.checkpoints import INCOMPLETE
+from utils.files import INCOMPLETE
 from utils.runs.flags import UsageError
 from utils.runs.outputs import check_output, expand
 

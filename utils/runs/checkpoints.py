@@ -10,11 +10,8 @@ A checkpoint is written under a name that ends in `.incomplete`, flushed to disk
 number is therefore complete, whenever the process died. The checksums detect later damage.
 """
 
-import contextlib
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -28,11 +25,12 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from utils.files import INCOMPLETE, to_disk, write_json
 from utils.runs.flags import UsageError
 from utils.runs.launch import FULL, one_line
 
 FORMAT = 1
-INCOMPLETE, DAMAGED = ".incomplete", ".damaged"
+DAMAGED = ".damaged"
 Trees = dict[str, Any]
 
 
@@ -45,38 +43,6 @@ class Saved(NamedTuple):
 
 class Damaged(Exception):
     """Part of a checkpoint is missing or differs from what was written. The message names it."""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace the file atomically. If that fails, the old file is unchanged."""
-    partial = path.with_name(path.name + INCOMPLETE)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _to_disk(path.parent)
-
-
-def csv_text(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """Return a CSV table as text."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([head, *rows])
-    return text.getvalue()
-
-
-def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV table atomically."""
-    write_whole(path, csv_text(head, rows).encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the value as JSON atomically."""
-    write_whole(path, json.dumps(value, indent=1).encode())
 
 
 def structure(trees: Trees) -> dict[str, str]:
@@ -117,10 +83,10 @@ def begin_writing(path: Path, trees: Trees, progress: dict[str, Any]) -> Callabl
             files = sorted(f for f in partial.rglob("*") if f.is_file())
             write_json(partial / "checksums.json", {str(f.relative_to(partial)): checksum(f) for f in files})
             for written in (*partial.rglob("*"), partial):
-                _to_disk(written)
+                to_disk(written)
             shutil.rmtree(path, ignore_errors=True)  # the model of a run that was extended: its checkpoint is there
             os.replace(partial, path)
-            _to_disk(path.parent)
+            to_disk(path.parent)
         except Exception as error:
             raise explained(error) from error
 
@@ -131,19 +97,6 @@ def checksum(file: Path) -> str:
     """Return the SHA-256 of a file."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb+") as opened:
-            os.fsync(opened.fileno())
-        return
-    with contextlib.suppress(OSError):  # some systems and file systems cannot sync a folder
-        opened = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def find(path: Path) -> Saved:

@@ -20,7 +20,7 @@ import jax
 
 from envs import own
 from envs.registry import file_name
-from utils.runs.checkpoints import INCOMPLETE
+from utils.files import INCOMPLETE
 from utils.runs.flags import UsageError
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand

@@ -19,7 +19,8 @@ from utils.runs.quiet_start import HEEDED
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = dict.fromkeys(FULL, "; is the disk full? free some space, then run this again")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; choose another folder")
-OUT_OF_MEMORY = "out of memory: lower --num-envs, --num-steps (or --replay-capacity), or raise --num-minibatches"
+OUT_OF_MEMORY = "out of memory: lower --num-envs or --num-steps, or raise --num-minibatches"
+OUT_OF_MEMORY += " (with a replay buffer: lower --replay-capacity or --replay-batch-size)"
 
 
 debugs_nans = False  # True while --debug-nans of a run is in force
@@ -97,6 +98,20 @@ def check_run(args: Any) -> None:
         jax.config.update("jax_debug_nans", args.debug_nans)
         debugs_nans = args.debug_nans
     require(not jax.config.jax_enable_x64, "JAX_ENABLE_X64: not supported, the scripts compute in 32 bits; unset it")
+    start_jax()
+    found = len(jax.devices())
+    keep_compiled()
+    known = " (JAX_NUM_CPU_DEVICES splits a CPU into several devices)" if jax.default_backend() == "cpu" else ""
+    require(args.num_devices <= found, f"--num-devices {args.num_devices}: JAX finds only {found}; use {found} or fewer{known}")
+    use_devices(args.num_devices)
+
+
+def start_jax() -> None:
+    """Start JAX as its environment variables request.
+
+    Raises:
+        UsageError: it cannot start.
+    """
     asked = jax.config.jax_platforms
     try:
         jax.devices()
@@ -106,15 +121,15 @@ def check_run(args: Any) -> None:
             f"with JAX_PLATFORMS={asked} ({why}); unset it" if asked else f"({why}); set JAX_PLATFORMS=cpu to run without a GPU"
         )
         raise UsageError(f"JAX cannot start {what}, or see docs/install.md") from None
-    found = len(jax.devices())
-    keep_compiled()
-    known = " (JAX_NUM_CPU_DEVICES splits a CPU into several devices)" if jax.default_backend() == "cpu" else ""
-    require(args.num_devices <= found, f"--num-devices {args.num_devices}: JAX finds only {found}; use {found} or fewer{known}")
-    use_devices(args.num_devices)
 
 
 def describe_device() -> str:
-    """Return text that describes JAX's device. On the CPU, add a warning that says how to use a GPU."""
+    """Return text that describes JAX's device. On the CPU, add a warning that says how to use a GPU.
+
+    Raises:
+        UsageError: JAX cannot start.
+    """
+    start_jax()
     device = jax.devices()[0]
     used = "one" if (mesh := jax.sharding.get_mesh()).empty else mesh.size
     if device.platform != "cpu":

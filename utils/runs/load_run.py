@@ -81,7 +81,9 @@ def read_run(path: str | Path, **flags: Any) -> LoadedRun:
     saved = find_params(expand(path))
     try:
         script = importlib.import_module(saved.progress["script"])
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != saved.progress["script"]:
+            raise UsageError(f"{path}: its script needs {error.name}, which is not installed") from None
         raise UsageError(f"{path}: its script {saved.progress['script']}.py is not on Python's path; add its folder") from None
     args = dataclasses.replace(from_store(script.Args, saved.progress["flags"]), **UNDIVIDED | flags)
     try:

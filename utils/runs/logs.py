@@ -25,15 +25,15 @@ from tqdm import tqdm
 from envs import atari_scores
 from envs.registry import atari_protocol
 from utils.dreams import traces
+from utils.files import write_whole
 from utils.guarantees import monitor
 from utils.histograms import EDGES
 from utils.occasionally import only_measured
-from utils.runs.checkpoints import write_whole
 from utils.runs.flags import RunArgs
 from utils.runs.launch import FolderLost, one_line
 
 METRICS = "metrics.jsonl"
-LEARNING = "charts/learning_rate"  # in every update; not in rollouts that only fill a replay buffer
+LEARNING = "charts/learning_rate"  # tells updates from rollouts that only fill a replay buffer
 PLAIN_LINE_SECONDS = 10.0  # between progress lines if the output is not a terminal
 FLUSH_SECONDS = 10.0  # between flushes of the TensorBoard file
 STOPPING = ("losses/", "dreams/")  # prefixes of metrics that stop a run if they are not finite
@@ -155,6 +155,7 @@ class Logger:
         self.warned = set(progress.get("warned", []))  # names of metrics reported as not finite
         self.elapsed = progress.get("elapsed", 0.0)  # seconds of training
         self.pending = None
+        self.prefills = getattr(args, "use_replay_buffer", False)
         self.learned = False  # True once this process has logged an update, not only buffer prefill
         self.first = None  # time at which the first update of this process ended
         self.wandb = None
@@ -219,8 +220,11 @@ class Logger:
         each of its results is finite. Write the previous update, and return the names of what was not finite in it."""
         bad = self.flush()
         self.pending, self.results = (metrics, finite), results
-        self.learned = self.learned or LEARNING in metrics
+        self.learned = self.learned or self._is_update(metrics)
         return bad
+
+    def _is_update(self, metrics: dict[str, Any]) -> bool:
+        return LEARNING in metrics or not self.prefills
 
     def flush(self) -> list[str]:
         """Wait for the metrics taken by `log` and write them. Return the names of losses and results that are not finite."""
@@ -240,7 +244,7 @@ class Logger:
         if self.first is not None:
             metrics["charts/SPS"] = (self.step - self.first_step) / (now - self.first)
             metrics["charts/SPS_update"] = self.steps_per_iteration / (now - self.last)
-        elif LEARNING in metrics:
+        elif self._is_update(metrics):
             # the rate excludes the time before the first update (compilation)
             self.first, self.first_step = now, self.step
             self.say(f"first update after {now - self.started:.1f} s")

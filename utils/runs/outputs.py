@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from utils.runs.checkpoints import INCOMPLETE
+from utils.files import INCOMPLETE
 from utils.runs.flags import UsageError, require
 
 

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 from envs.registry import GRIDWORLD, file_name
 from utils.devices import distribute, on_one_device
 from utils.evaluation.camera import Camera
+from utils.files import write_json
 from utils.histograms import statistics
 from utils.runs import folder
-from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load, write_json
+from utils.runs.checkpoints import Checkpoints, Damaged, Trees, begin_writing, find, load
 from utils.runs.flags import RunArgs, UsageError, own_defaults, require
 from utils.runs.launch import FolderLost, NotFinite, RunIsFinished, describe_device, one_line
 from utils.runs.logs import METRICS, Logger, cut_back, final_return, last_step

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, get_type_hints
 
 from utils.runs.flag_types import MAY_CHANGE, as_typed
@@ -24,6 +25,14 @@ def to_store(args: Any) -> dict[str, Any]:
     return json.loads(json.dumps(plain))
 
 
+def renewed(stored: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """Return stored flags under their names of today, those that are known in that order. Of the flags in `BEFORE`, the known
+    ones that are missing are added."""
+    found = {RENAMED.get(name, name): value for name, value in stored.items()}
+    found = {name: value for name, value in BEFORE.items() if name in known} | found
+    return {name: found[name] for name in known if name in found} | found
+
+
 def from_store(args_type: type, stored: dict[str, Any]) -> Any:
     """Return the flags that `to_store` stored. Newer flags get their value in `BEFORE`, or their default.
 
@@ -31,11 +40,10 @@ def from_store(args_type: type, stored: dict[str, Any]) -> Any:
         UsageError: a stored flag is no longer declared.
     """
     fields = {field.name: field for field in dataclasses.fields(args_type)}
-    stored = {RENAMED.get(name, name): value for name, value in stored.items()}
+    stored = renewed(stored, fields)
     unknown = [name for name in stored if name not in fields]
     if unknown:
         raise UsageError(f"the run was made with --{unknown[0].replace('_', '-')}, which was removed; use the run's commit")
-    stored = {name: value for name, value in BEFORE.items() if name in fields} | stored
     several = {name for name, field in fields.items() if isinstance(field.default, tuple)}
     return make_args(args_type, **{name: tuple(value) if name in several else value for name, value in stored.items()})
 

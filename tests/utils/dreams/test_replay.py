@@ -317,8 +317,8 @@ def test_a_buffer_that_outlived_its_games_marks_the_last_step_of_each_as_none():
         buffer = add(buffer, steps)
         args = SimpleNamespace(use_replay_buffer=True, save_replay=True)
         state = SimpleNamespace(replay=buffer, _replace=lambda replay: SimpleNamespace(replay=replay))
-        marked = replay.go_on(state, print, 1, emulators, args).replay
+        marked = replay.refill(state, print, 1, emulators, args).replay
         newly = np.asarray(buffer.experience.valid) & ~np.asarray(marked.experience.valid)
         assert_array_equal(newly, [np.arange(5) == (2 * k + 1) % 5] * 2)
-        assert replay.go_on(state, print, 1, in_jax, args) is state
-        assert replay.go_on(state, print, 0, emulators, args) is state
+        assert replay.refill(state, print, 1, in_jax, args) is state
+        assert replay.refill(state, print, 0, emulators, args) is state

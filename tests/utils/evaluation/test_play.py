@@ -226,6 +226,7 @@ def test_mistakes_of_an_evaluation(cartpole, tmp_path):
         ({"run": Path("~nobody-at-all/r")}, "~nobody-at-all is no home folder"),
         ({"video": Path("/proc/v.gif")}, "--video /proc/v.gif: cannot be written"),
         ({"video": Path("~nobody-at-all/v.gif")}, "--video ~nobody-at-all/v.gif: ~nobody-at-all is no home folder"),
+        ({"video": tmp_path / "v.gif", "output": tmp_path / "v.gif"}, "--output .*v.gif: is also the --video; rename one"),
         ({"video": tmp_path / "v.webm"}, "use .mp4 or .gif"),
         ({"run": tmp_path}, "neither a model nor a checkpoint"),
     ):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.states import Params, make_state, same
-from utils.runs.checkpoints import DAMAGED, INCOMPLETE, Checkpoints, Damaged, begin_writing, find, load
+from utils.files import INCOMPLETE
+from utils.runs.checkpoints import DAMAGED, Checkpoints, Damaged, begin_writing, find, load
 from utils.runs.flags import UsageError
 
 

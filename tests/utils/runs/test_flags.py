@@ -103,6 +103,7 @@ DREAM_MISTAKES = [
     (["--env-id=Asterix-MinAtar", "--off-policy=clipped_ratio"], "--off-policy", "--use-replay-buffer"),
     (["--update-epochs=2"], "--update-epochs", "leave it out"),
     (["--replay-length=0"], "--replay-length", "at least 1"),
+    (["--env-id=Breakout-v5", "--num-minibatches=16"], "--num-minibatches", "--no-use-replay-buffer"),
     (["--use-replay-buffer", "--replay-prefill=100"], "--replay-prefill", "at least 4608"),
     (["--use-replay-buffer", "--replay-capacity=20000"], "--replay-capacity", "at least 20096"),
     (["--use-replay-buffer", "--total-timesteps=20480"], "--total-timesteps", "use more"),

@@ -61,6 +61,12 @@ def test_what_jax_cannot_start_is_said_before_anything_exists(variables, words, 
     assert not any(tmp_path.iterdir())
 
 
+def test_an_evaluation_says_too_what_jax_cannot_start(tmp_path):
+    done = run("evaluate.py", str(tmp_path), JAX_PLATFORMS="nonsense,cpu")
+    assert done.returncode == 2 and done.stdout == ""
+    assert_one_line(done, "JAX_PLATFORMS=nonsense,cpu", "unset it")
+
+
 def test_a_python_without_the_packages_says_how_to_get_them(tmp_path):
     bare = [sys.executable, "-E", "-S", str(ROOT / PPO)]  # without site-packages
     done = subprocess.run(bare, capture_output=True, text=True, env={"PATH": os.environ["PATH"]}, cwd=tmp_path)

@@ -13,7 +13,7 @@ from benchmarks import profile_update, throughput
 from experiments import confounding_gridworld, guarantees, report, representations, seeds
 from experiments import run as launching
 from experiments.study.records import COLUMNS, RunRecord, read_runs
-from utils.runs.checkpoints import write_csv
+from utils.files import write_csv
 from utils.runs.flags import GRIDWORLD, UsageError
 from utils.runs.folder import locate
 from utils.runs.load_run import load_run
@@ -77,6 +77,7 @@ def test_a_home_that_does_not_exist_is_a_mistake():
     "tool, flags, said",
     [
         (seeds, {"env_ids": ()}, "--env-ids: name at least one"),
+        (seeds, {"vary": ("learning-rate", "1e-3", "0.001")}, "--vary learning-rate 1e-3 0.001: has duplicates; remove them"),
         (seeds, {"flags": "--gamma '0.9"}, "--flags .*no closing quotation"),
         (confounding_gridworld, {"gridworld_n_path": 1}, "--gridworld-n-path 1"),
         (confounding_gridworld, {"gridworld_epsilon": 7.0}, "--gridworld-epsilon 7"),

@@ -447,7 +447,7 @@ def test_whatever_is_damaged_in_its_folder_it_goes_on_or_says_in_a_line_why_not(
 @pytest.mark.parametrize("stop", [True, False])
 def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, monkeypatch, capsys):
     # a disk that is slow: the checkpoint before is named though it was still being written
-    monkeypatch.setattr("utils.runs.checkpoints._to_disk", lambda _: time.sleep(0.01))
+    monkeypatch.setattr("utils.runs.checkpoints.to_disk", lambda _: time.sleep(0.01))
     args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=50, save_every=0, stop_if_not_finite=stop)
 
     def learn():
@@ -471,6 +471,15 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, monke
         assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["000000000020", "000000000050"]
         out = capsys.readouterr().out
         assert "not finite at step 30: this step is not saved" in out and "step 40: this step is not saved" in out
+
+
+def test_an_update_needs_no_learning_rate_among_its_metrics(tmp_path):
+    """Those of an own script may have other names: its run is saved all the same."""
+    with Run(RunArgs(logdir=str(tmp_path), total_timesteps=20), "test", 10) as run:
+        run.restore(make_state(), SAVEABLE)
+        for k in range(2):
+            run.log(make_state(k), {name: x for name, x in metrics(1.0).items() if name != "charts/learning_rate"})
+    assert (run.folder / "model").is_dir() and json.loads((run.folder / "run.json").read_text())["finished_at"] == 20
 
 
 def test_a_script_whose_loss_is_not_finite_stops(tmp_path):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,8 +98,15 @@ def test_scalars_are_written_once_each_at_their_step(tmp_path):
 
 def test_prefill_is_no_update_and_only_traces_that_were_taken_are_drawn(tmp_path, capsys):
     """Two rollouts that only fill a buffer, then three updates, of which the second takes no trace."""
-    with Run(unsaved(logdir=str(tmp_path), total_timesteps=50), "test", 10) as run:
+
+    @dataclass
+    class OfDreams(RunArgs):
+        use_replay_buffer: bool = True
+
+    args = OfDreams(keep_checkpoints=0, save_model=False, logdir=str(tmp_path), total_timesteps=50)
+    with Run(args, "test", 10) as run:
         for k in range(5):
+            assert run.logger.learned == (k > 2)
             of = metrics(1.0)
             if k < 2:
                 del of["charts/learning_rate"], of["losses/policy_loss"]

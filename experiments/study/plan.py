@@ -26,8 +26,8 @@ from envs.confounding_gridworld import ENV_ID as GRIDWORLD
 from envs.minatar import GAMES as MINATAR
 from envs.own import absolute, short
 from envs.registry import family, file_name
+from utils.files import write_json
 from utils.runs import folder
-from utils.runs.checkpoints import write_json
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
@@ -38,7 +38,7 @@ ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Ait
 SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
 SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
 RUNNERS = ("env-id", "seed", "logdir", "run-name", "resume")  # flags that the launcher sets
-RECORD = "study.json"
+PLAN, SEARCH = "study.json", "search.json"  # files in the folder of a study, and of a search
 LOGS = "logs"
 TRIALS, WORKER = "trials", "worker-"  # folders in that of a search which are no runs: its trials, and (first letters) its jobs
 BEGAN, ENDED = "=== begins", "=== ended with exit code"  # log lines around the output of a process
@@ -71,7 +71,11 @@ class Progress(NamedTuple):
 
 def trains(path: Path) -> bool:
     """Return True if the file is a training script, that is, if it calls `run_script`."""
-    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # no Python, or a draft
+        return False
+    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     return any(isinstance(func, ast.Name) and func.id == "run_script" for func in calls)
 
 
@@ -142,7 +146,7 @@ def plan(
         UsageError: a flag is wrong, or a run in the folder was made with other flags.
     """
     require(len(scripts) > 0, "--scripts: name at least one")
-    env_ids = tuple(dict.fromkeys(one for name in env_ids for one in SETS.get(name, (name,))))
+    env_ids = tuple({absolute(one): one for name in env_ids for one in SETS.get(name, (name,))}.values())
     require(len(env_ids) > 0, "--env-ids: name at least one")
     found = []
     for text in scripts:
@@ -182,15 +186,20 @@ def plan(
                 one = "WANDB_RUN_ID: would make all runs of the study one W&B run; unset it, or leave out --track"
                 require(not args.track or "WANDB_RUN_ID" not in os.environ, one)
                 runs.append(PlannedRun(name, script, short(env_id), seed, steps, [sys.executable, str(path), *given, *more]))
+    first = {run.name: run for run in reversed(runs)}
+    for run in runs:
+        other = first[run.name]
+        said = f"--env-ids: {other.env_id} and {run.env_id} give runs of one name, {run.name}; use a study for each"
+        require(other is run, said)
     return runs
 
 
 def write_plan(logdir: Path, runs: list[PlannedRun]) -> None:
     """Add the runs to the folder's list of planned runs, which `read_plan` reads."""
-    known = {run.name: run for run in (read_plan(logdir) if (logdir / RECORD).exists() else [])}
+    known = {run.name: run for run in (read_plan(logdir) if (logdir / PLAN).exists() else [])}
     known |= {run.name: run for run in runs}
     logdir.mkdir(parents=True, exist_ok=True)
-    write_json(logdir / RECORD, {"runs": [run._asdict() for run in known.values()]})
+    write_json(logdir / PLAN, {"runs": [run._asdict() for run in known.values()]})
 
 
 def read_plan(logdir: Path) -> list[PlannedRun]:
@@ -200,19 +209,19 @@ def read_plan(logdir: Path) -> list[PlannedRun]:
         UsageError: it is not the folder of a study, or its list is damaged.
     """
     try:
-        runs = [PlannedRun(**run) for run in json.loads((logdir / RECORD).read_text())["runs"]]
+        runs = [PlannedRun(**run) for run in json.loads((logdir / PLAN).read_text())["runs"]]
         words = [word for run in runs for word in (run.name, run.script, run.env_id, *run.command)]
         numbers = [number for run in runs for number in (run.seed, run.steps)]
         whole = all(len(run.command) > 1 and run.name and run.steps > 0 for run in runs)
         if whole and all(isinstance(word, str) for word in words) and all(isinstance(number, int) for number in numbers):
             return runs
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"--logdir {logdir}: contains no study ({RECORD}); name the folder of a study") from None
+        raise UsageError(f"--logdir {logdir}: contains no study ({PLAN}); name the folder of a study") from None
     except OSError as error:
-        raise UsageError(f"{logdir / RECORD}: cannot be read ({error.strerror})") from None
+        raise UsageError(f"{logdir / PLAN}: cannot be read ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise UsageError(f"{logdir / RECORD}: is damaged; delete it, and repeat the command that launched the study")
+    raise UsageError(f"{logdir / PLAN}: is damaged; delete it, and repeat the command that launched the study")
 
 
 def claim(logdir: Path) -> Any:
