@@ -52,7 +52,7 @@ SMALL = {"num_envs": 8, "num_steps": 16, "num_minibatches": 2, "fc_layers": (16,
 SMALL |= {"adam_eps": 1e-3}  # or Adam, dividing by tiny gradients, makes much of how they are rounded
 GRIDWORLD = {"env_id": "ConfoundingGridworld-v0", "latent": "categorical", "num_categories": 2, "num_classes": 4}
 REPLAY = {"use_replay_buffer": True, "replay_prefill": 128, "replay_capacity": 256, "replay_ratio": 1.0}
-REPLAY |= {"replay_length": 8, "replay_batch_size": 4, "dreams_from": "replay"}
+REPLAY |= {"replay_length": 8, "replay_batch_size": 4, "dreams_from": "replay", "num_minibatches": 8}
 
 
 @two

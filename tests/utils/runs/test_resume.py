@@ -39,7 +39,7 @@ SMALL = ["--num-envs=4", "--num-steps=8", "--num-minibatches=1", "--update-epoch
 SMALL += ["--latent=categorical", "--num-categories=2", "--num-classes=2"]
 GRIDWORLD = ["--env-id=ConfoundingGridworld-v0", *SMALL]
 REPLAYED = ["--use-replay-buffer", "--replay-capacity=400", "--replay-prefill=64", "--replay-length=4", "--replay-batch-size=4"]
-REPLAYED += ["--replay-ratio=1", "--update-epochs=4", "--save-replay"]
+REPLAYED += ["--replay-ratio=1", "--num-minibatches=8", "--update-epochs=4", "--save-replay"]
 
 
 def rows(folder):
