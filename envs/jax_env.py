@@ -76,11 +76,10 @@ class JaxEnv(Env):
         reward = jnp.where(played, reward.astype(jnp.float32), 0.0)
         steps = jnp.where(played, state.steps + 1, 0)
         terminated = terminated & played
-        truncated = truncated & played
-        cut = jnp.zeros_like(truncated) if self.time_limit is None else (steps == self.time_limit) & ~(terminated | truncated)
-        truncated = truncated | cut
-        truncated = truncated & ~terminated
+        truncated = truncated & played & ~terminated
         done = terminated | truncated
+        cut = jnp.zeros_like(done) if self.time_limit is None else (steps == self.time_limit) & ~done
+        truncated, done = truncated | cut, done | cut
         episode = state.episode.update(reward, played, done)
 
         def choose(keep, stepped, fresh):

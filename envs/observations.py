@@ -75,9 +75,14 @@ def is_image(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and max(min(shape[1:]), min(shape[:2])) >= SMALLEST_FRAME
 
 
+def is_grid(shape: Sequence[int]) -> bool:
+    """Return True if three axes are those of a grid of cells, [height, width, channels], for the encoder of small maps."""
+    return len(shape) == 3 and min(shape[:2]) >= 3 and max(shape[:2]) < SMALLEST_FRAME
+
+
 def unreadable(shape: Sequence[int]) -> str | None:
     """Return why no encoder reads an observation of this shape, or None if one does."""
-    if len(shape) != 3 or is_image(shape) or (min(shape[:2]) >= 3 and max(shape[:2]) < SMALLEST_FRAME):
+    if len(shape) != 3 or is_image(shape) or is_grid(shape):
         return None
     return (
         f"observations of shape {list(shape)}: must be frames of {SMALLEST_FRAME} or more pixels along each axis, with "

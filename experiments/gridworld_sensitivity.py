@@ -73,6 +73,8 @@ def plan(args: Args) -> list[Cell]:
     Raises:
         UsageError: an axis is not a flag with distinct values, or the algorithm's script does not accept them.
     """
+    require(len(args.algorithms) == 1, "--algorithms: name one")
+    require(bool(args.x and args.y), "--x and --y: name a flag and its values")
     numbers = {field: value for field, value in vars(args).items() if isinstance(value, (int, float))}
     axes = {}
     for side, (name, *values) in (("--x", args.x), ("--y", args.y)):
@@ -104,16 +106,15 @@ def read(table: Path) -> dict[tuple[str, int], tuple[float, float]]:
     """
     names, rows = table_rows(table) if table.exists() else (list(COLUMNS), [])
     try:
-        require(tuple(names) == COLUMNS, "other columns")
+        if tuple(names) != COLUMNS:
+            raise ValueError
         return {(row["command"], int(row["seed"])): (float(row["value"]), float(row["distinct_latents"])) for row in rows}
-    except (UsageError, TypeError, ValueError):
+    except (TypeError, ValueError):
         raise UsageError(f"{table}: is damaged, or not written by this script; choose another --output") from None
 
 
 def main(args: Args) -> None:
     """Train the cells that are not in the table, and draw the heat map."""
-    require(len(args.algorithms) == 1, "--algorithms: name one")
-    require(bool(args.x and args.y), "--x and --y: name a flag and its values")
     cells = plan(args)
     picture, table = (check_output(f"{args.output}{ending}", "--output", make_parent=True) for ending in (".png", ".csv"))
     known = read(table)

@@ -28,7 +28,7 @@ from experiments.study.figures import styled  # noqa: E402
 from experiments.study.records import RunRecord, args_of_script, flag_name, labels, last_tenth, read_runs, split_flags  # noqa: E402
 from utils.files import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
-from utils.runs.flags import defaults, require  # noqa: E402
+from utils.runs.flags import UsageError, defaults, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.outputs import check_output, refuse_input  # noqa: E402
 from utils.runs.stored_flags import no_settings  # noqa: E402
@@ -58,8 +58,11 @@ def value_of(run: RunRecord, flag: str) -> str:
     Raises:
         UsageError: the run's script has no such flag, or the runs of a study cannot differ in it.
     """
-    name, args_type = flag.replace("-", "_"), args_of_script(run.script)
-    require(args_type is not None, f"{run.source}: script {run.script} cannot be imported; add its folder to PYTHONPATH")
+    name, said = flag.replace("-", "_"), f"{run.source}: script {run.script} cannot be imported; add its folder to PYTHONPATH"
+    try:
+        args_type = args_of_script(run.script)
+    except Exception:
+        raise UsageError(said) from None
     usual = defaults(args_type, run.env_id)
     require(name in usual, f"--{flag}: {run.script} has no such flag")
     require(name not in no_settings(args_type), f"--{flag}: does not affect results, or is averaged over; choose another flag")
@@ -83,7 +86,7 @@ def cells(runs: list[RunRecord], x: str, y: str) -> dict[tuple[str, str, str], n
     Raises:
         UsageError: the runs are of several scripts, differ in other flags too, or contain duplicates.
     """
-    labels(runs)
+    labels(runs)  # refuses duplicates
     scripts = {run.script for run in runs}
     require(len(scripts) == 1, f"the runs are of several scripts, {', '.join(sorted(scripts))}; name folders of one")
     others: dict[str, set[str]] = {}

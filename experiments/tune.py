@@ -32,7 +32,7 @@ import tyro  # noqa: E402
 from envs.own import absolute  # noqa: E402
 from experiments.run import show_plan  # noqa: E402
 from experiments.study import local, slurm  # noqa: E402
-from experiments.study.plan import LOGS, PLAN, SETS, PlannedRun, args_of, claim, plan, read_plan, script_path  # noqa: E402
+from experiments.study.plan import LOGS, PlannedRun, args_of, claim, plan, planned_in, script_path, without_sets  # noqa: E402
 from experiments.study.status import Live  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
 from utils.runs.flags import require  # noqa: E402
@@ -117,8 +117,7 @@ def read_command(args: Args, flags: list[str]) -> Asked:
     require(args.pruner != "none" or args.prune_on == "games", "--prune-on: is used only with --pruner; leave it out")
     if args.slurm:
         local.refuse_resources(args.gpus, args.runs_per_gpu, args.workers)
-    env_ids = tuple(dict.fromkeys(absolute(one) for name in args.env_ids for one in SETS.get(name, (name,))))
-    require(len(env_ids) > 0, "--env-ids: name at least one")
+    env_ids = tuple(map(absolute, without_sets(args.env_ids)))
     path = script_path(args.script)
     args_type, script = args_of(path), str(path) if path.parent != ROOT else args.script
     space, scale = parse_space(args.search, args_type), make_scale(env_ids, args.scale)
@@ -132,8 +131,7 @@ def read_command(args: Args, flags: list[str]) -> Asked:
     first = default_params(space, args_type, env_ids, flags)
     sample = first or {name: ends(of)[0] for name, of in space.items()}
     logdir = expand(args.logdir, "--logdir").absolute()
-    planned = read_plan(logdir) if (logdir / PLAN).exists() else []
-    require(all(map(is_of_trial, planned)), f"--logdir {logdir}: contains a study of run.py; choose another folder")
+    require(all(map(is_of_trial, planned_in(logdir))), f"--logdir {logdir}: contains a study of run.py; choose another folder")
     plan((shlex.quote(script),), env_ids, list(args.seeds), [*flags, *as_words(sample, args_type)], logdir, prefix="any__")
     asked = [script, list(env_ids), list(args.seeds), list(args.search), flags, scale]
     settings = Settings(*asked, args.sampler_seed, args.concurrent_trials, args.pruner, args.prune_on)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from envs.observations import Part, channels_first, is_image, unpack, unreadable
+from envs.observations import Part, channels_first, is_grid, is_image, unpack, unreadable
 from networks.convolution import conv2d, frames_conv2d, grid_layer, halve
 from networks.products import product
 from utils.distributions import straight_through
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
             channels = jnp.moveaxis(x.astype(jnp.int32) - part.lowest, -1, 0)
             codes = [nn.one_hot(channel, n) for channel, n in zip(channels, part.values, strict=True)]
             x = jnp.concatenate(codes, axis=-1)
-        if x.ndim == 4 and not is_image(x.shape[1:]) and not unreadable(x.shape[1:]):
+        if is_grid(x.shape[1:]):
             return self.read_map(x)
         return x.reshape(x.shape[0], -1).astype(FLOAT32)
 

@@ -93,6 +93,18 @@ def test_a_study_has_own_environments(folder, monkeypatch):
         planning.plan(("ppo",), ("my_envs.py:GoTo",), [1], [], folder / "study")
 
 
+def test_environments_of_one_name_in_two_files_are_two_studies(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    (tmp_path / "my_envs.py").write_text(CODE[0])
+    ids = ("my_envs.py:GoToGoal", f"{tmp_path}/my_envs.py:GoToGoal")
+    with pytest.raises(
+        UsageError, match=f"--env-ids: {ids[0]} and {ids[1]} give runs of one name, my_envs-GoToGoal__ppo__1; use"
+    ):
+        planning.plan(("ppo",), ids, [1], [], tmp_path / "study")
+    (run,) = planning.plan(("ppo",), (ids[0], f"./{ids[0]}"), [1], [], tmp_path / "study")  # the same file
+    assert run.name == "my_envs-GoToGoal__ppo__1"
+
+
 def test_a_missing_file_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"goal: --env-id my_envs.py:GoToGoal: {tmp_path}/my_envs.py does not exist"):

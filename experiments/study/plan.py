@@ -34,6 +34,7 @@ from utils.runs.outputs import expand
 from utils.runs.stored_flags import check_continued, slug
 
 SHORT = {"ppo_atari_envpool_xla_jax_scan": "ppo"}  # short names of scripts, for run names and tables
+LONG = {short: long for long, short in SHORT.items()}
 ATARI5 = ("BattleZone", "DoubleDunk", "NameThisGame", "Phoenix", "Qbert")  # Aitchison et al. (2023), arXiv 2210.02019
 SETS = {name: tuple(f"{g}-v5" for g in games) for name, games in (("ale57", ale57()), ("ale61", ale61()), ("atari5", ATARI5))}
 SETS |= {"minatar": tuple(MINATAR), "gridworld": (GRIDWORLD,)}
@@ -85,7 +86,7 @@ def script_path(word: str) -> Path:
     Raises:
         UsageError: there is no such script, or its name is taken by a script of this project.
     """
-    stem = {short: long for long, short in SHORT.items()}.get(word, word.removesuffix(".py"))
+    stem = LONG.get(word, word.removesuffix(".py"))
     known = {p.stem: p for p in folder.ROOT.glob("*.py") if trains(p)}
     own = expand(word, "script").absolute()
     if own.suffix == ".py" and own.is_file() and own.parent != folder.ROOT:
@@ -129,6 +130,17 @@ def to_paste(command: list[str]) -> str:
     return shlex.join([*(["env", f"PYTHONPATH={python_path()}"] if own else []), *command])
 
 
+def without_sets(env_ids: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the environments, each once, with the names of `SETS` replaced by what they contain.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = {absolute(one): one for name in env_ids for one in SETS.get(name, (name,))}
+    require(len(found) > 0, "--env-ids: name at least one")
+    return tuple(found.values())
+
+
 def plan(
     scripts: tuple[str, ...], env_ids: tuple[str, ...], seeds: list[int], flags: list[str], logdir: Path, prefix: str = ""
 ) -> list[PlannedRun]:
@@ -146,8 +158,7 @@ def plan(
         UsageError: a flag is wrong, or a run in the folder was made with other flags.
     """
     require(len(scripts) > 0, "--scripts: name at least one")
-    env_ids = tuple({absolute(one): one for name in env_ids for one in SETS.get(name, (name,))}.values())
-    require(len(env_ids) > 0, "--env-ids: name at least one")
+    env_ids = without_sets(env_ids)
     found = []
     for text in scripts:
         try:
@@ -166,7 +177,7 @@ def plan(
     names = [name for _, name, _ in found]
     twice = {name for name in names if names.count(name) > 1}
     require(not twice, f"--scripts: names {', '.join(twice)} twice; name each once")
-    parsed, runs = {}, []
+    parsed, runs, taken = {}, [], {}
     for seed in seeds:
         for env_id in env_ids:
             for path, script, own in found:
@@ -174,6 +185,9 @@ def plan(
                 if kind not in parsed:  # the environments of a family share their defaults
                     parsed[kind] = parse_flags(args_of(path), [f"--env-id={env_id}", *more])
                 name = f"{prefix}{file_name(env_id)}__{script}__{seed}"
+                both = f"{taken.get(name)} and {env_id} give runs of one name, {name}; use a study for each"
+                require(name not in taken, f"--env-ids: {both}")
+                taken[name] = env_id
                 of_run = {"env_id": absolute(env_id), "seed": seed, "logdir": str(logdir), "run_name": name, "resume": "auto"}
                 args = dataclasses.replace(parsed[kind], **of_run)
                 check_flags(args)
@@ -186,17 +200,12 @@ def plan(
                 one = "WANDB_RUN_ID: would make all runs of the study one W&B run; unset it, or leave out --track"
                 require(not args.track or "WANDB_RUN_ID" not in os.environ, one)
                 runs.append(PlannedRun(name, script, short(env_id), seed, steps, [sys.executable, str(path), *given, *more]))
-    first = {run.name: run for run in reversed(runs)}
-    for run in runs:
-        other = first[run.name]
-        said = f"--env-ids: {other.env_id} and {run.env_id} give runs of one name, {run.name}; use a study for each"
-        require(other is run, said)
     return runs
 
 
 def write_plan(logdir: Path, runs: list[PlannedRun]) -> None:
     """Add the runs to the folder's list of planned runs, which `read_plan` reads."""
-    known = {run.name: run for run in (read_plan(logdir) if (logdir / PLAN).exists() else [])}
+    known = {run.name: run for run in planned_in(logdir)}
     known |= {run.name: run for run in runs}
     logdir.mkdir(parents=True, exist_ok=True)
     write_json(logdir / PLAN, {"runs": [run._asdict() for run in known.values()]})
@@ -222,6 +231,15 @@ def read_plan(logdir: Path) -> list[PlannedRun]:
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     raise UsageError(f"{logdir / PLAN}: is damaged; delete it, and repeat the command that launched the study")
+
+
+def planned_in(logdir: Path) -> list[PlannedRun]:
+    """Return all runs ever planned in the folder; none if it contains no study.
+
+    Raises:
+        UsageError: the study's list is damaged.
+    """
+    return read_plan(logdir) if (logdir / PLAN).exists() else []
 
 
 def claim(logdir: Path) -> Any:

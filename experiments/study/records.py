@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from envs.own import short
 from envs.registry import family
-from experiments.study.plan import LOGS, PLAN, RUNNERS, SHORT, TRIALS, WORKER, args_of, read_plan
+from experiments.study.plan import LOGS, LONG, PLAN, RUNNERS, SHORT, TRIALS, WORKER, args_of, read_plan
 from experiments.study.slurm import JOBS
 from utils.files import write_csv
 from utils.runs.flags import RunArgs, UsageError, defaults, parse_flags, require
@@ -28,9 +28,8 @@ from utils.runs.outputs import expand
 from utils.runs.stored_flags import renewed, to_store, typed_settings
 
 COLUMNS = ("script", "env_id", "flags", "seed", "planned_steps", "step", "episodic_return", "episodes")
-OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # metrics averaged over `charts/episodes`
-SCALED = ("charts/human_normalized_score", "charts/relative_improvement")  # those and, where they exist, these
-LONG = {short: long for long, short in SHORT.items()}
+OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # in every row in which an episode ended
+WEIGHTED = (*OF_EPISODES, "charts/human_normalized_score", "charts/relative_improvement")  # means over `charts/episodes`
 WANDB = "wandb:"
 LEFT_OUT = "; skipped"  # ends the message about a run that is not in the comparison
 LAUNCHED = {f"--{flag}" for flag in (*RUNNERS, "wandb-group")}  # flags of a planned command that do not affect results
@@ -91,23 +90,24 @@ class Reading(NamedTuple):
     skipped: list[Unread] = []
 
 
-def args_of_script(script: str) -> type | None:
-    """Return the class that declares the flags of a script, by its name in a run's record or in a table. None if the script
-    cannot be imported: one of your own may be gone, or raise anything. Reading its study makes it importable."""
-    try:
-        return importlib.import_module(LONG.get(script, script)).Args
-    except Exception:
-        return None
+def args_of_script(script: str) -> type:
+    """Return the class that declares the flags of a script, by its name in a run's record or in a table. Reading a study makes
+    its own scripts importable.
+
+    Raises:
+        Exception: of any type; a script of your own may be gone, or raise anything.
+    """
+    return importlib.import_module(LONG.get(script, script)).Args
 
 
 def typed_flags(script: str, flags: dict[str, Any]) -> str:
     """Return a run's flags that affect its results and differ from its environment's defaults, as on the command line. If the
     script cannot be imported, the defaults are unknown: return all flags that affect the results."""
-    args_type, default = args_of_script(script), None
-    if args_type is not None:
-        with contextlib.suppress(Exception):  # the environment's file may be gone too
-            default = defaults(args_type, flags["env_id"])
-    args_type = RunArgs if default is None else args_type
+    try:
+        args_type = args_of_script(script)
+        default = defaults(args_type, flags["env_id"])
+    except Exception:
+        args_type, default = RunArgs, None
     return " ".join(typed_settings(renewed(flags, default or ()), args_type, default))
 
 
@@ -150,6 +150,13 @@ def identify(path: Path) -> Unread | None:
     return None
 
 
+def _point(metric: str, step: Any, value: Any, episodes: Any) -> tuple[int, float, float]:
+    """Return step, value and weight of a logged update, for a `RunRecord`. W&B stores NaN as a string."""
+    value = np.nan if value is None else float(value)
+    weight = float(episodes) if metric in WEIGHTED else 1.0
+    return int(step), value, weight if np.isfinite(value) else 0.0
+
+
 def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     """Read a run from its folder. Return it (None if it is unreadable) and a list of problems."""
     try:
@@ -166,10 +173,7 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     for line in lines:
         try:
             row = json.loads(line)
-            value = row.get(metric)
-            value = np.nan if value is None else float(value)
-            weight = float(row.get("charts/episodes", 1.0) if metric in OF_EPISODES + SCALED else 1.0)
-            rows.append((int(row["step"]), value, weight if np.isfinite(value) else 0.0))
+            rows.append(_point(metric, row["step"], row.get(metric), row.get("charts/episodes", 1.0)))
         except DAMAGED:
             bad += 1
     problems = [f"{path}: {bad} of {len(lines)} rows of {METRICS} are damaged and ignored"] * (bad > 0)
@@ -260,9 +264,7 @@ def read_wandb(project: str, metric: str) -> Reading:
             # scan_history returns only rows with all keys, so read all updates first, then those in which an episode ended
             rows = {row["global_step"]: (row["global_step"], np.nan, 0.0) for row in run.scan_history(keys=["global_step"])}
             for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
-                value = float(row[metric])  # W&B stores NaN as a string
-                weight = row["charts/episodes"] if metric in OF_EPISODES + SCALED else 1.0
-                rows[row["global_step"]] = (row["global_step"], value, weight if np.isfinite(value) else 0.0)
+                rows[row["global_step"]] = _point(metric, row["global_step"], row[metric], row["charts/episodes"])
             if not any(weight > 0 for *_, weight in rows.values()):
                 problems.append(f"{source}: has no {metric}{LEFT_OUT}")
                 with contextlib.suppress(*DAMAGED):

@@ -5,7 +5,7 @@ import time
 from typing import Any, NamedTuple
 
 from experiments.study.local import Source
-from experiments.study.plan import PLAN, PlannedRun, Progress, plan, rates, read_plan, seconds_left, state_of, write_plan
+from experiments.study.plan import PlannedRun, Progress, plan, planned_in, rates, seconds_left, state_of, write_plan
 from experiments.study.records import LEFT_OUT, OF_EPISODES, read_folder
 from experiments.study.search import REFUSED, RUNGS, Outcome, Search, score
 from experiments.study.space import Params, as_words, refusal
@@ -58,8 +58,7 @@ class Trials(Source):
         self.values: dict[tuple[int, int], float | None] = {}  # of each trial at the rungs that it has reached
         self.looked = -LOOK_SECONDS
         # a tuner may have been killed before it stopped the runs of a trial that it had decided
-        planned = read_plan(search.logdir) if (search.logdir / PLAN).exists() else []
-        self.dropped = {run.name: run for run in planned if search.outcome_path(number_of(run)).exists()}
+        self.dropped = {run.name: run for run in planned_in(search.logdir) if search.outcome_path(number_of(run)).exists()}
 
     def greeting(self, new: list[PlannedRun], finished: int) -> str:
         """Return nothing: a trial prints its values when it begins."""
