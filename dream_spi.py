@@ -428,17 +428,10 @@ def update_heads(
     return state._replace(params=params, opt_state=opt_state), jax.tree.map(partial(jnp.mean, axis=0), metrics)
 
 
-def store(state: TrainState, steps: Rollout, args: Args) -> tuple[TrainState, Float[Array, "T B"]]:
-    """Add a rollout to the replay buffer, if there is one, and compute its advantages."""
-    if args.use_replay_buffer:
-        state = state._replace(replay=replay.add(state.replay, steps, args))
-    return state, compute_gae(steps, args.gamma, args.gae_lambda)
-
-
 def prefill(state: TrainState, steps: Rollout, env: Env, agent: Agent, args: Args) -> tuple[TrainState, dict[str, Scalar]]:
     """Add a rollout to the replay buffer without learning; replaces `learn` until the buffer is prefilled."""
-    state, advantages = store(state, steps, args)
-    return state._replace(iteration=state.iteration + 1), rollout_metrics(state.params, steps, advantages, env, agent)
+    state = state._replace(replay=replay.add(state.replay, steps, args), iteration=state.iteration + 1)
+    return state, rollout_metrics(state.params, steps, compute_gae(steps, args.gamma, args.gae_lambda), env, agent)
 
 
 def learn(
@@ -447,8 +440,8 @@ def learn(
     """Run all updates on a rollout. Return the new state and the metrics."""
     agent = agent._replace(reward_range=env.reward_range)
     key, model_key, heads_key, trace_key = jax.random.split(state.key, 4)
-    old_params = state.params
-    state, advantages = store(state._replace(key=key), steps, args)
+    old_params, advantages = state.params, compute_gae(steps, args.gamma, args.gae_lambda)
+    state = state._replace(replay=replay.add(state.replay, steps, args), key=key)
     state, metrics = update_model(state, steps, advantages, model_key, agent, optimizers, args)
     if args.dreams_from == "rollout":
         state, dream_metrics = update_heads(state, steps, advantages, heads_key, agent, optimizers, args)
@@ -465,10 +458,9 @@ def init_state(args: Args, env: Env, agent: Agent, optimizers: Optimizers) -> Tr
     """Return the state before the first iteration."""
     init_key, key = jax.random.split(jax.random.key(args.seed))
     env_state, obs = env.reset()
-    buffer = replay.init_replay(env, args) if args.use_replay_buffer else None
     params = jax.jit(init_params, static_argnums=1)(init_key, agent, obs)
     opt_state = jax.jit(lambda params: Optimizers(*(optimizer.init(params) for optimizer in optimizers)))(params)
-    return TrainState(params, opt_state, env_state, obs, buffer, key, jnp.zeros((), jnp.int32))
+    return TrainState(params, opt_state, env_state, obs, replay.init_replay(env, args), key, jnp.zeros((), jnp.int32))
 
 
 def main(args: Args) -> None:

@@ -38,7 +38,7 @@ class NetworkArgs:
     """categorical latents: number of classes per variable"""
     encoder: Annotated[Literal[*IMAGE_ENCODERS], BY_FAMILY, IMAGES] = "nature"
     """network for image observations. nature: the three convolutions of the Nature DQN (Mnih et al., 2015). impala: IMPALA's
-    residual network (Espeholt et al., 2018), deeper and about 20 times the operations"""
+    residual network (Espeholt et al., 2018), deeper, with about 7 times the operations"""
     layer_norm_latent: bool = False
     """normalize the encoder's features to mean 0 and variance 1 (layer normalization, with a learned scale and shift)"""
     activation: Literal[*ACTIVATIONS] = "relu"

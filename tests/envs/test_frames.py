@@ -126,7 +126,9 @@ def test_stacks_are_indexed_as_an_array(begins, start, length):
     assert_array_equal(np.asarray(found), stacks)
 
 
-SIZES = SimpleNamespace(num_envs=2, num_steps=8, replay_capacity=48, replay_batch_size=200, replay_length=3)
+SIZES = SimpleNamespace(
+    use_replay_buffer=True, num_envs=2, num_steps=8, replay_capacity=48, replay_batch_size=200, replay_length=3
+)
 
 
 @jax.jit

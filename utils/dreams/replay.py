@@ -179,12 +179,16 @@ def check_memory(env: Env, args: Any) -> None:
 
 
 def init_replay(env: Any, args: Any) -> Any:
-    """Create an empty buffer."""
+    """Create an empty buffer, or None without `--use-replay-buffer`."""
+    if not args.use_replay_buffer:
+        return None
     return make_split(lambda: _buffer(args, env.stacks_frames).init(_empty_step(env)))
 
 
 def add(replay: Any, steps: Any, args: Any) -> Any:
-    """Add a rollout to the buffer. It must continue where the last one ended."""
+    """Add a rollout to the buffer, if there is one. It must continue where the last one ended."""
+    if not args.use_replay_buffer:
+        return replay
     stacks_frames = isinstance(steps.obs, Stacks)
     obs = jax.tree.map(lambda x: x[:-1], steps.obs.newest() if stacks_frames else steps.obs)
     fields = steps._asdict() | {"obs": obs}

@@ -20,7 +20,7 @@ from tests.networks.test_lipschitz import TOLERANCE, parameter_cases
 from tests.probes import CueEnv, make_iteration
 from tests.test_algorithms import Identity
 from utils.distributions import Categorical, Deterministic
-from utils.dreams import traces
+from utils.dreams import replay, traces
 from utils.dreams.discriminator import transition_distance
 from utils.dreams.traces import trace_dreams
 from utils.metrics import rollout_metrics
@@ -322,8 +322,8 @@ REAL = [
 def gather_experience(state, env, agent, args):
     """A rollout, stored, and its advantages."""
     state, steps = dream_spi.rollout(state, env, agent, args)
-    state, advantages = dream_spi.store(state, steps, args)
-    return state, steps, advantages
+    state = state._replace(replay=replay.add(state.replay, steps, args))
+    return state, steps, dream_spi.compute_gae(steps, args.gamma, args.gae_lambda)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     replay_capacity: int
     replay_batch_size: int
     replay_length: int
+    use_replay_buffer: bool = True
 
 
 @settings(max_examples=7, deadline=None)
