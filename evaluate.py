@@ -32,8 +32,8 @@ from utils.evaluation.play import Film, Game, play, policy_of
 from utils.evaluation.video import check_path, write_video
 from utils.files import csv_text, write_whole
 from utils.runs.compilation_cache import keep_compiled
-from utils.runs.flags import UsageError, require
-from utils.runs.folder import CHECKPOINTS, MODEL, read_record
+from utils.runs.flags import UsageError, parse_command, require
+from utils.runs.folder import CHECKPOINTS, MODEL, copied_from, read_record
 from utils.runs.launch import describe_device, fail, run_main, start_jax
 from utils.runs.load_run import LoadedRun, read_run
 from utils.runs.outputs import check_output, expand
@@ -184,9 +184,13 @@ def wandb_identity(args: Args) -> dict[str, Any]:
     """Return what identifies the run in W&B.
 
     Raises:
-        UsageError: the run was not tracked.
+        UsageError: the run was not tracked, or it is a copy of another run, whose results would be replaced.
     """
     identity = (read_record(run_folder(args.run)) or {}).get("wandb")
+    original = identity and copied_from(identity, run_folder(args.run))
+    require(
+        not original, f"--track: {args.run} is a copy of {original}, to which the W&B run belongs; evaluate that, or resume"
+    )
     require(bool(identity), f"--track: {args.run} has no W&B run, because it was trained without --track; leave it out")
     return identity
 
@@ -280,4 +284,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: lower --num-envs")

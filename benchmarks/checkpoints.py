@@ -23,9 +23,7 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
-import tyro  # noqa: E402
-
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import parse_command, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 
 
@@ -74,4 +72,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

@@ -25,7 +25,6 @@ from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 
 import jax  # noqa: E402
-import tyro  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from benchmarks.profile_update import part_of  # noqa: E402
@@ -33,7 +32,7 @@ from benchmarks.throughput import SCRIPTS, parse_setting  # noqa: E402
 from envs.protocol import DEVICES  # noqa: E402
 from envs.registry import make_env  # noqa: E402
 from utils.devices import placement, use_devices  # noqa: E402
-from utils.runs.flags import check_flags, make_args, require  # noqa: E402
+from utils.runs.flags import check_flags, make_args, parse_command, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 
 H200 = """
@@ -160,4 +159,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

@@ -26,10 +26,9 @@ from dataclasses import dataclass  # noqa: E402
 from typing import Literal  # noqa: E402
 
 import jax  # noqa: E402
-import tyro  # noqa: E402
 
 from benchmarks.throughput import Setting, seconds  # noqa: E402
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import parse_command, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 
 INSTRUCTION = re.compile(r"%(?P<name>[\w.-]+) = .*? (?P<kind>[\w-]+)\(.*?metadata=\{op_name=\"(?P<source>[^\"]*)\"")
@@ -96,4 +95,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

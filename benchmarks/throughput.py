@@ -40,7 +40,6 @@ from dataclasses import asdict, dataclass, replace  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 
 import deep_mdp_ppo as deep_mdp  # noqa: E402
 import deep_spi  # noqa: E402
@@ -48,7 +47,7 @@ import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.registry import family, make_env  # noqa: E402
 from utils.dreams.replay import prefill_iterations  # noqa: E402
-from utils.runs.flags import UsageError, check_flags, make_args, parse_flags, require  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, make_args, parse_command, parse_flags, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
 
@@ -376,4 +375,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

@@ -13,7 +13,7 @@ from envs.protocol import Timestep
 
 class AtariProtocol(NamedTuple):
     """Randomness of an Atari game: the probability that a frame repeats the previous frame's action (sticky actions), and the
-    maximum number of no-ops at the start of a game (drawn uniformly from 1 to this)."""
+    maximum number of no-ops before a game and after each lost life (drawn uniformly from 1 to this)."""
 
     repeat_action_probability: float
     noop_max: int

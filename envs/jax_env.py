@@ -113,7 +113,8 @@ class Gymnax(Adapted):
             return Gymnax(*gymnax.make("Breakout-MinAtar"), num_envs, seed)
 
     `step` resets within the step that ends an episode. If the game also has `step_env` and `reset_env`, which do not, they are
-    used, so that terminal observations are known. A time limit in the parameters truncates if `is_terminal` can tell.
+    used, so that terminal observations are known. A time limit in the parameters then truncates, by `is_truncated` (gymnax 1)
+    or by what would have ended without the limit.
 
     Args:
         game: has `reset` and `step`, and `num_actions` or `action_space(params).n`.
@@ -137,13 +138,21 @@ class Gymnax(Adapted):
 
     def step_one(self, key: jax.Array, game: Any, action: Int[Array, ""]) -> tuple[Any, Array, Array, Array]:
         """See `JaxEnv.step_one`."""
-        obs, state, reward, done, _ = self._step_game(key, game[0], action, self.params)
-        reward, done = jnp.asarray(reward, jnp.float32), jnp.asarray(done, bool)
-        truncated = jnp.zeros_like(done)
-        if self.limit and hasattr(self.params, "replace") and hasattr(self.game, "is_terminal") and not self.resets_within:
-            over = jnp.asarray(self.game.is_terminal(state, self.params.replace(**{self.limit: ENDLESS})), bool)
-            truncated = done & ~over
-        return (state, obs), reward, done & ~truncated, truncated
+        obs, state, reward, *ends, _ = self._step_game(key, game[0], action, self.params)
+        terminated, *truncations = (jnp.asarray(end, bool) for end in ends)  # `step` of gymnax 1 returns both
+        truncated = truncations[0] if truncations else jnp.zeros_like(terminated)
+        if self.resets_within:
+            pass
+        elif hasattr(self.game, "is_truncated"):
+            truncated = jnp.asarray(self.game.is_truncated(state, self.params), bool)
+        elif self.limit and hasattr(self.params, "replace"):
+            endless = self.params.replace(**{self.limit: ENDLESS})
+            if hasattr(self.game, "is_terminal") and not hasattr(state, "terminal"):
+                over = self.game.is_terminal(state, endless)
+            else:  # gymnax's older MinAtar games store the end, so ask for it from before the step
+                over = self._step_game(key, game[0], action, endless)[3]
+            truncated, terminated = terminated & ~jnp.asarray(over, bool), terminated & jnp.asarray(over, bool)
+        return (state, obs), jnp.asarray(reward, jnp.float32), terminated, truncated & ~terminated
 
 
 class Octax(Adapted):

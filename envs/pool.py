@@ -33,6 +33,7 @@ REWARDS = {
 OURS = ("num_envs", "batch_size", "num_threads", "max_num_players", "thread_affinity_offset", "base_path", "seed", "env_seed")
 OURS += ("gym_reset_return_info", "env_name", "task", "stack_num", "img_height", "img_width", "gray_scale", "channel_first")
 OURS += ("repeat_action_probability", "noop_max", "full_action_space", "reward_clip", "episodic_life", "auto_reset")
+OURS += ("zero_discount_on_life_loss", "reward_threshold")  # without effect: no script reads envpool's discount
 OURS += ("initial_state", "debug_state", "controlled_vehicles", "mission_bytes", "fractal_noise_angles", "map_size")
 
 

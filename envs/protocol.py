@@ -41,7 +41,8 @@ class EpisodeStats(NamedTuple):
         episode_length = jnp.where(self.finished, 0, self.episode_length) + valid
         begins = self.finished & valid  # an environment without reset steps
         age = jnp.where(valid, jnp.where(begins, 0, self.age) + 1, 0)
-        previous_age = jnp.where(valid & ~begins, self.previous_age, self.age)
+        # after a reset step age is 0 and already kept, even if a game ended in it (in no-ops after a lost life)
+        previous_age = jnp.where((valid & ~begins) | (self.age == 0), self.previous_age, self.age)
         return EpisodeStats(episode_return, episode_length, finished, age, previous_age, self.counts | self.finished)
 
     def to_count(self) -> Bool[Array, "*T B"]:

@@ -141,7 +141,8 @@ def make_env(args: Any, iteration: int = 0) -> Env:
     if args.env_id in MINATAR:
         return MinAtar(args.env_id, args.num_envs, args.seed)
     if own.is_path(args.env_id):
-        return own.make(args.env_id, args.num_envs, args.seed, args.env_option)
+        seed = int(np.random.SeedSequence([args.seed, iteration]).generate_state(1)[0]) if iteration else args.seed
+        return own.make(args.env_id, args.num_envs, seed, args.env_option)
     flags = args.reward_clip, atari_protocol(args), args.env_step, iteration, args.full_action_space, args.num_devices
     pool = partial(make_pool, args.env_id, args.num_envs, args.seed, *flags, typed=args.env_option)
     half = args.num_envs // 2

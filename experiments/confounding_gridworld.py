@@ -30,7 +30,6 @@ from typing import Any, Literal  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 from jaxtyping import Array, Float, Int, UInt8  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -50,7 +49,7 @@ from envs.confounding_gridworld import (  # noqa: E402
 )
 from envs.registry import make_env  # noqa: E402
 from experiments.study.figures import mean_curve, styled  # noqa: E402
-from utils.runs.flags import check_flags, refuse_unread, require  # noqa: E402
+from utils.runs.flags import check_flags, parse_command, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
 
@@ -259,4 +258,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: name fewer --seeds at a time")

@@ -5,7 +5,8 @@
 
 A cell is the mean over seeds of the exact value of the start state, averaged over the last tenth of a run. The runs are those
 of `confounding_gridworld.py`, as fast as there, and its flags apply to all cells. OUTPUT.csv has a row for each run: repeat the
-command after an interruption to train only the cells that are missing. OUTPUT.png is the heat map.
+command after an interruption to train only the cells that are missing. Several processes may add to one table. OUTPUT.png is
+the heat map.
 """
 
 import sys
@@ -22,15 +23,14 @@ from dataclasses import dataclass, replace  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 
 from envs.confounding_gridworld import ENV_ID  # noqa: E402
 from experiments import confounding_gridworld, heatmap  # noqa: E402
 from experiments.confounding_gridworld import DISTINCT, VALUE, command_of, train  # noqa: E402
 from experiments.study.figures import styled  # noqa: E402
-from experiments.study.records import table_rows  # noqa: E402
-from utils.files import write_csv  # noqa: E402
-from utils.runs.flags import UsageError, require  # noqa: E402
+from experiments.study.records import check_table  # noqa: E402
+from utils.files import locked, write_csv  # noqa: E402
+from utils.runs.flags import UsageError, parse_command, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
 
@@ -104,13 +104,11 @@ def read(table: Path) -> dict[tuple[str, int], tuple[float, float]]:
     Raises:
         UsageError: it is not a table of this script.
     """
-    names, rows = table_rows(table) if table.exists() else (list(COLUMNS), [])
+    rows = check_table(table, COLUMNS, "--output")
     try:
-        if tuple(names) != COLUMNS:
-            raise ValueError
         return {(row["command"], int(row["seed"])): (float(row["value"]), float(row["distinct_latents"])) for row in rows}
     except (TypeError, ValueError):
-        raise UsageError(f"{table}: is damaged, or not written by this script; choose another --output") from None
+        raise UsageError(f"{table}: is damaged; choose another --output") from None
 
 
 def main(args: Args) -> None:
@@ -127,7 +125,9 @@ def main(args: Args) -> None:
             last = curves[VALUE].shape[1] - max(1, curves[VALUE].shape[1] // 10)
             for seed, value, distinct in zip(missing, curves[VALUE], curves[DISTINCT], strict=True):
                 known[cell.command, seed] = float(value[last:].mean()), float(distinct[-1])
-            write_csv(table, COLUMNS, [(*key, f"{value:.6g}", f"{n:g}") for key, (value, n) in known.items()])
+            with locked(table):
+                known = known | read(table)  # another process may have added runs
+                write_csv(table, COLUMNS, [(*key, f"{value:.6g}", f"{n:g}") for key, (value, n) in known.items()])
         values = np.array([known[cell.command, seed][0] for seed in args.seeds])
         found[ENV_ID, cell.y, cell.x] = values
         print(
@@ -142,4 +142,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: name fewer --seeds at a time")

@@ -26,7 +26,6 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import deep_spi  # noqa: E402
@@ -44,7 +43,7 @@ from utils.guarantees.tabular import (  # noqa: E402
     total_variation,
     visits,
 )
-from utils.runs.flags import check_flags, require  # noqa: E402
+from utils.runs.flags import check_flags, parse_command, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
 
@@ -158,7 +157,7 @@ def promises(tables: dict[str, np.ndarray], env: Any, gamma: float) -> dict[str,
             stepwise = float(stepwise_bound(weighted, terms.ratio_max, gamma, span))
             row["step-wise zeta"] += stepwise
             row["episodic zeta"] += float(episodic_bound(mean_error(real, behavior, error), terms.ratio_max, gamma, length))
-            row["violated"] += abs(terms.real - terms.latent) > stepwise * (1 + 1e-4) + 1e-4
+            row["violated"] += not abs(terms.real - terms.latent) <= stepwise * (1 + 1e-4) + 1e-4  # also if one is NaN
             row |= {f"{which}, real": terms.real, f"{which}, latent": terms.latent}
         row |= {
             "improvement": row["new, real"] - row["old, real"],
@@ -241,4 +240,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: name fewer --seeds at a time")

@@ -3,7 +3,8 @@
     uv run experiments/heatmap.py runs/sensitivity --x clip-coef --y transition-loss-coef --output sensitivity.png
     uv run experiments/heatmap.py runs/sensitivity --x reward-loss-coef --y transition-loss-coef --where clip-coef=0.1
 
-A cell is the mean over seeds of the mean return of the last tenth of a run. Cells without a finished run are empty. Next to the
+A cell is the mean over seeds of the mean return of the last tenth of a run. Cells without a finished run are empty, and cells
+with fewer finished runs than others say how many they have: runs that diverge are often those that are missing. Next to the
 picture, a table (.csv) has mean, standard deviation, and number of runs of each cell.
 """
 
@@ -25,10 +26,20 @@ import tyro  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from experiments.study.figures import styled  # noqa: E402
-from experiments.study.records import RunRecord, args_of_script, flag_name, labels, last_tenth, read_runs, split_flags  # noqa: E402
+from experiments.study.records import (  # noqa: E402
+    LEFT_OUT,
+    RunRecord,
+    args_of_script,
+    check_table,
+    flag_name,
+    labels,
+    last_tenth,
+    read_runs,
+    split_flags,
+)
 from utils.files import write_csv  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
-from utils.runs.flags import UsageError, defaults, require  # noqa: E402
+from utils.runs.flags import UsageError, defaults, parse_command, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.outputs import check_output, refuse_input  # noqa: E402
 from utils.runs.stored_flags import no_settings  # noqa: E402
@@ -103,20 +114,25 @@ def cells(runs: list[RunRecord], x: str, y: str) -> dict[tuple[str, str, str], n
 
 
 def draw(found: dict[tuple[str, str, str], np.ndarray], x: str, y: str, what: str) -> Figure:
-    """Return a figure with a heat map for each environment, in the style that is in force."""
+    """Return a figure with a heat map for each environment, in the style that is in force. Scores that are not finite do not
+    count."""
     env_ids, ys, xs = (list(dict.fromkeys(cell[i] for cell in found)) for i in range(3))
     ys, xs = in_order(set(ys)), in_order(set(xs))
+    most = max(map(len, found.values()))
     figure = Figure(figsize=(max(3.0, 0.75 * len(xs) + 1.4) * len(env_ids), 0.55 * len(ys) + 1.2))
     for panel, env_id in zip(figure.subplots(1, len(env_ids), squeeze=False)[0], env_ids, strict=True):
-        means = np.full((len(ys), len(xs)), np.nan)
+        means, counts = np.full((len(ys), len(xs)), np.nan), np.zeros((len(ys), len(xs)), int)
         for (env, row, column), scores in found.items():
+            scores, place = scores[np.isfinite(scores)], (ys.index(row), xs.index(column))
             if env == env_id and len(scores):
-                means[ys.index(row), xs.index(column)] = scores.mean()
+                means[place], counts[place] = scores.mean(), len(scores)
         image = panel.imshow(means, cmap="viridis", origin="lower", aspect="auto")
         for (row, column), mean in np.ndenumerate(means):
             if np.isfinite(mean):
                 bright = image.norm(mean) > 0.6
-                panel.text(column, row, f"{mean:.3g}", ha="center", va="center", color="black" if bright else "white")
+                count = int(counts[row, column])
+                said = f"{mean:.3g}" + f"\n({count} of {most})" * (count < most)
+                panel.text(column, row, said, ha="center", va="center", color="black" if bright else "white")
         panel.set_xticks(range(len(xs)), xs)
         panel.set_yticks(range(len(ys)), ys)
         panel.set(title=f"{env_id}: {what}", xlabel=f"--{x}", ylabel=f"--{y}")
@@ -143,6 +159,10 @@ def main(args: Args) -> None:
         runs = [run for run in runs if _same(value_of(run, flag), value)]
     require(len(runs) > 0, "no run is left to draw; see the lines above, or change --where")
     found = cells(runs, x, y)
+    check_table(table, ("env_id", y, x, "mean", "std", "runs"), "--output")
+    for run in runs:
+        if not run.is_finished:
+            print(f"*** {run.source}: not finished, at {run.reached:,} of {run.planned:,} steps{LEFT_OUT} ***")
     with styled():
         figure = draw(found, x, y, args.metric.rpartition("/")[2].replace("_", " "))
         figure.savefig(args.output, dpi=150)
@@ -162,4 +182,4 @@ def _same(a: str, b: str) -> bool:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

@@ -44,15 +44,24 @@ from experiments.study.comparison import (  # noqa: E402
 )
 from experiments.study.evaluations import evaluations  # noqa: E402
 from experiments.study.page import Code, Figures, Section, Table, Warned, html, markdown  # noqa: E402
-from experiments.study.records import LEFT_OUT, read_runs, stretches, write_table  # noqa: E402
+from experiments.study.records import (  # noqa: E402
+    COLUMNS,
+    LEFT_OUT,
+    RunRecord,
+    check_table,
+    read_runs,
+    stretches,
+    write_table,
+)
 from utils.files import write_csv, write_whole  # noqa: E402
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import parse_command, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.runs.outputs import check_output, expand, refuse_input  # noqa: E402
 from utils.statistics import RESAMPLINGS  # noqa: E402
 
 SIZE = (3.6, 2.7)  # of a subplot, in inches
 MOST_POINTS = 10_000
+SCORES = ("algorithm", "env_id", "seed", "score", "step")  # columns of the table of final scores
 ENDINGS = (".html", ".md", ".csv", "_scores.csv", "_curves.png", "_aggregates.png")
 
 
@@ -102,16 +111,34 @@ def published_scores(typed: tuple[str, ...], env_ids: list[str]) -> dict[str, fl
     return found
 
 
+def check_replaced(args: Args, runs: list[RunRecord]) -> None:
+    """Check that the report's tables replace only those of an earlier report on these runs.
+
+    Raises:
+        UsageError: a file is another type of table, or contains other runs.
+    """
+    table, scores = (args.output.with_name(f"{args.output.name}{ending}") for ending in (".csv", "_scores.csv"))
+    check_table(scores, SCORES, f"--output {args.output}")
+    if args.metric == Args.metric:
+        kept = {tuple(map(str, run[1:5])) for run in runs}
+        rows = [tuple(row[name] for name in COLUMNS[:4]) for row in check_table(table, COLUMNS, f"--output {args.output}")]
+        lost = next((" ".join(filter(None, row)) for row in rows if row not in kept), None)
+        said = (
+            f"--output {args.output}: would replace {table}, which has other runs ({lost}); choose another name, or delete it"
+        )
+        require(lost is None, said)
+
+
 def score_table(comparison: Comparison, raw: dict[tuple[str, str], np.ndarray]) -> Table:
     """Return a table of the final scores: mean and standard deviation over seeds, one row per game."""
 
-    def cell(scores):
-        if not len(scores):
-            return "-"
+    def cell(place):
+        scores, diverged = raw[place], sum(run.diverged is not None for run in comparison.runs[place])
+        counts = ", ".join([str(len(scores))] * (len(scores) > 0) + [f"{diverged} diverged"] * (diverged > 0))
         spread = f" ± {scores.std(ddof=1):.3g}" if len(scores) > 1 else ""
-        return f"{scores.mean():.4g}{spread} ({len(scores)})"
+        return (f"{scores.mean():.4g}{spread}" if len(scores) else "-") + f" ({counts})" * bool(counts)
 
-    rows = [[env_id, *(cell(raw[name, env_id]) for name in comparison.algorithms)] for env_id in comparison.env_ids]
+    rows = [[env_id, *(cell((name, env_id)) for name in comparison.algorithms)] for env_id in comparison.env_ids]
     return Table([["", *comparison.algorithms], *rows])
 
 
@@ -119,15 +146,14 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     """Return the section on aggregates over games, and its figure as PNG."""
     returns = args.metric == Args.metric
     scale = args.scale or (usual_scale(comparison) if returns else "min-max")
-    require(returns or scale in ("min-max", "against"), f"--scale {scale}: applies to returns only; choose min-max or against")
     against = comparison.algorithms[0] if args.against is None else args.against
-    require(against in comparison.algorithms, f"--against {against}: choose from {', '.join(comparison.algorithms)}")
     scores = normalized(comparison, raw, scale, against)
     found = aggregate(scores, scale, against, args.seed)
     draws = [figures.intervals(comparison, values, name) for name, values in found.statistics.items()]
     draws.append(figures.profiles(comparison, found, f"score ({scale})"))
     if found.improvement:
-        draws.append(figures.intervals(comparison, found.improvement, f"probability of improvement over {against}", 0.5))
+        what = "improvement over" if returns else "a larger value than"
+        draws.append(figures.intervals(comparison, found.improvement, f"probability of {what} {against}", 0.5))
     several = {name for name, of in scores.items() if any(len(x) > 1 for x in of)}  # one seed gives no interval over seeds
 
     def shown(of, *names):
@@ -137,10 +163,11 @@ def aggregate_sections(args: Args, comparison: Comparison, raw: dict, note: str,
     rows = [[name, *(shown(values, name) for values in found.statistics.values())] for name in comparison.algorithms]
     head = ["", *found.statistics]
     if found.improvement:
-        head.append(f"P(better than {against})")
+        head.append(f"P({'better' if returns else 'larger'} than {against})")
         rows = [[*row, shown(found.improvement, row[0], against) if row[0] in found.improvement else "-"] for row in rows]
     svgs = [figures.svg(draw, SIZE, "aggregate", note) for draw in draws]
-    words = f"Scale {scale}: {SCALES[scale]}. {RESAMPLINGS:,} resamples, seed {args.seed}. Optimality gap: lower is better."
+    words = f"Scale {scale}: {SCALES[scale]}. {RESAMPLINGS:,} resamples, seed {args.seed}."
+    words += " Optimality gap: lower is better." if returns else f" Scores are those of {args.metric}; larger may be worse."
     left_out = [env_id for env_id in comparison.env_ids if env_id not in complete_games(comparison, raw)]
     words += f" Left out, because an algorithm has no finished run: {', '.join(left_out)}." if left_out else ""
     drawn = Figures(figures.legend(comparison), svgs, f"{beside}_aggregates.png", "aggregates")
@@ -164,7 +191,13 @@ def main(args: Args) -> None:
     runs, problems, planned, skipped = read_runs(args.runs, args.metric)
     for problem in problems:
         print(f"*** {problem} ***")
+    check_replaced(args, runs)
     comparison = compare(runs, planned, skipped)
+    if args.scale is not None and args.metric != Args.metric:
+        scales = ("min-max", "against")
+        require(args.scale in scales, f"--scale {args.scale}: applies to returns only; choose {' or '.join(scales)}")
+    known = args.against is None or args.against in comparison.algorithms
+    require(known, f"--against {args.against}: choose from {', '.join(comparison.algorithms)}")
     settings = differing_settings(comparison)
     warned = unequal(comparison, settings)
     for line in warned:
@@ -236,7 +269,7 @@ def main(args: Args) -> None:
     written[".md"] = markdown(args.title, sections).encode(errors="replace")
     for ending, content in written.items():
         write_whole(args.output.with_name(beside + ending), content)
-    write_csv(args.output.with_name(f"{beside}_scores.csv"), ("algorithm", "env_id", "seed", "score", "step"), scores)
+    write_csv(args.output.with_name(f"{beside}_scores.csv"), SCORES, scores)
     if args.metric == Args.metric:
         write_table(args.output.with_name(f"{beside}.csv"), [stretches(run, args.points) for run in runs])
     endings = [*written, "_scores.csv"] + [".csv"] * (args.metric == Args.metric)
@@ -250,4 +283,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)))

@@ -45,17 +45,18 @@ from jaxtyping import Array, Float  # noqa: E402
 import deep_spi  # noqa: E402
 from experiments.study.latent_measures import of_latents, of_predictions  # noqa: E402
 from experiments.study.page import Table  # noqa: E402
-from experiments.study.records import LEFT_OUT, WANDB, RunRecord, labels, read_runs  # noqa: E402
+from experiments.study.records import LEFT_OUT, WANDB, RunRecord, check_table, labels, read_runs  # noqa: E402
 from utils.dreams.discriminator import transition_distance  # noqa: E402
 from utils.files import write_csv  # noqa: E402
 from utils.losses import smooth_l1_loss  # noqa: E402
-from utils.runs.flags import UsageError, require  # noqa: E402
+from utils.runs.flags import UsageError, parse_command, require  # noqa: E402
 from utils.runs.launch import run_main  # noqa: E402
 from utils.runs.load_run import LoadedRun, read_run  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
 
 MEASURES = ("effective_rank", "dormant", "probe", "moves", "transition_skill", "noise", "reward_r2")
 MEASURES += ("model_loss", "model_loss_std", "gradient_share")
+COLUMNS = ("script", "env_id", "flags", "seed", "step", *MEASURES)
 NEEDED = ("TrainState", "rollout", "compute_gae", "gather")  # functions and classes of a script
 
 
@@ -66,7 +67,7 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """folders of runs or of studies"""
     output: Path = Path("representations.csv")
-    """path of the table (.csv), one row per run"""
+    """path of the table (.csv), one row per run; rows of other runs stay"""
     num_envs: int = 64
     """number of parallel environments"""
     num_steps: int = 128
@@ -176,9 +177,10 @@ def main(args: Args) -> None:
     require(args.skip >= 0, f"--skip {args.skip}: must be 0 or more")
     require(args.seed >= 0, f"--seed {args.seed}: must be 0 or more")
     args = replace(args, output=check_output(args.output, "--output"))
+    rows = {tuple(row.values())[:4]: tuple(row.values()) for row in check_table(args.output, COLUMNS, "--output")}
     records = finished_runs(args.runs)
     env_seed, draw = (int(seed) for seed in np.random.SeedSequence([args.seed, len(MEASURES)]).generate_state(2))
-    rows, measured = [], {}
+    measured = {}
     for number, (record, label) in enumerate(zip(records, labels(records), strict=True), 1):
         print(f"{number} of {len(records)}: {record.source}", flush=True)
         shape = {"num_envs": args.num_envs, "num_steps": args.num_steps, "num_minibatches": 1}
@@ -191,11 +193,11 @@ def main(args: Args) -> None:
             print(f"*** {record.source}: {said}{LEFT_OUT} ***")
             continue
         values = [found[name] for name in MEASURES]
-        rows.append((record.script, record.env_id, record.flags, record.seed, run.progress["step"]))
-        rows[-1] += tuple("" if value is None else f"{value:.4g}" for value in values)
+        key = record.script, record.env_id, record.flags, str(record.seed)
+        rows[key] = (*key, run.progress["step"], *("" if value is None else f"{value:.4g}" for value in values))
         measured.setdefault((record.env_id, label), []).append(values)
-        write_csv(args.output, ("script", "env_id", "flags", "seed", "step", *MEASURES), rows)
-    require(len(rows) > 0, "no run could be measured")
+        write_csv(args.output, COLUMNS, rows.values())
+    require(len(measured) > 0, "no run could be measured")
     table = [["", "", "seeds", *MEASURES]]
     for (env_id, label), of_seeds in measured.items():
         columns = [[value for value in column if value is not None] for column in zip(*of_seeds, strict=True)]
@@ -205,4 +207,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: lower --num-envs or --num-steps")

@@ -20,11 +20,20 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass  # noqa: E402
 
-import tyro  # noqa: E402
-
 from experiments.study import estimates, local, slurm, status  # noqa: E402
-from experiments.study.plan import LOGS, SEARCH, PlannedRun, claim, plan, read_plan, state_of, to_paste, write_plan  # noqa: E402
-from utils.runs.flags import UsageError, require  # noqa: E402
+from experiments.study.plan import (  # noqa: E402
+    LOGS,
+    SEARCH,
+    PlannedRun,
+    claim,
+    count_extended,
+    plan,
+    read_plan,
+    state_of,
+    to_paste,
+    write_plan,
+)
+from utils.runs.flags import UsageError, parse_command, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.runs.outputs import expand  # noqa: E402
 
@@ -95,6 +104,9 @@ def main(args: Args, flags: list[str]) -> None:
         local.refuse_resources(args.gpus, args.runs_per_gpu, args.workers)
     require(not (logdir / SEARCH).exists(), f"--logdir {logdir}: contains a search of tune.py; choose another folder")
     slots = local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
+    if extended := count_extended(logdir, runs):
+        said = "their schedules are stretched, so they differ from new runs of this length (docs/runs.md)"
+        print(f"*** finished runs that get more steps: {extended}; {said} ***")
     if args.dry_run:
         return show_plan(logdir, runs, len(slots))
     lock = claim(logdir)
@@ -109,11 +121,14 @@ def main(args: Args, flags: list[str]) -> None:
         states = {run.name: state_of(logdir, run) for run in runs}
         print("\n".join([*status.table(runs, states), "", status.summary(runs, states), *status.failures(runs, states)]))
         if left:
-            said = f"see their output in {logdir / LOGS}, and repeat the command to resume them"
+            diverged = sum("not finite" in states[run.name].error for run in left)
+            said = f"see their output in {logdir / LOGS}"
+            said += f"; {diverged} diverged, and usually diverge again" if diverged else ""
+            said += "; repeat the command to resume the others" if diverged < len(left) else ""
             fail(f"{len(left)} of {len(runs)} runs are not finished; {said}", 1)
     lock.release()
 
 
 if __name__ == "__main__":
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    run_main(lambda: main(tyro.cli(Args, args=sys.argv[1:split]), sys.argv[split + 1 :]))
+    run_main(lambda: main(parse_command(Args, sys.argv[1:split]), sys.argv[split + 1 :]))

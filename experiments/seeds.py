@@ -7,6 +7,7 @@ Use it for environments written in JAX, on a GPU, where a single run leaves most
 script with the same flags, up to rounding. The table has one row for each of the `--points` bins of a run: the mean return of
 the episodes that ended in it. A run that diverges (a loss or a parameter is NaN or infinite) ends there, as in the script, and
 is left out of means. The table is written after each environment; repeating the command trains only runs not in the table.
+Several processes may add to one table.
 """
 
 import sys
@@ -29,7 +30,6 @@ from typing import Any, Literal, NamedTuple  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-import tyro  # noqa: E402
 from jaxtyping import Bool, Float, Int  # noqa: E402
 
 import deep_mdp_ppo  # noqa: E402
@@ -38,10 +38,10 @@ import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.own import short  # noqa: E402
 from envs.registry import is_pooled, make_env  # noqa: E402
-from experiments.study.records import COLUMNS, table_rows, typed_flags  # noqa: E402
+from experiments.study.records import COLUMNS, RunRecord, check_table, stretches, typed_flags  # noqa: E402
 from utils.dreams.replay import prefill_iterations  # noqa: E402
-from utils.files import write_csv  # noqa: E402
-from utils.runs.flags import UsageError, check_flags, parse_flags, refuse_unread, require  # noqa: E402
+from utils.files import locked, write_csv  # noqa: E402
+from utils.runs.flags import UsageError, check_flags, parse_command, parse_flags, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.logs import STOPPING  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
@@ -137,15 +137,14 @@ def rows_of(
 ) -> list[tuple[int, float | None, int]]:
     """Return, for each bin of a run, its last step, its mean return (None without episodes) and its number of episodes. A run
     that diverged has rows up to its last finite update, or one of step 0."""
-    rows, last = [], int(finite.sum())
-    for whole in np.array_split(np.arange(len(returns)), min(points, len(returns))):
-        stretch = whole[whole < last]
-        if len(stretch) == 0:
-            break
-        count = int(episodes[stretch].sum())
-        total = np.dot(np.where(episodes[stretch] > 0, returns[stretch], 0.0), episodes[stretch])
-        rows.append((int(stretch[-1] + 1) * steps, float(total / count) if count else None, count))
-    return rows or [(0, None, 0)]
+    last = int(finite.sum())
+    if last == 0:
+        return [(0, None, 0)]
+    step, weight = steps * np.arange(1, last + 1), np.asarray(episodes[:last], float)
+    run = RunRecord("", "", "", "", 0, steps * len(returns), step, np.asarray(returns[:last], float), weight)
+    run = stretches(run, min(points, len(returns)))
+    columns = zip(run.step, run.value, run.weight, strict=True)
+    return [(int(step), float(value) if count else None, int(count)) for step, value, count in columns]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -154,17 +153,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
     Raises:
         UsageError: the file is another type of table, or a row is damaged.
     """
-    if not path.exists():
-        return []
-    other = f"--output {path}: is another type of table; choose another name"
-    try:
-        names, rows = table_rows(path)
-    except UsageError:
-        raise UsageError(other) from None
-    require(tuple(names) == COLUMNS, other)
+    rows = check_table(path, COLUMNS, "--output")
     for number, row in enumerate(rows, 2):
         try:
-            float(row["episodic_return"] or 0)
+            float(row["episodic_return"] or 0), int(row["step"]), int(row["planned_steps"])
             whole = set(row) == set(COLUMNS) and None not in row.values()
         except (ValueError, TypeError):
             whole = False
@@ -172,9 +164,13 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Replace the table by these rows; on an error, the old file stays as it is."""
-    write_csv(path, COLUMNS, ([row[name] for name in COLUMNS] for row in rows))
+def add_to_table(path: Path, rows: list[dict]) -> None:
+    """Add the rows of runs that are not in the table; on an error, the old file stays as it is."""
+    with locked(path):
+        old = read_table(path)
+        known = {columns_of(row) for row in old}
+        new = [row for row in rows if columns_of(row) not in known]  # another process may have trained the same runs
+        write_csv(path, COLUMNS, ([row[name] for name in COLUMNS] for row in (*old, *new)))
 
 
 def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
@@ -270,8 +266,8 @@ def main(args: Args) -> None:
         for said in dict.fromkeys(said for _, _, said, _ in asked):
             print(f"  {said or 'defaults'}: {summary(rows, [run for run in asked if run[2] == said])}", flush=True)
         if missing:  # after the scores, which are then known even if the disk is full
-            write_table(args.output, rows)
+            add_to_table(args.output, rows)
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(tyro.cli(Args)))
+    run_main(lambda: main(parse_command(Args)), out_of_memory="out of memory: name fewer --seeds or values of --vary at a time")

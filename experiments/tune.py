@@ -35,7 +35,7 @@ from experiments.study import local, slurm  # noqa: E402
 from experiments.study.plan import LOGS, PlannedRun, args_of, claim, plan, planned_in, script_path, without_sets  # noqa: E402
 from experiments.study.status import Live  # noqa: E402
 from utils.runs.flag_types import as_typed  # noqa: E402
-from utils.runs.flags import require  # noqa: E402
+from utils.runs.flags import parse_command, require  # noqa: E402
 from utils.runs.launch import fail, run_main  # noqa: E402
 from utils.runs.outputs import expand  # noqa: E402
 
@@ -196,4 +196,4 @@ def main(args: Args, flags: list[str]) -> None:
 
 if __name__ == "__main__":
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    run_main(lambda: main(tyro.cli(Args, args=sys.argv[1:split]), sys.argv[split + 1 :]))
+    run_main(lambda: main(parse_command(Args, sys.argv[1:split]), sys.argv[split + 1 :]))

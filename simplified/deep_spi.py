@@ -3,8 +3,8 @@
     uv run --extra minatar simplified/deep_spi.py --game breakout --seeds 1 2 3
 
 The file imports nothing else of this project: copy it into your own code. It has the loss and the update of `deep_spi.py` (a
-test compares them), its own defaults for 1M steps, and no options, logs or checkpoints. The games are pgx's MinAtar. Any
-environment with gymnax's `reset` and `step_env` works in their place (see `MinAtar`).
+test compares them), its own defaults for 1M steps, and no options, logs or checkpoints. The games are pgx's MinAtar. For other
+environments, write a class like `MinAtar`. A time limit must end the episode there; its value is not bootstrapped.
 
 Shapes: T steps x B environments, N transitions in a minibatch, A actions, D elements of a latent.
 """

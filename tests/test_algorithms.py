@@ -583,3 +583,7 @@ def test_ages_by_hand():
         stats = stats.update(jnp.zeros(1), jnp.array([bool(valid)]), jnp.array([bool(finished)]))
         trace.append((int(stats.age[0]), int(stats.previous_age[0]), int(stats.episode_length[0])))
     assert trace == [(1, 0, 1), (2, 0, 2), (0, 2, 2), (1, 2, 3), (0, 1, 0), (1, 1, 1)]
+    stats = EpisodeStats.zeros(1)
+    for valid, finished in ((1, 0), (1, 0), (0, 1), (1, 0)):  # the game ends in the step that only resets
+        stats = stats.update(jnp.zeros(1), jnp.array([bool(valid)]), jnp.array([bool(finished)]))
+    assert (int(stats.age[0]), int(stats.previous_age[0]), int(stats.episode_length[0])) == (1, 2, 1)

@@ -1,7 +1,9 @@
 """The docs name every metric, no flag that does not exist, and no file that is not there."""
 
 import dataclasses
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,9 @@ from experiments import (
     seeds,
     tune,
 )
+from experiments.study.plan import plan
 from tests.commands import ROOT
+from utils.runs.flags import check_flags, parse_command, parse_flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [path for folder in (".", "utils", "networks", "envs") for path in sorted((ROOT / folder).glob("**/*.py"))]
@@ -50,6 +54,38 @@ def test_flags_exist(page):
     typed = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]*)", page.read_text())) - OTHERS
     typed = {flag.replace("-", "_") for flag in typed if not flag.startswith("xla_")}
     assert not [flag for flag in typed if flag not in declared and flag.removeprefix("no_") not in declared]
+
+
+VALUES = {"seed": "1", "rate": "1e-3", "mode": "none", "game": "Breakout"}
+
+
+def commands_of(page):
+    """The script of each command line in a page, and the words after it, with a value for each loop variable."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(re.sub(r"\$([a-z]+)", lambda x: VALUES[x[1]], line), comments=True)
+            places = [i for i, word in enumerate(words) if re.fullmatch(r"((experiments|benchmarks)/)?[a-z_]+\.py", word)]
+            ends = [i for i, word in enumerate(words) if word.endswith(";")] or [len(words)]
+            if places and words[0] != "diff":
+                yield words[places[0]], [word.removesuffix(";") for word in words[places[0] + 1 : ends[0] + 1]]
+
+
+@pytest.mark.minatar
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_accepted(page, tmp_path):
+    """Each program takes the flags that the docs give it. Examples with files that a reader writes are left out."""
+    for script, words in commands_of(page):
+        if "my_" in " ".join([script, *words]) or "--help" in words or "${" in " ".join(words):
+            continue
+        split = words.index("--") if "--" in words else len(words)
+        own, flags = words[:split], words[split + 1 :]
+        args_type = importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args
+        if "/" not in script and script != "evaluate.py":
+            check_flags(parse_flags(args_type, own))
+            continue
+        args = parse_command(args_type, own)
+        if script == "experiments/run.py" and not args.status:
+            plan(args.scripts, args.env_ids, [args.start_seed], flags, tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

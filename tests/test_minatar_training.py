@@ -1,5 +1,7 @@
 """All scripts and world models on MinAtar's games, and many runs in one program."""
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from benchmarks.throughput import WORLD_MODELS
 from envs.minatar import GAMES
 from envs.registry import make_env
 from experiments import seeds
-from experiments.study.records import read_runs, typed_flags
+from experiments.study.records import COLUMNS, RunRecord, final_score, last_tenth, read_runs, typed_flags
 from utils.dreams.replay import prefill_iterations
+from utils.files import locked, write_csv
 from utils.runs.flags import UsageError, check_flags, make_args
 from utils.runs.stored_flags import to_store
 
@@ -119,6 +122,20 @@ def test_rows_of_a_table_are_means_of_episodes():
     assert seeds.rows_of(returns, episodes, ~finite, 100, 2) == [(0, None, 0)]
 
 
+@pytest.mark.parametrize("updates", [7, 61, 122, 610])
+def test_the_score_of_a_table_is_that_of_the_folder(updates):
+    """Both have the same bins: their edges lie at the same steps, however many updates there are."""
+    rng, step = np.random.default_rng(updates), 8192 * np.arange(1, updates + 1)
+    returns, episodes = rng.normal(size=updates) + np.arange(updates), rng.integers(1, 9, updates)
+    run = RunRecord("", "ppo", "Breakout-MinAtar", "", 1, int(step[-1]), step, returns, episodes.astype(float))
+    for points in (20, 40):
+        rows = seeds.rows_of(returns, episodes, np.ones(updates, bool), 8192, points)
+        step, value, weight = map(np.array, zip(*rows, strict=True))
+        of_table = run._replace(step=step, value=value, weight=weight)
+        np.testing.assert_allclose(final_score(of_table, 40, 2), final_score(run, 40, 2), rtol=1e-12)
+        np.testing.assert_allclose(last_tenth(of_table), last_tenth(run), rtol=1e-12)
+
+
 def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
     """What it holds is not trained again, whatever else is asked for; its rows are kept."""
     trained = []
@@ -146,6 +163,40 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
     assert len(trained) == 3
 
 
+def test_two_processes_add_to_one_table(tmp_path, monkeypatch):
+    """While this one trains, another adds a run of its own, and one that both train."""
+    args = seeds.Args(env_ids=("Breakout-MinAtar",), seeds=(1, 2), points=1, output=tmp_path / "t.csv")
+    trains = lambda value: lambda module, args, runs: seeds.Returns(*(np.full((6, len(runs)), x) for x in (value, 1, True)))  # noqa: E731
+
+    def slowly(*given):
+        monkeypatch.setattr(seeds, "train", trains(5.0))
+        seeds.main(replace(args, seeds=(2, 3)))
+        return trains(4.0)(*given)
+
+    monkeypatch.setattr(seeds, "train", slowly)
+    seeds.main(args)
+    rows = [line.split(",") for line in args.output.read_text().splitlines()[1:]]
+    assert [(row[3], row[6]) for row in rows] == [("2", "5.0000"), ("3", "5.0000"), ("1", "4.0000")]
+
+
+def test_a_table_is_not_written_while_another_process_writes_it(tmp_path):
+    table, holds = tmp_path / "t.csv", threading.Event()
+    row = dict(zip(COLUMNS, ("ppo", "Breakout-MinAtar", "", "1", "100", "100", "2.5", "3"), strict=True))
+
+    def other():
+        with locked(table):
+            holds.set()
+            time.sleep(0.2)  # between reading and writing
+            write_csv(table, COLUMNS, [row.values()])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    holds.wait()
+    seeds.add_to_table(table, [row | {"seed": "2"}])
+    thread.join()
+    assert [row["seed"] for row in seeds.read_table(table)] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -165,7 +216,7 @@ def test_a_table_is_added_to(tmp_path, monkeypatch, capsys):
         ({"env_ids": ("Breakout-MinAtar", "Pong-v5")}, "--env-ids Pong-v5: is not written in JAX"),
         ({"env_ids": ("Brakout-MinAtar",)}, "did you mean Breakout-MinAtar"),
         ({"output": Path("/no/such/folder/x.csv")}, "does not exist"),
-        ({"output": Path(__file__)}, "another type of table"),
+        ({"output": Path(__file__)}, "which has other columns; choose another name"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(flags, words, monkeypatch):

@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 INCOMPLETE = ".incomplete"  # ends the name of a file or folder that is being written
 
@@ -37,6 +40,27 @@ def csv_text(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 def write_csv(path: Path, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Write a CSV table atomically."""
     write_whole(path, csv_text(head, rows).encode())
+
+
+def without_locks(error: Exception) -> bool:
+    """Return True if the error of a lock means that its file system has none."""
+    return getattr(error, "errno", errno.ENOSYS) in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on the file, so that several processes can read, extend, and replace it in turn. A file system without locks
+    gives none."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if not without_locks(error):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path: Path, value: Any) -> None:

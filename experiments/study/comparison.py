@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
         env_ids: the games.
         seeds: all seeds of any algorithm.
         runs: by algorithm and game, sorted by seed.
-        missing: one line for each run that is missing or unfinished, but not for skipped runs.
+        missing: one line for each run that is missing, unfinished or diverged, but not for skipped runs.
     """
 
     algorithms: list[str]
@@ -74,7 +74,8 @@ def compare(runs: list[RunRecord], planned: list[Unread] = (), skipped: list[Unr
                     said = "planned, but not found" if place in expected else "not found"
                     missing.append(f"{name}, {env_id}, seed {seed}: {said}")
                 elif seed in own and not own[seed].is_finished:
-                    at = f"unfinished, at {own[seed].reached:,} of {own[seed].planned:,} steps"
+                    of = f"{own[seed].reached:,} of {own[seed].planned:,} steps"
+                    at = f"unfinished, at {of}" if own[seed].diverged is None else f"diverged, at {of}"
                     missing.append(f"{name}, {env_id}, seed {seed}: {at}")
     for name, env_id, seed in expected:
         in_grid = name in algorithms and env_id in env_ids and seed in seeds
@@ -111,12 +112,13 @@ def flag_values(run: RunRecord) -> dict[str, str]:
 
 
 def run_settings(run: RunRecord) -> dict[str, str | None]:
-    """Return how a run was made: its non-default flags, steps, Atari protocol, commit and versions. None: unknown, or does not
-    apply."""
+    """Return how a run was made: its non-default flags, steps (also those before it was extended), Atari protocol, commit and
+    versions. None: unknown, or does not apply."""
     found: dict[str, str | None] = {f"--{name}": value for name, value in flag_values(run).items()}
     found[STEPS] = f"{run.planned:,}"
     if family(run.env_id) == "atari":
         found[PROTOCOL] = protocol_words(run_protocol(run))
+    found["extended"] = run.extended
     found["commit"] = run.commit and run.commit[:12]
     found["uncommitted changes"] = None if run.dirty is None else ("yes" if run.dirty else "no")
     return found | {f"version of {name}": str(version) for name, version in (run.versions or {}).items()}

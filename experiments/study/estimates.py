@@ -40,7 +40,7 @@ def _published(runs: list[PlannedRun]) -> tuple[dict[tuple[str, str], float], st
 
 
 def disk_bytes(run: PlannedRun) -> int | None:
-    """Estimate the size of a finished run's folder: checkpoints (without environments and replay buffer), model and logs.
+    """Estimate the size of a finished run's folder: checkpoints (without environments), model and logs.
     Return None if the script lacks the functions of the other scripts."""
     jax.config.update("jax_platforms", "cpu")  # only shapes are needed; do not reserve GPU memory
     script = importlib.import_module(Path(run.command[1]).stem)
@@ -51,7 +51,7 @@ def disk_bytes(run: PlannedRun) -> int | None:
     agent = script.make_agent(args, env.num_actions, env.obs_parts)
     state = jax.eval_shape(partial(script.init_state, args, env, agent, script.make_optimizer(args)))
     state = state._replace(env_state=None, obs=None)
-    if hasattr(state, "replay"):
+    if hasattr(state, "replay") and not args.save_replay:
         state = state._replace(replay=None)
     size = lambda tree: sum(int(np.prod(x.shape)) * getattr(x.dtype, "itemsize", 4) for x in jax.tree.leaves(tree))  # noqa: E731
     updates = run.steps // (args.num_envs * args.num_steps)

@@ -1,6 +1,7 @@
 """The tables of games that evaluate.py left in the folders of compared runs."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +23,20 @@ def kind_of(row: dict[str, str]) -> str:
 
 def games_of(run: RunRecord) -> tuple[dict[str, list[float]], list[str]]:
     """Return the returns of the games played after a run's last step, by their kind, and the problems of its tables. A game in
-    several tables counts once."""
+    several tables counts once. Games differ in seed, number of environments, environment, or number of games played there
+    before."""
     found, problems = {}, []
     for path in sorted(Path(run.source).glob(PATTERN)) if os.path.isdir(run.source) else []:
         try:
             names, rows = table_rows(path)
             if not set(COLUMNS) <= set(names):
                 raise ValueError
+            envs, played = len({row["env"] for row in rows}), Counter()
             for row in rows:
+                place = row["seed"], envs, row["env"]
+                game = *place, played[place]
+                played[place] += 1
                 if int(row["step"]) == run.reached:
-                    game = row["seed"], row["game"]
                     found.setdefault(kind_of(row), {})[game] = float(row["episodic_return"])
         except (UsageError, OSError, ValueError, TypeError, KeyError):
             problems.append(f"{path}: is not a whole table of games; left out of the evaluations")

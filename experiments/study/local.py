@@ -60,11 +60,23 @@ def visible_gpus() -> list[str]:
     return list(_present_gpus())
 
 
-@functools.cache  # it may take seconds, and prints a warning only once
+@functools.cache  # prints its warning only once
 def _present_gpus() -> tuple[str, ...]:
     """Return the GPUs that nvidia-smi lists. If it fails or does not end, print a line and return none."""
+    found, why = _listed_gpus()
+    if why:
+        print(
+            f"*** no GPU is used: nvidia-smi: {why}. Name the GPUs with --gpus, or use none with an empty --gpus ***",
+            flush=True,
+        )
+    return found
+
+
+@functools.cache  # it may take seconds
+def _listed_gpus() -> tuple[tuple[str, ...], str]:
+    """Return the GPUs that nvidia-smi lists, and why there are none if it fails or does not end."""
     if shutil.which("nvidia-smi") is None:
-        return ()
+        return (), ""
     listed, why = "", ""
     try:
         process = subprocess.Popen(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -77,18 +89,14 @@ def _present_gpus() -> tuple[str, ...]:
     except OSError as error:
         why = str(error)
     if why:
-        print(
-            f"*** no GPU is used: nvidia-smi: {why}. Name the GPUs with --gpus, or use none with an empty --gpus ***",
-            flush=True,
-        )
-        return ()
+        return (), why
     found: list[list[str]] = []
     for line in listed.splitlines():
         if line.startswith("GPU "):
             found.append([])
         elif found and (instance := re.search(r"\(UUID: (MIG-[^)]+)\)", line)):
             found[-1].append(instance[1])
-    return tuple(gpu for i, instances in enumerate(found) for gpu in instances or [str(i)])
+    return tuple(gpu for i, instances in enumerate(found) for gpu in instances or [str(i)]), ""
 
 
 def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | None) -> list[Slot]:
@@ -106,6 +114,12 @@ def make_slots(gpus: tuple[str, ...] | None, runs_per_gpu: int, workers: int | N
     require(runs_per_gpu >= 1, f"--runs-per-gpu {runs_per_gpu}: must be at least 1")
     require(workers is None or workers >= 1, f"--workers {workers}: must be at least 1")
     found = visible_gpus() if gpus is None else list(gpus)
+    wrong = next((gpu for gpu in gpus or () if not DEVICE.fullmatch(gpu)), None)
+    require(wrong is None, f"--gpus {wrong}: is no index or UUID of a GPU; separate several by spaces, --gpus 0 1")
+    listed = _listed_gpus()[0] if gpus else ()
+    unknown = next((gpu for gpu in gpus or () if gpu.isdecimal() and listed and int(gpu) >= len(listed)), None)
+    require(unknown is None, f"--gpus {unknown}: nvidia-smi lists {len(listed)} GPUs, numbered from 0")
+    require(bool(found) or runs_per_gpu == 1, f"--runs-per-gpu {runs_per_gpu}: no GPU is used; use --workers")
     require(len(set(found)) == len(found), f"--gpus {' '.join(found)}: has duplicates; remove them")
     require(not found or workers is None, "--workers: applies only without GPUs; use --runs-per-gpu, or leave --gpus empty")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

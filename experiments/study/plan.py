@@ -172,6 +172,8 @@ def plan(
             given = given.replace("_", "-").partition("=")[0]
             own_flag = given.startswith("--") and given.removeprefix("--") in RUNNERS
             require(not own_flag, f"{given}: is set for each run; leave it out, and choose --env-ids, seeds and --logdir")
+        for flag in sorted(named(own) & named(flags)):
+            require(False, f"--scripts {text!r}: --{flag} is also given after --, for all runs; give it in one place")
         name = "__".join(filter(None, (SHORT.get(path.stem, path.stem), slug(own))))
         found.append((path, name, own))
     names = [name for _, name, _ in found]
@@ -193,7 +195,7 @@ def plan(
                 check_flags(args)
                 record = folder.read_record(logdir / name)
                 if record is not None:
-                    check_continued(args, record["flags"], f"{logdir / name}")
+                    check_continued(args, record["flags"], f"{logdir / name}", "choose another --logdir")
                 batch = args.num_envs * args.num_steps
                 steps = args.total_timesteps // batch * batch
                 given = [f"--{flag.replace('_', '-')}={value}" for flag, value in of_run.items()]
@@ -201,6 +203,18 @@ def plan(
                 require(not args.track or "WANDB_RUN_ID" not in os.environ, one)
                 runs.append(PlannedRun(name, script, short(env_id), seed, steps, [sys.executable, str(path), *given, *more]))
     return runs
+
+
+def named(words: list[str]) -> set[str]:
+    """Return the names of the flags among the words of a command line; `norm-adv` for `--no-norm-adv`."""
+    typed = (word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--"))
+    return {name.removeprefix("--").removeprefix("no-") for name in typed}
+
+
+def count_extended(logdir: Path, runs: list[PlannedRun]) -> int:
+    """Return how many of the runs are finished, but with fewer steps than planned now."""
+    records = ((run, folder.read_record(logdir / run.name)) for run in runs)
+    return sum(0 < (record or {}).get("finished_at", 0) < run.steps for run, record in records)
 
 
 def write_plan(logdir: Path, runs: list[PlannedRun]) -> None:
@@ -328,6 +342,8 @@ def state_of(logdir: Path, run: PlannedRun) -> Progress:
             # a process that a signal ended has printed no reason
             why = [f"exit code {code}", *errors[-1:]] if code < 128 else [f"exit code {code}: signal {code - 128}"]
             return done._replace(kind="failed", error=": ".join(why))
+    if record is not None and record.get("diverged_at"):  # with --no-stop-if-not-finite
+        return done._replace(kind="failed", error=f"not finite at step {record['diverged_at']:,}")
     return done if record is not None else Progress("left")
 
 

@@ -32,13 +32,13 @@ OF_EPISODES = ("charts/episodic_return", "charts/episodic_length")  # in every r
 WEIGHTED = (*OF_EPISODES, "charts/human_normalized_score", "charts/relative_improvement")  # means over `charts/episodes`
 WANDB = "wandb:"
 LEFT_OUT = "; skipped"  # ends the message about a run that is not in the comparison
-LAUNCHED = {f"--{flag}" for flag in (*RUNNERS, "wandb-group")}  # flags of a planned command that do not affect results
+LAUNCHED = {f"--{flag}" for flag in RUNNERS}  # flags of a planned command that do not affect results
 DAMAGED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)  # errors that bad JSON causes
 
 
 class RunRecord(NamedTuple):
     """The scores of a run. `source` names it in messages; `flags` are its non-default flags, as on the command line. Commit,
-    uncommitted changes (`dirty`) and versions are those of its last session; None if they are unknown."""
+    uncommitted changes (`dirty`) and versions are those of its last session. What is unknown is None."""
 
     source: str
     script: str
@@ -52,11 +52,13 @@ class RunRecord(NamedTuple):
     commit: str | None = None
     dirty: bool | None = None
     versions: dict[str, str] | None = None
+    extended: str | None = None  # "no", or the steps of its earlier, shorter schedules
+    diverged: int | None = None  # the step at which a loss or a parameter was not finite
 
     @property
     def is_finished(self) -> bool:
-        """Return True if the run has made all its steps."""
-        return self.reached >= self.planned
+        """Return True if the run has made all its steps, and the last one gave finite numbers."""
+        return self.reached >= self.planned and self.diverged is None
 
     @property
     def reached(self) -> int:
@@ -182,9 +184,18 @@ def read_folder(path: Path, metric: str) -> tuple[RunRecord | None, list[str]]:
     rows = sorted({row[0]: row for row in rows}.values())
     try:
         run = _record(str(path), record["script"], record["flags"], rows, (record["sittings"] or [None])[-1])
+        past = run.step <= run.planned  # a longer run counts from its first checkpoint on
+        run = run._replace(step=run.step[past], value=run.value[past], weight=run.weight[past])
         lost = record.get("finished_at", 0) > run.reached
+        absent = run.reached // (record["flags"]["num_envs"] * record["flags"]["num_steps"]) - len(rows) - bad
     except DAMAGED:
         return None, [*problems, f"{path}: {RECORD} is not from a run of these scripts{LEFT_OUT}"]
+    extended = ", ".join(f"{steps:,}" for steps in record.get("extended_from", []))
+    diverged = record.get("diverged_at")
+    diverged = diverged if diverged and run.reached <= diverged else None  # else it was resumed, and got beyond
+    run = run._replace(extended=f"from {extended} steps" if extended else "no", diverged=diverged)
+    if absent > 0:
+        problems.append(f"{path}: {absent} of {len(rows) + bad + absent} rows of {METRICS} are missing")
     if lost:
         said = f"{METRICS} ends at step {run.reached:,} although the run is finished; it counts as unfinished"
         problems.append(f"{path}: {said}")
@@ -217,6 +228,20 @@ def table_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     for row in rows if separator == ";" else []:
         row |= {name: row[name].replace(",", ".") for name in COLUMNS[-2:] if row.get(name)}
     return list(reader.fieldnames or ()), rows
+
+
+def check_table(path: Path, columns: Iterable[str], flag: str) -> list[dict[str, str]]:
+    """Check that a table to be written replaces nothing, or a table of the same columns, and return that one's rows.
+
+    Raises:
+        UsageError: the file is something else. `flag`, which sets it, begins the message.
+    """
+    try:
+        names, rows = table_rows(path) if path.exists() else ([*columns], [])
+    except UsageError:
+        names, rows = [], []
+    require(names == [*columns], f"{flag}: would replace {path}, which has other columns; choose another name, or delete it")
+    return rows
 
 
 def read_table(path: Path) -> list[RunRecord]:
@@ -263,15 +288,20 @@ def read_wandb(project: str, metric: str) -> Reading:
             source = f"{WANDB}{project}/{run.id}"
             # scan_history returns only rows with all keys, so read all updates first, then those in which an episode ended
             rows = {row["global_step"]: (row["global_step"], np.nan, 0.0) for row in run.scan_history(keys=["global_step"])}
-            for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
-                rows[row["global_step"]] = _point(metric, row["global_step"], row[metric], row["charts/episodes"])
+            try:
+                for row in run.scan_history(keys=["global_step", metric, "charts/episodes"]):
+                    rows[row["global_step"]] = _point(metric, row["global_step"], row[metric], row["charts/episodes"])
+            except DAMAGED:
+                raise UsageError(f"--metric {metric}: is not a number in {source}; choose another metric") from None
             if not any(weight > 0 for *_, weight in rows.values()):
                 problems.append(f"{source}: has no {metric}{LEFT_OUT}")
                 with contextlib.suppress(*DAMAGED):
                     skipped.append(_unread(source, run.config["script"], dict(run.config)))
                 continue
             try:
-                found.append(_record(source, run.config["script"], dict(run.config), sorted(rows.values()), dict(run.config)))
+                one = _record(source, run.config["script"], dict(run.config), sorted(rows.values()), dict(run.config))
+                diverged = getattr(run, "summary", {}).get("diverged_at")
+                found.append(one._replace(diverged=diverged and int(diverged)))
             except DAMAGED:
                 problems.append(f"{source}: its config is not from a run of these scripts{LEFT_OUT}")
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -320,7 +350,9 @@ def _read_folders(path: Path, metric: str) -> Reading:
             )
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-        folders, planned, problems = inside, {}, []
+        studies = [one for one in inside if os.path.lexists(one / PLAN)]
+        problems = [f"{one}: is the folder of a study; name it too to compare its runs" for one in studies]
+        folders, planned = [one for one in inside if one not in studies], {}
         if os.path.lexists(path / PLAN):
             try:
                 planned = planned_runs(path)  # before the runs are read: it makes own scripts importable
@@ -434,10 +466,12 @@ def last_tenth(run: RunRecord) -> float:
 
 
 def write_table(path: Path, runs: list[RunRecord]) -> None:
-    """Write a row for each bin of the runs; on an error, the old file stays as it is."""
+    """Write a row for each bin of the runs; on an error, the old file stays as it is. The last bin of a run that diverged in
+    its last update is left out, so that the table does not call the run finished."""
     rows = []
     for run in runs:
         first = (run.script, run.env_id, run.flags, run.seed, run.planned)
-        for step, value, weight in zip(run.step, run.value, run.weight, strict=True):
+        whole = len(run.step) - (run.diverged is not None and run.reached >= run.planned)
+        for step, value, weight in list(zip(run.step, run.value, run.weight, strict=True))[:whole]:
             rows.append((*first, step, f"{value:.6g}" if weight > 0 else "", f"{weight:.6g}"))
     write_csv(path, COLUMNS, rows)

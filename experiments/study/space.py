@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from envs.options import WORDS
 from envs.registry import family
-from experiments.study.plan import RUNNERS
+from experiments.study.plan import RUNNERS, named
 from utils.runs.flag_types import as_typed
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
 
@@ -155,8 +155,7 @@ def check_space(space: Space, args_type: type, env_ids: tuple[str, ...], flags: 
         UsageError: the script refuses a value, or does not read the flag together with the others.
     """
     for name in space:
-        given = any(word.replace("_", "-").partition("=")[0] in (f"--{name}", f"--no-{name}") for word in flags)
-        require(not given, f"--{name}: is searched, so every trial sets it; leave it out after --")
+        require(name not in named(flags), f"--{name}: is searched, so every trial sets it; leave it out after --")
     names = {name: name.replace("-", "_") for name in space}
     for env_id in {family(env_id): env_id for env_id in env_ids}.values():  # the environments of a family share their defaults
         usual = parse_flags(args_type, [f"--env-id={env_id}", *flags])

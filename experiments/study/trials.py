@@ -171,7 +171,7 @@ class Trials(Source):
             last = max(steps)
             return Outcome("pruned", steps[last], *rest, f"after {last} of {self._last_rung()} {self._unit()}", False, attrs)
         if reason:
-            return Outcome("failed", None, *rest, reason, "not finite in update" in reason)
+            return Outcome("failed", None, *rest, reason, "not finite" in reason)
         return Outcome("complete", self._mean(known), *rest, "", False, attrs)
 
     def _mean(self, scores: dict[str, float]) -> float:
@@ -181,9 +181,9 @@ class Trials(Source):
 
     def _score(self, runs: list[PlannedRun], share: float = 1.0) -> float | None:
         """Return the score of an environment; None if no episode ended, or if rows of its metrics are lost."""
-        records = [read_folder(self.search.logdir / run.name, OF_EPISODES[0])[0] for run in runs]
-        lost = any(record is None or record.reached < share * record.planned for record in records)
-        return None if lost else score(records, share)
+        readings = [read_folder(self.search.logdir / run.name, OF_EPISODES[0]) for run in runs]
+        lost = any(run is None or problems or run.reached < share * run.planned for run, problems in readings)
+        return None if lost else score([run for run, _ in readings], share)
 
     def _unit(self) -> str:
         return "environments" if self.search.settings.prune_on == "games" else "quarters of the steps"

@@ -126,6 +126,74 @@ def test_gymnax_returns_terminal_observations_and_tells_time_limits():
     assert not any(np.any(s.unseen_end) for s in steps)
 
 
+class Stored(NamedTuple):
+    time: jax.Array
+    place: jax.Array
+    terminal: jax.Array
+
+
+class Storing(Ticking):
+    """As gymnax's MinAtar games before version 1: the state stores that the episode is over, and `is_terminal` reads it."""
+
+    def reset_env(self, key, params):
+        obs, state = super().reset_env(key, params)
+        return obs, Stored(*state, jnp.zeros((), bool))
+
+    reset = reset_env
+
+    def is_terminal(self, state, params):
+        return super().is_terminal(state, params) | getattr(state, "terminal", False)
+
+    def step_env(self, key, state, action, params):
+        obs, new, reward, done, info = super().step_env(key, state, action, params)
+        return obs, Stored(*new, done), reward, done, info
+
+
+class Telling(Ticking):
+    """As games of gymnax 1: only `is_truncated` knows the time limit, and `step` returns both ends."""
+
+    def is_terminal(self, state, params):
+        return state.place >= params.goal
+
+    def is_truncated(self, state, params):
+        return state.time >= params.max_steps_in_episode
+
+    def step(self, key, state, action, params):
+        obs, new, reward, terminated, info = self.step_env(key, state, action, params)
+        truncated = self.is_truncated(new, params)
+        choose = lambda a, b: jnp.where(terminated | truncated, a, b)  # noqa: E731
+        first_obs, first = self.reset_env(key, params)
+        return choose(first_obs, obs), jax.tree.map(choose, first, new), reward, terminated, truncated, info
+
+
+@pytest.mark.parametrize("game", [Ticking(), Storing(), Telling()])
+def test_gymnax_games_of_all_versions_tell_time_limits(game):
+    """The goal after three steps, a reset, and the time limit after six."""
+    _, steps = step_by_step(Gymnax(game, Params(), 2, 0), [1, 1, 1, 0, *[0] * 6, 0])
+    assert [bool(s.terminated[0]) for s in steps] == [k == 2 for k in range(11)]
+    assert [bool(s.truncated[0]) for s in steps] == [k == 9 for k in range(11)]
+    _, steps = step_by_step(Gymnax(game, Params(goal=6), 2, 0), [1] * 6)  # both in one step
+    assert steps[5].terminated[0] and not steps[5].truncated[0]
+    if isinstance(game, Telling):
+        alone = SimpleNamespace(num_actions=2, reset=game.reset, step=game.step)
+        _, steps = step_by_step(Gymnax(alone, Params(), 2, 0), [0] * 7)
+        assert [bool(s.truncated[0]) for s in steps] == [bool(s.unseen_end[0]) for s in steps] == [k == 5 for k in range(7)]
+        assert [bool(s.valid[0]) for s in steps] == [k != 5 for k in range(7)]
+
+
+def test_a_resumed_own_environment_draws_other_numbers(tmp_path):
+    """If it cannot be saved; of one that can, the state is restored."""
+    (tmp_path / "mine.py").write_text(
+        "import jax, jax.numpy as jnp\nfrom envs.jax_env import JaxEnv\n\n"
+        "class Dice(JaxEnv):\n    num_actions, saveable = 2, False\n"
+        "    start_one = lambda self, key: jax.random.uniform(key, 3)\n    observe_one = lambda self, game: game\n"
+        "    step_one = lambda self, key, game, action: (game, 0.0, False, False)\n"
+    )
+    args = make_args(deep_spi.Args, env_id=f"{tmp_path / 'mine.py'}:Dice", num_envs=2)
+    first, same, later = (make_env(args, iteration).reset()[1] for iteration in (0, 0, 5))
+    assert np.array_equal(first, same) and not np.any(first == later)
+
+
 def test_gymnax_marks_ends_that_it_cannot_see():
     """With only a `step` that resets, an end returns the next episode's first observation, and no reset step follows."""
     game = SimpleNamespace(num_actions=2, reset=Ticking().reset, step=Ticking().step)

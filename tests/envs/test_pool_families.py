@@ -190,6 +190,7 @@ def test_what_cannot_be_trained_on_says_why(env_id, said):
         ("Pong-v5", ("noop_max=3",), "has no such option"),
         ("CartPole-v1", ("length=2",), "has no such option"),
         ("ConfoundingGridworld-v0", ("n_path=3",), "has no options"),
+        ("Pong-v5", ("zero_discount_on_life_loss=true",), "zero_discount_on_life_loss"),
         ("Breakout-MinAtar", ("a=3",), "has no options"),
     ],
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import heatmap
-from experiments.study.records import COLUMNS
+from experiments.study.records import COLUMNS, read_table
 from utils.runs.flags import UsageError
 
 ARGS = heatmap.Args(runs=(), x="clip-coef", y="transition-loss-coef")
@@ -22,7 +22,7 @@ def table(path, runs):
     return replace(ARGS, runs=(str(path),), output=path.with_name("out.png"))
 
 
-def test_cells_are_means_of_finished_runs(tmp_path):
+def test_cells_are_means_of_finished_runs(tmp_path, capsys):
     args = table(
         tmp_path / "t.csv",
         [
@@ -34,7 +34,11 @@ def test_cells_are_means_of_finished_runs(tmp_path):
         ],
     )
     heatmap.main(args)
+    assert "seed 1: not finished, at 60 of 100 steps; skipped ***" in capsys.readouterr().out
     assert args.output.stat().st_size > 10_000
+    drawn = heatmap.draw(heatmap.cells(read_table(tmp_path / "t.csv"), args.x, args.y), args.x, args.y, "return")
+    breakout, pong = ([text.get_text() for text in axes.texts] for axes in drawn.axes)
+    assert breakout == ["4", "7\n(1 of 2)"] and pong == ["-2\n(1 of 2)"]  # the picture says which means are of fewer runs
     assert (tmp_path / "out.csv").read_text().splitlines() == [
         "env_id,transition-loss-coef,clip-coef,mean,std,runs",
         f"Breakout-v5,0.0005,0.1,4,{np.sqrt(2):.6g},2",
@@ -54,6 +58,7 @@ def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
     heatmap.main(replace(args, where=("gamma=0.90",), output=tmp_path / "a.png"))
     assert "Pong-v5,0.0005,0.2,1,,1" in (tmp_path / "a.csv").read_text()
     several = table(tmp_path / "u.csv", [("ppo", "Pong-v5", "", 1, 1.0, True), *runs])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     gone = table(tmp_path / "gone.csv", [("gone", "Pong-v5", "", 1, 1.0, True)])
     for wrong, said in (
         (replace(args, x="transition_loss_coef"), "name two flags"),
@@ -62,6 +67,10 @@ def test_runs_that_differ_in_other_flags_are_refused(tmp_path):
         (replace(args, where=("gamma=0.5",)), "no run is left to draw"),
         (replace(args, output=tmp_path / "a.svg"), "name a .png file"),
         (replace(args, output=tmp_path / "t.png"), "would overwrite .*t.csv, which is an input"),
+        (
+            replace(args, where=("gamma=0.9",), output=tmp_path / "other.png"),
+            "other.csv, which has other columns; choose another name",
+        ),
         (replace(args, runs=args.runs * 2), "are duplicates: deep_spi on Pong-v5, seed 1"),
         (gone, "script gone cannot be imported; add its folder"),
         (replace(several, y="gamma"), "the runs are of several scripts, deep_spi, ppo"),

@@ -12,13 +12,28 @@ from pathlib import Path
 
 import pytest
 
+import ppo_atari_envpool_xla_jax_scan as ppo
 from envs.atari import atari_ids
 from experiments import run as launching
 from experiments.study import local, slurm, status
-from experiments.study.plan import BEGAN, ENDED, SETS, log_path, plan, read_plan, script_path, state_of, to_paste, write_plan
+from experiments.study.estimates import disk_bytes
+from experiments.study.plan import (
+    BEGAN,
+    ENDED,
+    SETS,
+    count_extended,
+    log_path,
+    plan,
+    read_plan,
+    script_path,
+    state_of,
+    to_paste,
+    write_plan,
+)
 from tests.commands import PPO, ROOT, command
 from utils.runs import folder as run_folder
-from utils.runs.flags import UsageError
+from utils.runs.flags import UsageError, make_args
+from utils.runs.stored_flags import to_store
 
 pytestmark = pytest.mark.minatar
 
@@ -159,6 +174,9 @@ def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
         (("ppo",), GAMES, ["--clip-coef=-1"], "--clip-coef -1"),
         (("ppo",), GAMES, ["--keep-checkpoints=0"], "--resume auto: needs checkpoints"),
         (("/tmp/nowhere/own.py",), GAMES, [], "no such script"),
+        (("ppo --gamma 0.9",), GAMES, ["--gamma=0.99"], "--scripts 'ppo --gamma 0.9': --gamma is also given after --"),
+        (("ppo --no-norm-adv",), GAMES, ["--norm_adv", "True"], "--norm-adv is also given after --, for all runs"),
+        (("ppo",), GAMES, ["--fc-layers", "64", "--fc_layers=32"], "--fc-layers: is given 2 times; write all its values after"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(scripts, env_ids, flags, said, tmp_path, monkeypatch):
@@ -211,7 +229,7 @@ def test_cores_and_gpus_are_divided(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5}, raising=False)
     assert [slot.cores for slot in local.make_slots((), 1, 2)] == [(5,), (5,)]
-    for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0)):
+    for wrong in ((None, 0, None), (("1", "1"), 1, None), (("1",), 1, 2), ((), 1, 0), (("0,1",), 1, None), ((), 2, None)):
         with pytest.raises(UsageError):
             local.make_slots(*wrong)
 
@@ -294,11 +312,14 @@ def test_what_nvidia_smi_lists(does, found, said, tmp_path, monkeypatch, capsys)
     for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(local, "NVIDIA_SMI_SECONDS", 0.5 if said else 30.0)
-    local._present_gpus.cache_clear()
+    local._present_gpus.cache_clear(), local._listed_gpus.cache_clear()
     try:
         assert local.visible_gpus() == local.visible_gpus() == found
+        if found:
+            with pytest.raises(UsageError, match=f"--gpus 9: nvidia-smi lists {len(found)} GPUs"):
+                local.make_slots(("0", "9"), 1, None)
     finally:
-        local._present_gpus.cache_clear()
+        local._present_gpus.cache_clear(), local._listed_gpus.cache_clear()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == bool(said) and all(said in line and "--gpus" in line for line in lines)
 
@@ -438,6 +459,25 @@ def test_a_signal_stops_all_runs_which_save(sent, code, tmp_path):
         assert state.kind == "stopped"
         assert saved(tmp_path / run.name) == state.step
         assert log_path(tmp_path, run.name).read_text().endswith(f"{ENDED} 143\n")
+
+
+def test_the_disk_space_of_a_run_includes_a_saved_replay_buffer(tmp_path):
+    """In each of two checkpoints 8,192 steps, with 10 x 10 x 4 bytes of observation each."""
+    flags = ["--total-timesteps=65536", "--use-replay-buffer", "--replay-capacity=8192", "--replay-prefill=8192"]
+    flags.append("--save-replay")
+    (run,) = plan(("dream_spi",), GAMES[:1], [1], flags, tmp_path)
+    with_buffer, without = disk_bytes(run), disk_bytes(run._replace(command=run.command[:-1]))
+    assert 2 * 8192 * 400 < with_buffer - without < 2 * 8192 * 500
+
+
+def test_finished_runs_that_get_more_steps_are_counted(tmp_path):
+    runs = plan(("ppo",), ("CartPole-v1",), [1, 2], ["--total-timesteps=2048"], tmp_path)
+    args = make_args(ppo.Args, env_id="CartPole-v1", total_timesteps=2048, seed=1)
+    (tmp_path / runs[0].name).mkdir()
+    written = {"name": "a", "algorithm": "ppo", "script": ppo.__name__, "seed": 1, "flags": to_store(args), "sittings": []}
+    (tmp_path / runs[0].name / "run.json").write_text(json.dumps(written | {"finished_at": 2048}))
+    assert count_extended(tmp_path, runs) == 0
+    assert count_extended(tmp_path, plan(("ppo",), ("CartPole-v1",), [1, 2], ["--total-timesteps=4096"], tmp_path)) == 1
 
 
 def test_dry_run_starts_nothing_and_says_how_long(tmp_path):

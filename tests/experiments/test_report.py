@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from scipy import stats
 
+import evaluate
 from experiments import report
 from experiments import run as launching
 from experiments.study.comparison import (
@@ -25,6 +26,7 @@ from experiments.study.comparison import (
     run_protocol,
     unequal,
 )
+from experiments.study.evaluations import games_of
 from experiments.study.figures import curves, filled, mean_curve
 from experiments.study.plan import plan, write_plan
 from experiments.study.records import (
@@ -39,7 +41,8 @@ from experiments.study.records import (
     typed_flags,
     write_table,
 )
-from utils.runs.flags import UsageError, make_args
+from utils.files import write_csv
+from utils.runs.flags import UsageError, make_args, parse_command
 from utils.runs.stored_flags import to_store
 
 RETURN = "charts/episodic_return"
@@ -99,6 +102,9 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     early = write_run(tmp_path / "early", "deep_spi", "Asterix-MinAtar", 6, [(1.0, 1), (2.0, 1)])
     identity = json.loads((early / "run.json").read_text())
     (early / "run.json").write_text(json.dumps(identity | {"finished_at": 3 * BATCH}))
+    holes = write_run(tmp_path / "holes", "deep_spi", "Breakout-MinAtar", 7, [(1.0, 1)] * 4)
+    first, _, *rest = (holes / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (holes / "metrics.jsonl").write_text("".join([first, *rest]))
     empty = write_run(tmp_path / "empty", "deep_spi", "Asterix-MinAtar", 2, [(1.0, 1)])
     (empty / "metrics.jsonl").write_text("")
     lost = write_run(tmp_path / "lost", "deep_spi", "Asterix-MinAtar", 3, [(1.0, 1)])
@@ -107,12 +113,15 @@ def test_what_is_damaged_is_named_and_the_rest_is_read(tmp_path):
     gone = write_run(tmp_path / "gone", "deep_spi", "Asterix-MinAtar", 5, [(1.0, 1)])
     (gone / "metrics.jsonl").unlink()
     found = read_runs([str(tmp_path)], RETURN)
-    assert [run.source for run in found.runs] == [str(cut), str(early), str(whole)] and found.runs[0].reached == 2 * BATCH
+    assert [run.source for run in found.runs] == [str(cut), str(early), str(whole), str(holes)] and found.runs[
+        0
+    ].reached == 2 * BATCH
     assert sorted(found.problems) == [
         f"{cut}: 1 of 3 rows of metrics.jsonl are damaged and ignored",
         f"{early}: metrics.jsonl ends at step 256 although the run is finished; it counts as unfinished",
         f"{empty}: metrics.jsonl has no {RETURN} yet; skipped",
         f"{gone}: metrics.jsonl cannot be read (No such file or directory); skipped",
+        f"{holes}: 1 of 4 rows of metrics.jsonl are missing",
         f"{lost}: run.json is missing or damaged; skipped",
         f"{none}: no episode ended in its 128 steps; skipped",
     ]
@@ -235,7 +244,7 @@ def test_scales():
 
 def run_report(monkeypatch, *words):
     monkeypatch.setattr("sys.argv", ["experiments/report.py", *map(str, words)])
-    report.main(report.tyro.cli(report.Args))
+    report.main(parse_command(report.Args))
 
 
 def test_the_page_holds_all_and_is_the_same_twice(tmp_path, monkeypatch, capsys):
@@ -285,6 +294,8 @@ def test_an_incomplete_grid_is_not_aggregated_unless_asked(tmp_path, monkeypatch
     page = (tmp_path / "r.html").read_text()
     assert page.count("<svg ") == 2 and "No aggregates" in page and "at 640 of 2,560 steps" in page and "runs/broken" in page
     assert not (tmp_path / "r_aggregates.png").exists()
+    with pytest.raises(UsageError, match="--against deep_sip: choose from ppo, deep_spi"):
+        run_report(monkeypatch, "runs", "--output", "r", "--against", "deep_sip")
     run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
     assert "Asterix-MinAtar,3" not in (tmp_path / "r_scores.csv").read_text()  # what it has reached is no final score
     page = (tmp_path / "r.html").read_text()
@@ -303,6 +314,63 @@ def write_study(logdir, scripts, finished, returns=((1.0, 1), (2.0, 1)), seeds=(
             stem = run.command[1].rpartition("/")[2].removesuffix(".py")
             write_run(logdir / run.name, stem, "CartPole-v1", run.seed, returns, **finished[which])
     return runs
+
+
+def test_runs_that_diverged_or_were_extended_are_named(tmp_path, monkeypatch):
+    runs = write_grid(tmp_path / "runs", games=("Breakout",))
+    for folder, change in (
+        ("Breakout__deep_spi__1", {"diverged_at": 2560}),
+        ("Breakout__deep_spi__2", {"extended_from": [1280]}),
+    ):
+        path = runs / folder / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "runs", "--output", "r", "--allow-incomplete")
+    text = (tmp_path / "r.md").read_text()
+    assert "deep_spi, Breakout-MinAtar, seed 1 | diverged, at 2,560 of 2,560 steps" in text
+    assert re.search(r"\| Breakout-MinAtar \| \S+ ± \S+ \(3\) \| \S+ ± \S+ \(2, 1 diverged\) \|", text)
+    assert "| extended | no | no, from 1,280 steps |" in text
+    for run in read_table(tmp_path / "r.csv"):  # a table knows no divergence, but it does not call the run finished
+        assert run.is_finished == ((run.script, run.seed) != ("deep_spi", 1))
+
+
+def test_a_metric_that_is_no_return_is_not_called_better(tmp_path, monkeypatch):
+    write_grid(tmp_path / "runs", games=("Breakout",))
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "runs", "--output", "r", "--metric", "charts/episodes")
+    text = (tmp_path / "r.md").read_text()
+    assert "P(larger than ppo)" in text and "larger may be worse" in text and "better" not in text
+
+
+def test_a_table_of_other_runs_is_not_replaced(tmp_path, monkeypatch):
+    runs = write_grid(tmp_path / "runs", games=("Breakout",))
+    monkeypatch.chdir(tmp_path)
+    run_report(monkeypatch, "runs", "--output", "r")
+    before = (tmp_path / "r.csv").read_bytes()
+    with pytest.raises(UsageError, match="--output r: would replace r.csv, which has other runs .ppo Breakout-MinAtar .* 1.;"):
+        run_report(monkeypatch, *runs.glob("*deep_spi*"), "--output", "r")
+    assert (tmp_path / "r.csv").read_bytes() == before
+    (tmp_path / "r_scores.csv").write_text("a\n1\n")
+    with pytest.raises(UsageError, match="--output r: would replace r_scores.csv, which has other columns"):
+        run_report(monkeypatch, "runs", "--output", "r")
+
+
+def test_a_study_among_the_runs_is_named(tmp_path):
+    write_study(tmp_path / "runs" / "study", ["ppo"], {0: {}})
+    write_run(tmp_path / "runs" / "alone", "deep_spi", "Breakout-MinAtar", 3, [(1.0, 2)])
+    found = read_runs([str(tmp_path / "runs")], RETURN)
+    assert [run.script for run in found.runs] == ["deep_spi"] and found.skipped == []
+    assert found.problems == [f"{tmp_path / 'runs' / 'study'}: is the folder of a study; name it too to compare its runs"]
+
+
+def test_games_of_several_evaluations_count_once(tmp_path):
+    """The second evaluation has other games than the first, and the third one more than the first."""
+    folder = write_run(tmp_path / "a", "deep_spi", "Breakout-MinAtar", 3, [(1.0, 2)])
+    for name, envs, games, value in (("", 2, 2, 1.0), ("_2", 4, 4, 2.0), ("_3", 2, 3, 1.0)):
+        rows = [("a", "deep_spi", "b", 3, BATCH, "train", 0, 1, i, i * envs // games, value, 5, 0) for i in range(games)]
+        write_csv(folder / f"evaluation{name}.csv", evaluate.COLUMNS, rows)
+    run, _ = read_folder(folder, RETURN)
+    assert games_of(run) == ({"as in training": [1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 1.0]}, [])
 
 
 def test_an_algorithm_without_any_run_is_missing(tmp_path, monkeypatch, capsys):
@@ -585,6 +653,11 @@ def test_weights_and_biases(monkeypatch):
         f"wandb:we/spi/b: has no {RETURN}; skipped",
         "wandb:we/spi/c: its config is not from a run of these scripts; skipped",
     ]
+
+    for row in rows:
+        row["params/encoder"] = {"bins": [0, 1], "values": [2]}
+    with pytest.raises(UsageError, match="--metric params/encoder: is not a number in wandb:we/spi/a; choose another"):
+        read_runs(["wandb:we/spi"], "params/encoder")
 
     def refuse():
         raise wandb.errors.CommError("no such project")

@@ -125,6 +125,14 @@ def test_runs_are_measured_and_what_cannot_be_is_named(tmp_path, capsys, monkeyp
     assert 0 < found["model_loss"] < 0.1 and 0 < found["model_loss_std"] < 0.1 and 0 < found["gradient_share"] < 1
     assert found["reward_r2"] < 0.5  # of rewards that nothing was learned of
     assert "| Catch-v0 | deep_spi | 1 |" in said
+    other = output.read_text() + output.read_text().splitlines()[1].replace(",1,384", ",9,384") + "\n"
+    output.write_text(other)
+    representations.main(representations.Args((study / "good",), output, num_envs=6, num_steps=20, skip=30))
+    assert output.read_text() == other  # the same row again, and that of another run stays
+    output.write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError, match="which has other columns; choose another name"):
+        representations.main(representations.Args((study / "good",), output))
+    output.unlink()
     with pytest.raises(UsageError, match="no finished runs"):
         representations.main(representations.Args((study / "unfinished",), output))
 

@@ -1,5 +1,6 @@
 """Write videos: MP4 with the optional imageio-ffmpeg, or GIF with Pillow."""
 
+import errno
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -70,6 +71,12 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray]) -> int:
             count += 1
     finally:
         writer.close()
+    try:  # write_frames does not say if ffmpeg failed at the end, for example on a full disk
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:
+        written = 0
+    if written < count:
+        raise OSError(errno.EIO, f"ffmpeg wrote {written} of {count} frames; is the disk full?", str(path))
     return count
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ DRAWN = Needs(
 )
 ON_GRIDWORLD = Needs(env_id=GRIDWORLD)
 TRACKED = Needs(track=True)
+CHECKPOINTED = Needs("checkpoints (--keep-checkpoints above 0)", lambda args: args.keep_checkpoints > 0)
 LAYERS = Needs("dense layers (--fc-layers)", lambda args: len(args.fc_layers) > 0)
 WATCHED = Needs("--track-params or --track-grads", lambda args: args.track_params or args.track_grads)
 
@@ -73,7 +75,8 @@ class RunArgs:
     """Atari: probability that a frame repeats the previous frame's action (sticky actions); default 0, or 0.3 with
     --stochastic-env"""
     noop_max: Annotated[int | None, Range(lambda x: 1 <= x <= 1000, "must be 1 to 1000"), ATARI] = None
-    """Atari: maximum number of no-ops at the start of a game (uniform from 1); default 30, or 60 with --stochastic-env"""
+    """Atari: maximum number of no-ops before a game and after each lost life (uniform from 1); default 30, or 60 with
+    --stochastic-env"""
     full_action_space: Annotated[bool, ATARI] = False
     """Atari: use all 18 actions, not only those that have an effect in the game"""
     env_step: Annotated[Literal["auto", "xla", "callback"], POOL, MAY_CHANGE] = "auto"
@@ -98,7 +101,7 @@ class RunArgs:
     resume: Annotated[str, MAY_CHANGE] = "never"
     """never: start a new run; auto: resume the run named --run-name from its last checkpoint, or start it if it does not
     exist; a path: resume from that run folder or checkpoint"""
-    save_every: Annotated[NotNegative, MAY_CHANGE] = 900.0
+    save_every: Annotated[NotNegative, MAY_CHANGE, CHECKPOINTED] = 900.0
     """seconds between checkpoints (0: after every update); the end and a signal also write one, if there is anything to save"""
     keep_checkpoints: Annotated[int, at_least(0), MAY_CHANGE] = 2
     """number of most recent checkpoints to keep; 0 writes none"""
@@ -308,12 +311,48 @@ def annotations_of(hint: Any) -> Iterator[Any]:
             yield from annotations_of(inner)
 
 
+def _takes_list(hint: Any) -> bool:
+    """Return True if the type of a flag is a tuple, possibly annotated or optional."""
+    return get_origin(hint) is tuple or any(map(_takes_list, get_args(hint)))
+
+
+def refuse_repeated(args_type: type, tokens: list[str]) -> None:
+    """Refuse a flag for a list that is given twice: the second would silently replace the first.
+
+    Raises:
+        UsageError: there is one.
+    """
+    hints = get_type_hints(args_type, include_extras=True)
+    appends = {name for name, hint in hints.items() if tyro.conf.UseAppendAction in annotations_of(hint)}
+    lists = {name for name, hint in hints.items() if _takes_list(hint)} - appends
+    given = Counter(token.partition("=")[0].removeprefix("--").replace("-", "_") for token in tokens if token.startswith("--"))
+    for name in lists:
+        flag = f"--{name.replace('_', '-')}"
+        require(given[name] < 2, f"{flag}: is given {given[name]} times; write all its values after one {flag}")
+
+
+def parse_command(args_type: type, argv: list[str] | None = None) -> Any:
+    """Parse the command line of a program that is not a training script (`parse_flags`).
+
+    Raises:
+        UsageError: a flag for a list is given twice.
+    """
+    tokens = sys.argv[1:] if argv is None else argv
+    refuse_repeated(args_type, tokens)
+    return tyro.cli(args_type, args=tokens)
+
+
 def parse_flags(args_type: type, argv: list[str] | None = None) -> Any:
-    """Parse the command line. Switches are `--track` and `--no-anneal-lr`, or `--track=True` and `--anneal_lr False`, as sweeps
-    pass them. Flags that are not given have the environment's defaults."""
+    """Parse the command line of a training script. Switches are `--track` and `--no-anneal-lr`, or `--track=True` and
+    `--anneal_lr False`, as sweeps pass them. Flags that are not given have the environment's defaults.
+
+    Raises:
+        UsageError: a switch has another value than True or False, or a flag for a list is given twice.
+    """
     env_id = args_type.env_id
     switches = {field.name for field in dataclasses.fields(args_type) if isinstance(field.default, bool)}
     typed, tokens = [], list(sys.argv[1:] if argv is None else argv)
+    refuse_repeated(args_type, tokens)
     while tokens:
         token = tokens.pop(0)
         name, equals, value = token.partition("=")

@@ -1,7 +1,6 @@
 """A run's folder: its location, its lock, and run.json, which records how the run was made."""
 
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -20,7 +19,7 @@ import jax
 
 from envs import own
 from envs.registry import file_name
-from utils.files import INCOMPLETE
+from utils.files import INCOMPLETE, without_locks
 from utils.runs.flags import UsageError
 from utils.runs.logs import METRICS
 from utils.runs.outputs import expand
@@ -33,6 +32,7 @@ CODE = ("envs", "networks", "utils")  # packages that scripts import
 ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE")  # set in git's hooks: another repository
 GIT_SECONDS = 10
 IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `describe_run` that every checkpoint stores too
+OPTIONAL = ("extended_from", "wandb")  # entries that it stores if they exist
 
 
 def versions() -> dict[str, str]:
@@ -158,7 +158,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         wandb = record.get("wandb")
         if wandb is not None:
             texts += [wandb["id"], wandb["project"], wandb["entity"] or ""]
-        numbers = [record["seed"], record.get("finished_at", 0), wandb["logged_to"] if wandb else 0]
+        numbers = [record["seed"], record.get("finished_at", 0), record.get("diverged_at", 0), *record.get("extended_from", [])]
+        numbers += [wandb["logged_to"]] if wandb else []
         whole = isinstance(record["flags"], dict) and isinstance(record["sittings"], list)
         whole = whole and all(isinstance(x, str) for x in texts) and all(isinstance(x, int) for x in numbers)
         return record if whole else None
@@ -192,7 +193,7 @@ def claim(folder: Path) -> filelock.BaseFileLock:
             whose = "another process"
         raise UsageError(f"{folder}: in use by {whose}; wait for it to end, or choose another --run-name") from None
     except (NotImplementedError, OSError) as error:
-        if getattr(error, "errno", errno.ENOSYS) not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if not without_locks(error):
             raise
         print(f"*** the file system of {folder} has no locks; make sure that only one process uses the run ***")
     (folder / OWNER).write_text(f"process {os.getpid()} on {socket.gethostname()}")

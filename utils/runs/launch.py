@@ -43,8 +43,8 @@ def run_script(main: Callable, args_type: type) -> None:
     run_main(lambda: main(parse_flags(args_type)))
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run `main`. Errors that are not bugs end the process with a one-line message.
+def run_main(main: Callable[[], None], out_of_memory: str = OUT_OF_MEMORY) -> None:
+    """Run `main`. Errors that are not bugs end the process with a one-line message; `out_of_memory` is that for a full memory.
 
     Exit codes: 0 on success or if the run was already finished; 2 for a mistake of the user; 128 + signal number if a signal
     stopped the run (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 1 otherwise.
@@ -60,13 +60,13 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except MemoryError:
-        fail(OUT_OF_MEMORY, 1)
+        fail(out_of_memory, 1)
     except OSError as error:  # such as a full disk or a read-only folder
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{REMEDIES.get(error.errno, '')}", 1)
     except jax.errors.JaxRuntimeError as error:
         if not any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
-        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
+        print(f"error: {out_of_memory}", file=sys.stderr)
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(1)  # all files are closed; a normal exit would make JAX raise the error again
     finally:  # only the interpreter's shutdown is left; no signal may print a traceback there

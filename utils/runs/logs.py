@@ -188,7 +188,9 @@ class Logger:
         at = f"run stopped at step {self.step:,}"
         moved = Path(now).parent
         if Path(now).name == METRICS and moved != self.folder.resolve():
-            raise FolderLost(f"{self.folder}: was moved to {moved} during the run; {at}; resume it with --resume {moved}")
+            raise FolderLost(
+                f"{self.folder}: was moved to {moved} during the run; {at}; resume it with --resume {moved}, without --run-name"
+            )
         what = f"{METRICS} was replaced or deleted" if self.folder.exists() else "was deleted"
         raise FolderLost(f"{self.folder}: {what} during the run; {at}; leave the folder of a run in place until it ends")
 

@@ -13,6 +13,8 @@ The state may be donated to the next iteration as soon as `run.log` returns.
 """
 
 import contextlib
+import json
+import math
 import os
 import shlex
 import shutil
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from envs.protocol import EpisodeStats
 from envs.registry import GRIDWORLD, file_name
 from utils.devices import distribute, on_one_device
 from utils.evaluation.camera import Camera
@@ -53,6 +56,12 @@ def finite_parts(params: Any, opt_state: Any) -> tuple[list[str], jax.Array]:
     """Return a name for each network's parameters and for the optimizer state, and whether all values of each are finite."""
     names = [f"the parameters of {name}" for name in params._fields] + ["the optimizer state"]
     return names, _all_finite([*params, opt_state])
+
+
+def restarted(env_state: Any) -> Any:
+    """Return the state of environments that start anew in a resumed run: see `EpisodeStats.to_count`."""
+    hide = lambda x: x._replace(counts=jnp.zeros_like(x.counts)) if isinstance(x, EpisodeStats) else x  # noqa: E731
+    return jax.tree.map(hide, env_state, is_leaf=lambda x: isinstance(x, EpisodeStats))
 
 
 track_params = jax.jit(lambda params: statistics(params, "params/"))
@@ -85,7 +94,7 @@ class Run:
         self.num_iterations = args.total_timesteps // steps_per_iteration
         self.saves_replay = getattr(args, "save_replay", False)  # not every script has a replay buffer
         self.iteration, self.saved, self.damaged, self.said = 0, None, {}, []
-        self.lock, self.made, self.complete, self.camera = None, False, False, None
+        self.lock, self.made, self.complete, self.diverged, self.camera = None, False, False, None, None
         self.folder, named = folder.locate(args, algorithm)
         self.checkpoints = Checkpoints(self.folder / folder.CHECKPOINTS, args.keep_checkpoints)
         self.new = folder.is_new(self.folder) or (args.resume == "never" and args.run_name is None)
@@ -122,17 +131,24 @@ class Run:
         if self.record is None:
             what = f"{self.folder / folder.RECORD} is missing or damaged"
             require(self.saved is not None, f"{what}, and there is no checkpoint; choose another --run-name")
-            self.record = {name: self.saved.progress[name] for name in folder.IDENTITY} | {"sittings": []}
+            kept = (*folder.IDENTITY, *folder.OPTIONAL)
+            self.record = {name: self.saved.progress[name] for name in kept if name in self.saved.progress} | {"sittings": []}
             self.said.append(f"*** {what}; rebuilt from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record
-        check_continued(self.args, stored["flags"], f"run {self.record['name']}")
+        remedy = "choose another --run-name" if self.args.run_name else "leave out --resume, which starts a new run"
+        check_continued(self.args, stored["flags"], f"run {self.record['name']}", remedy)
+        before = json.dumps(self.record)
+        self.record["flags"]["total_timesteps"] = stored["flags"]["total_timesteps"]
+        if (extended := stored.get("extended_from", [])) != self.record.get("extended_from", []):
+            self.record["extended_from"] = extended
         done = self.record.get("finished_at", 0)
         if self.saved:
             self.iteration = stored["iteration"]
             done = max(done, stored["step"])
         if done >= self.num_iterations * self.steps_per_iteration:
-            if self.record.get("finished_at", 0) < done:  # the process died after its last checkpoint
-                write_json(self.folder / folder.RECORD, self.record | {"finished_at": done})
+            self.record["finished_at"] = done
+            if json.dumps(self.record) != before:  # the process died after its last checkpoint
+                write_json(self.folder / folder.RECORD, self.record)
             raise RunIsFinished(f"{self.folder}: already finished after {done:,} steps")
         if self.saved is None:
             gone = done or self.record["flags"].get("keep_checkpoints") == 0
@@ -176,12 +192,14 @@ class Run:
             self.record |= {"wandb": None, "name": name}
         if known and self.record["flags"]["track"]:
             known["logged_to"] = max(known["logged_to"], last_step(self.folder))
-        self.record["flags"] = flags
+        # a run that is extended has its old length until its first checkpoint
+        before = self.saved.progress["flags"] if self.saved else flags
+        self.record["flags"] = flags | {"total_timesteps": before["total_timesteps"]}
         self.record["sittings"].append(folder.describe_sitting(step))
         write_json(self.folder / folder.RECORD, self.record)
         self.checkpoints.clean(self.damaged)
         if self.saved is None and not self.new and (self.folder / METRICS).exists():
-            os.replace(self.folder / METRICS, self.folder / (METRICS + BEFORE))
+            self._set_aside(self.folder / METRICS)
         rows = cut_back(self.folder, step)
         if len(rows) < self.iteration:
             self.said.append(f"*** {self.folder / METRICS}: {self.iteration - len(rows)} earlier rows are missing ***")
@@ -209,6 +227,12 @@ class Run:
         self.logger.start()
         self.next_save = time.monotonic() + self.args.save_every
         self.signals.watch(self._first_signal)
+
+    def _set_aside(self, path: Path) -> None:
+        """Rename the metrics of an attempt that left no checkpoint, unless there are none."""
+        if path.stat().st_size:
+            names = (f"{path.name}{BEFORE}{number}" for number in ("", *range(2, 10_000)))
+            os.replace(path, next(path.with_name(name) for name in names if not path.with_name(name).exists()))
 
     def _wandb_config(self, flags: dict[str, Any]) -> dict[str, Any]:
         """Return what W&B shows of the run: flags, versions, device, and CleanRL's names for what its plotting tools read."""
@@ -289,12 +313,19 @@ class Run:
             ended = failure is None and self.iteration == self.num_iterations
             if ended and self.complete:
                 self.record["finished_at"] = self.logger.step
+            if isinstance(failure, FloatingPointError):  # --debug-nans
+                self.diverged = self.logger.step + self.steps_per_iteration
+            if self.diverged and (ended or isinstance(failure, (NotFinite, FloatingPointError))):
+                self.record["diverged_at"] = self.diverged
+            elif self.logger.step >= self.record.get("diverged_at", math.inf):  # it got beyond
+                del self.record["diverged_at"]
             if self.wandb is not None:
+                self.wandb.summarize(diverged_at=self.record.get("diverged_at"))
                 self._note_wandb()
             if not lost:
                 attempt(write_json, self.folder / folder.RECORD, self.record)
             if self.wandb is not None:
-                if ended and not lost:
+                if ended and self.complete and not lost:
                     self._tell_wandb_the_end()
                 code = 128 + failure.signum if isinstance(failure, Interrupted) else int(failure is not None)
                 attempt(self.wandb.finish, code)
@@ -315,7 +346,7 @@ class Run:
         score = final_return(self.folder, self.num_iterations * self.steps_per_iteration)
         if score is not None:
             self.wandb.summarize(final_return=score)
-        if self.args.upload_model and self.complete:
+        if self.args.upload_model:
             model = self.folder / folder.MODEL
             self.wandb.save_files("model", {str(f.relative_to(model)): f for f in model.rglob("*") if f.is_file()})
 
@@ -362,6 +393,8 @@ class Run:
         if not env.saveable:
             self.logger.say("the environments restart: the mean return is hidden until each has finished an episode")
         started = {name: getattr(state, name) for name in self.left_out}
+        if "env_state" in started:
+            started["env_state"] = restarted(started["env_state"])
         return loaded["rest"]._replace(params=loaded["params"], **started)
 
     def _split(self, state: Any) -> Trees:
@@ -413,6 +446,7 @@ class Run:
 
     def _check(self, bad: list[str]) -> bool:
         """Return True if `bad` (names of what is not finite) is empty. Otherwise, raise NotFinite if --stop-if-not-finite."""
+        self.diverged = self.logger.step if bad else None
         if bad and self.args.stop_if_not_finite:
             self.checkpoints.wait()
             update, last = self.logger.step // self.steps_per_iteration, max(self.checkpoints.steps(), default=None)
@@ -430,8 +464,13 @@ class Run:
             return
         step = self.logger.step
         self.logger.to_disk()
+        if (before := self.record["flags"]["total_timesteps"]) < self.args.total_timesteps:
+            self.record["flags"] = to_store(self.args)
+            self.record["extended_from"] = [*self.record.get("extended_from", []), before]
+            self.record.pop("finished_at", None)
+            write_json(self.folder / folder.RECORD, self.record)
         sitting = self.record["sittings"][-1]
-        progress = {name: self.record[name] for name in folder.IDENTITY}
+        progress = {name: self.record[name] for name in (*folder.IDENTITY, *folder.OPTIONAL) if name in self.record}
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
         progress |= {"step": step, "iteration": self.iteration, "log": self.logger.progress()}
         trees = self._split(state)

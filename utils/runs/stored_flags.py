@@ -84,8 +84,9 @@ def slug(flags: list[str]) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
+def check_continued(args: Any, stored: dict[str, Any], name: str, remedy: str = "choose another --run-name") -> None:
     """Check that a run made with the stored flags may be resumed with `args`. A larger --total-timesteps is allowed.
+    `remedy` is what to do for a new run.
 
     Raises:
         UsageError: it may not be resumed; the message names each flag that differs.
@@ -100,9 +101,7 @@ def check_continued(args: Any, stored: dict[str, Any], name: str) -> None:
     differing = [name for name in now if name not in free and before[name] != now[name]]
     if differing:
         said = "; ".join(f"{as_typed(flag, now[flag])} (was {before[flag]})" for flag in differing)
-        raise UsageError(
-            f"{name} cannot be resumed with other flags: {said}; keep the old values, or choose another --run-name"
-        )
+        raise UsageError(f"{name} cannot be resumed with other flags: {said}; keep the old values, or {remedy}")
 
 
 def stretched(args: Any, stored: dict[str, Any], step: int) -> str | None:

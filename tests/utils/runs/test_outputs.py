@@ -153,10 +153,16 @@ def test_seeds_reads_a_table_that_a_spreadsheet_saved(tmp_path):
     assert seeds.read_table(tmp_path / "b.csv") == [dict(zip(COLUMNS, row, strict=True))]
     for wrong in (b"\xff\xfe1", b"a,b\n1,2\n"):
         (tmp_path / "c.csv").write_bytes(wrong)
-        with pytest.raises(UsageError, match="--output .*c.csv: is another type of table"):
+        with pytest.raises(UsageError, match="--output: would replace .*c.csv, which has other columns"):
             seeds.read_table(tmp_path / "c.csv")
     whole = (tmp_path / "a.csv").read_text()
-    for damaged in (whole[:-25], whole[:-3], whole.replace("2.5", "2.5.1"), whole.replace("2.5", "1,2.5")):
+    for damaged in (
+        whole[:-25],
+        whole[:-3],
+        whole.replace("2.5", "2.5.1"),
+        whole.replace("2.5", "1,2.5"),
+        whole.replace("100,100", "100,"),
+    ):
         (tmp_path / "d.csv").write_text(damaged)
         with pytest.raises(UsageError, match="--output .*d.csv: line 2 is damaged"):
             seeds.read_table(tmp_path / "d.csv")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from tests.utils.runs.test_checkpoints import contents, damage
 from tests.utils.runs.test_run import fake_wandb_init, metrics, wait_for
 from utils.runs.checkpoints import begin_writing, find
 from utils.runs.flags import RunArgs, UsageError, parse_flags
+from utils.runs.folder import read_record
 from utils.runs.launch import FolderLost, NotFinite, RunIsFinished, run_script
 from utils.runs.load_run import find_params, load_run
 from utils.runs.logs import cut_back, last_step
@@ -279,6 +281,59 @@ def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, 
     assert "--anneal-lr" in said and "from 50% to 25%" in said
 
 
+def test_a_longer_run_has_its_old_length_until_its_first_checkpoint(tmp_path):
+    """So that nothing is lost if it is called off: the old command and reports still find a finished run."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=20, save_every=0)
+    with Run(args, "test", 10) as run:
+        run.restore(make_state(), SAVEABLE)
+        for k in range(2):
+            run.log(make_state(k), metrics(1.0))
+    longer = replace(args, total_timesteps=40, resume="auto", save_every=900)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            with Run(longer, "test", 10) as run:
+                run.log(run.restore(make_state(), SAVEABLE), metrics(5.0))
+                raise ZeroDivisionError
+    record = read_record(tmp_path / "a")
+    assert record["flags"]["total_timesteps"] == record["finished_at"] == 20 and not record.get("extended_from")
+    with pytest.raises(RunIsFinished):
+        Run(replace(args, resume="auto"), "test", 10)
+    step_once(Run(replace(longer, save_every=0), "test", 10))
+    record = read_record(tmp_path / "a")
+    assert (record["flags"]["total_timesteps"], record["extended_from"], record.get("finished_at")) == (40, [20], None)
+    (tmp_path / "a/run.json").write_text("{")  # the checkpoint knows it too
+    step_once(Run(replace(longer, save_every=0), "test", 10))
+    assert read_record(tmp_path / "a")["extended_from"] == [20] and read_record(tmp_path / "a")["finished_at"] == 40
+
+
+def test_metrics_of_attempts_without_a_checkpoint_are_kept(tmp_path):
+    """Also if an attempt after them logs nothing."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=40, save_every=900, resume="auto")
+    for updates in (2, 0, 1, 0):
+        with pytest.raises(ZeroDivisionError):
+            with Run(args, "test", 10) as run:
+                state = run.restore(make_state(), SAVEABLE)
+                for _ in range(updates):
+                    run.log(state, metrics(1.0))
+                raise ZeroDivisionError
+    kept = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "a").glob("metrics*")}
+    assert kept == {"metrics.jsonl.before": 2, "metrics.jsonl.before2": 1, "metrics.jsonl": 0}
+
+
+def test_environments_that_start_anew_hide_their_returns(tmp_path):
+    """Those of your own too, whose state holds their statistics anywhere."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=40, save_every=0)
+    env = SimpleNamespace(saveable=False, num_actions=2, obs_spec=SAVEABLE.obs_spec)
+    with pytest.raises(ZeroDivisionError):
+        with Run(args, "test", 10) as run:
+            run.log(run.restore(make_state(), env), metrics(1.0))
+            raise ZeroDivisionError
+    with Run(replace(args, resume="auto"), "test", 10) as run:
+        state = make_state()._replace(env_state={"mine": (jnp.ones(2), EpisodeStats.zeros(2))})
+        number, stats = run.restore(state, env).env_state["mine"]
+        assert not stats.counts.any() and number.all() and not stats.to_count().any()
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=100, resume="auto")
     for updates in (3, 2):
@@ -376,7 +431,11 @@ def test_a_run_whose_end_is_not_finite_is_not_finished(tmp_path):
         for k in range(2):
             run.log(make_state(k), metrics(np.nan if k else 1.0))
     assert not (tmp_path / "a" / "model").exists()
-    assert Run(replace(args, resume="auto"), "test", 10).iteration == 1
+    assert read_record(tmp_path / "a")["diverged_at"] == 20
+    run = Run(replace(args, resume="auto"), "test", 10)
+    assert run.iteration == 1
+    step_once(run)
+    assert "diverged_at" not in read_record(tmp_path / "a") and read_record(tmp_path / "a")["finished_at"] == 20
 
 
 @pytest.mark.parametrize("loss", ["moved", "deleted", "replaced"])
@@ -464,13 +523,34 @@ def test_what_is_not_finite_stops_the_run_and_is_not_saved(stop, tmp_path, monke
             learn()
         said = str(error.value)
         assert "update 3 (step 30): the parameters of encoder, the parameters of actor_critic" in said
+        assert read_record(tmp_path / "a")["diverged_at"] == 30
         assert "the last checkpoint is from step 20" in said and "--resume auto --debug-nans" in said and "\n" not in said
         assert list(Run(replace(args, resume="auto"), "test", 10).checkpoints.steps()) == [10, 20]
     else:
         learn()
         assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["000000000020", "000000000050"]
         out = capsys.readouterr().out
+        assert "diverged_at" not in read_record(tmp_path / "a")  # it recovered
         assert "not finite at step 30: this step is not saved" in out and "step 40: this step is not saved" in out
+
+
+def test_divergence_is_recorded_until_a_run_gets_beyond(tmp_path):
+    """With the usual interval of checkpoints, an update is dispatched before the one before it is known to be bad."""
+    args = RunArgs(logdir=str(tmp_path), run_name="a", total_timesteps=50, save_every=0)
+
+    def learn(args, numbers, ends=NotFinite):
+        with pytest.raises(ends), Run(args, "test", 10) as run:
+            state = run.restore(make_state(), SAVEABLE)
+            for number in numbers:
+                run.log(state, metrics(number))
+                run.next_save = float("inf")
+            raise ends
+        return read_record(tmp_path / "a").get("diverged_at")
+
+    assert learn(args, (1.0, np.nan, 1.0, 1.0)) == 20
+    again = replace(args, resume="auto")
+    assert learn(again, (), KeyboardInterrupt) == 20 and learn(again, (), FloatingPointError) == 20
+    assert learn(again, (1.0, 1.0, 1.0), ZeroDivisionError) is None
 
 
 def test_an_update_needs_no_learning_rate_among_its_metrics(tmp_path):
