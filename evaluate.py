@@ -188,9 +188,7 @@ def wandb_identity(args: Args) -> dict[str, Any]:
     """
     identity = (read_record(run_folder(args.run)) or {}).get("wandb")
     original = identity and copied_from(identity, run_folder(args.run))
-    require(
-        not original, f"--track: {args.run} is a copy of {original}, to which the W&B run belongs; evaluate that, or resume"
-    )
+    require(not original, f"--track: {args.run} is a copy of {original}, to which the W&B run belongs; evaluate that")
     require(bool(identity), f"--track: {args.run} has no W&B run, because it was trained without --track; leave it out")
     return identity
 

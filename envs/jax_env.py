@@ -138,21 +138,19 @@ class Gymnax(Adapted):
 
     def step_one(self, key: jax.Array, game: Any, action: Int[Array, ""]) -> tuple[Any, Array, Array, Array]:
         """See `JaxEnv.step_one`."""
-        obs, state, reward, *ends, _ = self._step_game(key, game[0], action, self.params)
-        terminated, *truncations = (jnp.asarray(end, bool) for end in ends)  # `step` of gymnax 1 returns both
-        truncated = truncations[0] if truncations else jnp.zeros_like(terminated)
-        if self.resets_within:
-            pass
-        elif hasattr(self.game, "is_truncated"):
-            truncated = jnp.asarray(self.game.is_truncated(state, self.params), bool)
-        elif self.limit and hasattr(self.params, "replace"):
+        obs, state, reward, ended, *told, _ = self._step_game(key, game[0], action, self.params)
+        truncated = told[0] if told else False  # by the `step` of gymnax 1
+        if not self.resets_within and hasattr(self.game, "is_truncated"):
+            truncated = self.game.is_truncated(state, self.params)
+        elif not self.resets_within and self.limit and hasattr(self.params, "replace"):
             endless = self.params.replace(**{self.limit: ENDLESS})
             if hasattr(self.game, "is_terminal") and not hasattr(state, "terminal"):
                 over = self.game.is_terminal(state, endless)
             else:  # gymnax's older MinAtar games store the end, so ask for it from before the step
                 over = self._step_game(key, game[0], action, endless)[3]
-            truncated, terminated = terminated & ~jnp.asarray(over, bool), terminated & jnp.asarray(over, bool)
-        return (state, obs), jnp.asarray(reward, jnp.float32), terminated, truncated & ~terminated
+            ended, truncated = ended & over, ended & ~jnp.asarray(over, bool)
+        ended = jnp.asarray(ended, bool)
+        return (state, obs), jnp.asarray(reward, jnp.float32), ended, jnp.asarray(truncated, bool) & ~ended
 
 
 class Octax(Adapted):

@@ -172,8 +172,8 @@ def plan(
             given = given.replace("_", "-").partition("=")[0]
             own_flag = given.startswith("--") and given.removeprefix("--") in RUNNERS
             require(not own_flag, f"{given}: is set for each run; leave it out, and choose --env-ids, seeds and --logdir")
-        for flag in sorted(named(own) & named(flags)):
-            require(False, f"--scripts {text!r}: --{flag} is also given after --, for all runs; give it in one place")
+        both = " and ".join(f"--{flag}" for flag in sorted(named(own) & named(flags)))
+        require(not both, f"--scripts {text!r}: {both} is also given after --, for all runs; give it in one place")
         name = "__".join(filter(None, (SHORT.get(path.stem, path.stem), slug(own))))
         found.append((path, name, own))
     names = [name for _, name, _ in found]
