@@ -52,8 +52,6 @@ SCRIPTS = {"ppo": ppo, "deep_mdp_ppo": deep_mdp_ppo, "deep_spi": deep_spi, "drea
 # flags that an update reads only as numbers, so they may differ between the runs of one program
 VARIABLE = ("learning_rate", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "transition_loss_coef", "reward_loss_coef")
 VARIABLE += ("heads_learning_rate", "real_value_coef")
-# flags without effect here: nothing but returns is logged, and no run has a folder
-UNREAD = ("track_params", "track_grads", "track_every", "monitor_guarantee", "monitor_every", "log_dreams", "log_dreams_every")
 
 
 @dataclass
@@ -207,7 +205,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     for env_id in args.env_ids:
         flags = parse_flags(module.Args, [f"--env-id={env_id}", *typed])
         wandb = (name for name in vars(flags) if name.startswith("wandb_"))
-        unread = {*may_change(module.Args), *wandb, *UNREAD} & set(vars(flags))
+        unread = {*may_change(module.Args), *wandb}  # nothing but returns is logged, and no run has a folder
         refuse_unread(flags, tuple(sorted(unread)), "the script itself, which logs and saves")
         for value in values:
             for seed in args.seeds:

@@ -1,6 +1,7 @@
 """Reports: what is read of runs, what is missing, scales, and the page."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import re
@@ -184,6 +185,8 @@ def test_algorithms_are_named_by_what_differs():
 def test_flags_are_those_that_are_not_the_defaults_of_the_game():
     args = make_args(importlib.import_module("deep_spi").Args, env_id="Breakout-MinAtar", learning_rate=2e-3, logdir="x")
     assert typed_flags("deep_spi", to_store(args)) == "--learning-rate 0.002"
+    measured = dataclasses.replace(args, monitor_guarantee=True, monitor_every=5, track_grads=True)
+    assert typed_flags("deep_spi", to_store(measured)) == "--learning-rate 0.002"  # no other algorithm
     old = to_store(args) | {"enforce_neighbourhood": "backtrack"}
     del old["enforce_neighborhood"]
     assert typed_flags("deep_spi", old) == "--learning-rate 0.002 --enforce-neighborhood backtrack"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Num, UInt8
 from envs.minatar import in_colors
 from envs.observations import channels_first, is_image
 from utils.figures import own_style
-from utils.runs.flag_types import Count, Needs
+from utils.runs.flag_types import MAY_CHANGE, Count, Needs, Switch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,10 +28,10 @@ LIKELY = 0.05  # smaller termination probabilities are not printed below a frame
 class DreamTraceArgs:
     """Flags of the figure of dreams."""
 
-    log_dreams: bool = False
+    log_dreams: Switch = False
     """log a figure that compares dreams with the real rollout, given the same actions: one dream frame by frame, and means over
     all dreams of rewards, terminations and latent errors. It covers a dream's steps, or a shorter rollout's"""
-    log_dreams_every: Annotated[Count, Needs(log_dreams=True)] = 100
+    log_dreams_every: Annotated[Count, MAY_CHANGE, Needs(log_dreams=True)] = 100
     """updates between two figures"""
 
 

@@ -13,7 +13,7 @@ from utils.guarantees.bounds import aged_bound, episodic_bound, is_vacuous, loca
 from utils.losses import masked_mean
 from utils.neighborhood import ratio_metrics
 from utils.occasionally import occasionally
-from utils.runs.flag_types import Count, Needs
+from utils.runs.flag_types import MAY_CHANGE, Count, Needs, Switch
 from utils.runs.flags import require
 
 PREFIX = "spi/bound/"  # prefix of all names; inf means unbounded or unknown, and is not logged
@@ -23,9 +23,9 @@ PREFIX = "spi/bound/"  # prefix of all names; inf means unbounded or unknown, an
 class MonitorArgs:
     """Flags of the monitor."""
 
-    monitor_guarantee: bool = False
+    monitor_guarantee: Switch = False
     """measure the terms of the safe-policy-improvement bound on the fresh rollout (docs/guarantees.md)"""
-    monitor_every: Annotated[Count, Needs(monitor_guarantee=True)] = 20
+    monitor_every: Annotated[Count, MAY_CHANGE, Needs(monitor_guarantee=True)] = 20
     """updates between two measurements"""
 
     def check(self) -> None:

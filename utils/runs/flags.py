@@ -111,11 +111,11 @@ class RunArgs:
     """stop when a loss or a parameter is NaN or infinite; such an update is never saved, whether or not the run stops"""
     debug_nans: Switch = False
     """let JAX check for NaNs after every update; with JAX_DISABLE_JIT=1, the traceback shows the operation (very slow)"""
-    track_params: bool = False
+    track_params: Switch = False
     """log the norm and a histogram of each parameter array"""
-    track_grads: bool = False
+    track_grads: Switch = False
     """log the norm and a histogram of each parameter array's gradient: mean over an update's minibatches, before clipping"""
-    track_every: Annotated[Count, WATCHED] = 100
+    track_every: Annotated[Count, MAY_CHANGE, WATCHED] = 100
     """updates between measurements of --track-params and --track-grads"""
     capture_video: Annotated[bool, MAY_CHANGE, DRAWN] = False
     """record videos in the run folder's videos/, and with --track in W&B: MP4 with uv run --extra video ..., else GIF"""

@@ -271,7 +271,7 @@ def test_after_a_kill_wandb_is_told_nothing_twice(stopped, tmp_path, monkeypatch
 
 
 def test_more_steps_are_allowed_and_what_they_change_is_said(stopped, tmp_path, capsys):
-    run = Run(replace(stopped, total_timesteps=200, save_every=5, wandb_tags=("a",)), "test", 10)
+    run = Run(replace(stopped, total_timesteps=200, save_every=5, wandb_tags=("a",), track_params=True), "test", 10)
     step_once(run)
     out = capsys.readouterr().out
     assert "a resumes from step 30: 170 steps in 17 updates" in out
