@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import resource
 import runpy
 import shutil
 import sys
@@ -130,6 +131,21 @@ def test_a_video_that_fails_leaves_what_was_there(ending, tmp_path):
     path.write_text("of before")
     with pytest.raises(OSError, match="it was to fail"):
         write_video(path, broken())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "of before"
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif"])
+def test_a_video_that_does_not_fit_on_the_disk_leaves_what_was_there(ending, tmp_path):
+    """ffmpeg gets all frames and fails afterward, when it writes the file."""
+    frames, path = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), np.uint8), tmp_path / f"a.{ending}"
+    path.write_text("of before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))  # bytes of a file
+    try:
+        with pytest.raises(OSError):
+            write_video(path, frames)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_text() == "of before"
 
 
