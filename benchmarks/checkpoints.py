@@ -42,8 +42,9 @@ class Args:
 
 
 def seconds_between(folder: Path) -> list[float]:
-    """Return the seconds from each update to the next, without the first interval."""
-    elapsed = [json.loads(line)["elapsed"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the seconds from each update to the next, without the first interval and without the prefill of a buffer."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    elapsed = [row["elapsed"] for row in rows if "charts/learning_rate" in row]
     return [after - before for before, after in zip(elapsed[1:], elapsed[2:], strict=False)]
 
 

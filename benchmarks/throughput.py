@@ -148,6 +148,7 @@ def parse_setting(text: str, env_id: str) -> tuple[str, dict]:
     require(name in SCRIPTS, f"--settings {text!r}: must begin with one of {', '.join(SCRIPTS)}")
     args = vars(parse_flags(SCRIPTS[name].Args, [f"--env-id={env_id}", *flags]))
     require(args["env_id"] == env_id, f"--settings {text!r}: --env-ids sets the environments; leave --env-id out")
+    require(args["num_devices"] == 1, f"--settings {text!r}: one device is timed; leave --num-devices out")
     usual = vars(make_args(SCRIPTS[name].Args, env_id=env_id))
     return name, {flag: value for flag, value in args.items() if flag == "env_id" or value != usual[flag]}
 
@@ -284,6 +285,8 @@ def main(args: Args) -> None:
         not args.rejax or (family(args.env_ids[0]) == "minatar" and shutil.which(UV)),
         "--rejax: needs uv, and a MinAtar game as the first of --env-ids",
     )
+    usual_shape = args.num_envs is None and args.num_steps is None
+    require(not args.rejax or usual_shape, "--rejax: has the default shape; leave out --num-envs and --num-steps")
     require(
         not args.torch or (family(args.env_ids[0]) == "atari" and shutil.which(UV)),
         "--torch: needs uv, and an Atari game as the first of --env-ids",

@@ -49,6 +49,7 @@ from envs.confounding_gridworld import (  # noqa: E402
 )
 from envs.registry import make_env  # noqa: E402
 from experiments.study.figures import mean_curve, styled  # noqa: E402
+from utils.files import write_whole  # noqa: E402
 from utils.runs.flags import check_flags, parse_command, refuse_unread, require  # noqa: E402
 from utils.runs.launch import describe_device, run_main  # noqa: E402
 from utils.runs.outputs import check_output  # noqa: E402
@@ -209,6 +210,8 @@ def draw(curves: dict[str, dict[str, np.ndarray]], args: Args, optimum: float, r
 def main(args: Args) -> None:
     """Train the algorithms, draw the figure, and write the data."""
     check(args)
+    if args.algorithms == ("PPO",):
+        refuse_unread(args, ("transition_loss_coef", "reward_loss_coef"), "--algorithms with a world model")
     paths = [check_output(f"{args.output}{ending}", "--output", make_parent=True) for ending in (".png", ".json")]
     args = replace(args, output=str(paths[0].with_suffix("")))
     gamma = deep_spi.Args().gamma
@@ -246,14 +249,14 @@ def main(args: Args) -> None:
             for key in (VALUE, DISTANCE, DISTINCT, "up, above", "up, below")
             for m, h in [mean_curve(curves[name][key])]
         }
+        # one line per curve; json.dumps with an indent puts every number on its own line
+        lines = [
+            f'"{name}": {{\n' + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items()) + "\n}"
+            for name, of in summary.items()
+        ]
+        device = json.dumps(describe_device().splitlines()[0].removeprefix("device: "))
+        write_whole(paths[1], (f'{{"device": {device},\n' + ",\n".join(lines) + "\n}\n").encode())
     draw(curves, args, float(optimum), float(right))
-    # one line per curve; json.dumps with an indent puts every number on its own line
-    lines = [
-        f'"{name}": {{\n' + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in of.items()) + "\n}"
-        for name, of in summary.items()
-    ]
-    device = json.dumps(describe_device().splitlines()[0].removeprefix("device: "))
-    Path(f"{args.output}.json").write_text(f'{{"device": {device},\n' + ",\n".join(lines) + "\n}\n")
     print(f"written: {args.output}.png, {args.output}.json")
 
 

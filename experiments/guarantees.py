@@ -31,6 +31,7 @@ from matplotlib.figure import Figure  # noqa: E402
 import deep_spi  # noqa: E402
 from experiments import confounding_gridworld as gridworld  # noqa: E402
 from experiments.study.figures import styled  # noqa: E402
+from utils.files import write_whole  # noqa: E402
 from utils.guarantees.bounds import episodic_bound, is_vacuous, local_error, stepwise_bound, value_span  # noqa: E402
 from utils.guarantees.tabular import (  # noqa: E402
     Tables,
@@ -230,12 +231,12 @@ def main(args: Args) -> None:
         }
         line = {k: v for k, v in summary[mode].items() if k != "medians"}
         print(f"{mode}: {line}\n  medians {summary[mode]['medians']}; {seconds:.0f} s per seed", flush=True)
+        device = describe_device().splitlines()[0].removeprefix("device: ")
+        curve = {mode: [[round(float(v), 3) for v in run] for run in m[VALUE]] for mode, m in curves.items()}
+        lines = [f'"{mode}": {json.dumps(of)},\n"{mode}, values": {json.dumps(curve[mode])}' for mode, of in summary.items()]
+        text = f'{{"device": {json.dumps(device)}, "seeds": {json.dumps(args.seeds)},\n' + ",\n".join(lines) + "\n}\n"
+        write_whole(paths[1], text.encode())
     draw(curves, bounds, args)
-    device = describe_device().splitlines()[0].removeprefix("device: ")
-    curve = {mode: [[round(float(v), 3) for v in run] for run in m[VALUE]] for mode, m in curves.items()}
-    lines = [f'"{mode}": {json.dumps(summary[mode])},\n"{mode}, values": {json.dumps(curve[mode])}' for mode in MODES]
-    text = f'{{"device": {json.dumps(device)}, "seeds": {json.dumps(args.seeds)},\n' + ",\n".join(lines) + "\n}\n"
-    Path(f"{args.output}.json").write_text(text)
     print(f"written: {args.output}.png, {args.output}.json")
 
 

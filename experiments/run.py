@@ -103,12 +103,12 @@ def main(args: Args, flags: list[str]) -> None:
     if args.slurm:
         local.refuse_resources(args.gpus, args.runs_per_gpu, args.workers)
     require(not (logdir / SEARCH).exists(), f"--logdir {logdir}: contains a search of tune.py; choose another folder")
-    slots = local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
+    slots = [] if args.slurm else local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
     if extended := count_extended(logdir, runs):
         said = "their schedules are stretched, so they differ from new runs of this length (docs/runs.md)"
         print(f"*** finished runs that get more steps: {extended}; {said} ***")
     if args.dry_run:
-        return show_plan(logdir, runs, len(slots))
+        return show_plan(logdir, runs, max(1, len(slots)))
     lock = claim(logdir)
     write_plan(logdir, runs)
     if args.slurm:

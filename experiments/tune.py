@@ -167,14 +167,14 @@ def main(args: Args, flags: list[str]) -> None:
         search = Search(logdir, settings, parse_space(tuple(settings.search), args_type), None, storage="memory")
         return print("\n".join(search_report.write_report(search, args_type)))
     settings, args_type, space, first = read_command(args, flags)
-    slots = local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
+    slots = [] if args.slurm else local.make_slots(args.gpus, args.runs_per_gpu, args.workers)
     if args.dry_run:
         with TemporaryDirectory() as temporary:
             search = Search(Path(temporary), settings, space, first)
             params, search.logdir = search.params(0), logdir
             runs = trials.runs_of(search, args_type, 0, params)
         print(f"the first of {args.trials} trials:")
-        return show_plan(logdir, [run for of in runs.values() for run in of], len(slots))
+        return show_plan(logdir, [run for of in runs.values() for run in of], max(1, len(slots)))
     lock = claim(logdir / f"worker-{args.worker}" if args.worker else logdir)
     search = Search(logdir, settings, space, first, storage="journal" if args.slurm or args.worker else "sqlite")
     if args.replace_failed:

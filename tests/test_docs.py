@@ -28,7 +28,7 @@ from tests.commands import ROOT
 from utils.runs.flags import check_flags, parse_command, parse_flags
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SOURCES = [path for folder in (".", "utils", "networks", "envs") for path in sorted((ROOT / folder).glob("**/*.py"))]
+SOURCES = [*ROOT.glob("*.py"), *(path for name in ("utils", "networks", "envs") for path in (ROOT / name).rglob("*.py"))]
 PROGRAMS = (dream_spi, ppo, evaluate, report, run, seeds, representations, confounding_gridworld, guarantees)
 PROGRAMS += (tune, heatmap, gridworld_sensitivity, throughput, profile_update, gpu_kernels)
 # of other programs (uv, pytest, ruff, chromium), and of examples
@@ -36,7 +36,7 @@ OTHERS = {"extra", "group", "no-project", "with-requirements", "with", "check", 
 
 
 def names_of_metrics():
-    text = "\n".join(path.read_text() for path in SOURCES if ".venv" not in path.parts and "tests" not in path.parts)
+    text = "\n".join(path.read_text() for path in SOURCES)
     found = set(re.findall(r'"((?:losses|charts|spi|dreams)/[a-z_]+)"', text))
     assert len(found) > 35
     return found
@@ -65,9 +65,10 @@ def commands_of(page):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(re.sub(r"\$([a-z]+)", lambda x: VALUES[x[1]], line), comments=True)
             places = [i for i, word in enumerate(words) if re.fullmatch(r"((experiments|benchmarks)/)?[a-z_]+\.py", word)]
-            ends = [i for i, word in enumerate(words) if word.endswith(";")] or [len(words)]
             if places and words[0] != "diff":
-                yield words[places[0]], [word.removesuffix(";") for word in words[places[0] + 1 : ends[0] + 1]]
+                rest = words[places[0] + 1 :]
+                end = next((i + 1 for i, word in enumerate(rest) if word.endswith(";")), len(rest))
+                yield words[places[0]], [word.removesuffix(";") for word in rest[:end]]
 
 
 @pytest.mark.minatar

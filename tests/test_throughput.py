@@ -16,3 +16,5 @@ def test_a_setting_is_typed_as_a_script_is():
             parse_setting(wrong, "Pong-v5")
     with pytest.raises(UsageError, match="leave --env-id out"):
         parse_setting("ppo --env-id Breakout-v5", "Pong-v5")
+    with pytest.raises(UsageError, match="one device is timed; leave --num-devices out"):
+        parse_setting("ppo --num-devices 4", "Pong-v5")

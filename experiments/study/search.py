@@ -29,7 +29,7 @@ from envs.own import absolute
 from experiments.study.plan import SEARCH, TRIALS
 from experiments.study.records import RunRecord, last_tenth
 from experiments.study.space import Params, Space, rounded
-from utils.files import write_json
+from utils.files import without_locks, write_json
 from utils.runs.flags import UsageError, require
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -182,7 +182,9 @@ class Search:
         lock = filelock.FileLock(self.logdir / ".search", fallback_to_soft=False, preserve_lock_file=True)
         try:
             lock.acquire()
-        except NotImplementedError:  # a file system without locks
+        except (NotImplementedError, OSError) as error:
+            if not without_locks(error):
+                raise
             yield
             return
         try:

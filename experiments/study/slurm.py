@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def submit(logdir: Path, runs: list[PlannedRun], script: Path) -> tuple[list[str
         shutil.which("sbatch") is not None, "--slurm: sbatch is missing on this machine; use a login node, or leave out --slurm"
     )
     require(script.is_file(), f"--slurm-script {script}: no such file")
+    gone = "builds-v0" in Path(sys.executable).parts
+    said = "--slurm: the Python of `uv run --with` disappears before the jobs start; install its packages with uv pip install"
+    require(not gone, f"{said}, and start this with python")
     states = {run.name: state_of(logdir, run).kind for run in runs}
     waiting = queued(logdir)
     wanted = [run for run in runs if run.name not in waiting and states[run.name] not in ("finished", "running")]

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from envs.options import WORDS
-from envs.registry import family
+from envs.registry import family, observes_images
 from experiments.study.plan import RUNNERS, named
 from utils.runs.flag_types import as_typed
 from utils.runs.flags import UsageError, check_flags, parse_flags, require
@@ -157,7 +157,9 @@ def check_space(space: Space, args_type: type, env_ids: tuple[str, ...], flags: 
     for name in space:
         require(name not in named(flags), f"--{name}: is searched, so every trial sets it; leave it out after --")
     names = {name: name.replace("-", "_") for name in space}
-    for env_id in {family(env_id): env_id for env_id in env_ids}.values():  # the environments of a family share their defaults
+    # the environments of a family share their defaults, and those that observe images the flags that have an effect
+    alike = {(env_id if family(env_id) == "own" else family(env_id), observes_images(env_id)): env_id for env_id in env_ids}
+    for env_id in alike.values():
         usual = parse_flags(args_type, [f"--env-id={env_id}", *flags])
         values = {name: [_parsed(name, end, args_type, env_id, flags) for end in ends(of)] for name, of in space.items()}
         first = dataclasses.replace(usual, **{names[name]: parsed[0] for name, parsed in values.items()})

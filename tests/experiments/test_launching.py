@@ -149,6 +149,28 @@ def test_a_batch_script_may_ask_for_no_cores(cpus, words, tmp_path):
     assert (tmp_path / "b.log").read_text().splitlines()[1:] == ["two words", f"{ENDED} 0"]
 
 
+@pytest.mark.parametrize("seconds_left, requeued", [(60, True), (3600, False), (None, True)])
+def test_a_job_is_requeued_at_its_time_limit_but_not_if_it_is_canceled(seconds_left, requeued, tmp_path):
+    """Both end a run with SIGTERM. A SLURM that does not tell the time limit is trusted."""
+    program(tmp_path / "bin", "srun", "exit 143")
+    program(tmp_path / "bin", "scontrol", f'echo "$@" >{tmp_path}/asked')
+    (tmp_path / "list").write_text("a\techo one\n")
+    env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "1", "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_JOB_END_TIME": str(int(time.time()) + seconds_left)} if seconds_left else {}
+    script = ROOT / "experiments" / "slurm.sh"
+    done = subprocess.run(["bash", script, tmp_path / "list", tmp_path], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert (tmp_path / "asked").exists() == requeued
+    assert (tmp_path / "a.log").read_text().count(BEGAN) == 1  # not tried again at once
+
+
+def test_a_python_that_disappears_is_refused_for_later_jobs(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda _: "/bin/true")
+    monkeypatch.setattr(sys, "executable", "/home/me/.cache/uv/builds-v0/.tmpAb1/bin/python")
+    with pytest.raises(UsageError, match="--slurm: the Python of `uv run --with` disappears"):
+        slurm.submit(tmp_path, planned(tmp_path), ROOT / "experiments" / "slurm.sh")
+
+
 def test_many_flags_make_names_that_a_file_system_takes(tmp_path):
     many = "deep_spi " + " ".join(f"--transition-loss-coef {k}e-3" for k in range(1, 30))
     names = {run.name for run in plan((many, f"{many} --gamma 0.9"), GAMES, [1], [], tmp_path)}

@@ -123,6 +123,15 @@ def test_a_wrong_space_is_refused_in_one_line(script, searched, flags, said, tmp
     assert not args.logdir.exists()
 
 
+def test_each_kind_of_observation_is_checked(tmp_path):
+    """Environments of one family may observe images or vectors; --encoder has no effect on vectors."""
+    ids = ("Craftax-Classic-Symbolic-v1", "Craftax-Classic-Pixels-v1")
+    args = tune.Args(search=("encoder=nature,impala",), env_ids=ids, scale=tuple(f"{one}=0:1" for one in ids))
+    args.logdir = tmp_path / "search"
+    with pytest.raises(UsageError, match="--search: Craftax-Classic-Symbolic-v1 refuses --encoder impala"):
+        tune.main(args, [])
+
+
 def test_scales():
     known = make_scale(("Breakout-v5", "Asterix-MinAtar"), ())
     assert known["Breakout-v5"] == [1.7, 30.5] and known["Asterix-MinAtar"] == [0.51, 6.02]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from utils.runs.quiet_start import HEEDED
 
-ECHO_SECONDS = 0.5  # a SIGTERM from the scheduler may arrive again, forwarded by `uv run`: one signal, not two
+ECHO_SECONDS = 3.0  # a SIGTERM may arrive again, forwarded by `uv run` or by the launcher of a study: one signal, not two
 
 
 class Interrupted(KeyboardInterrupt):
