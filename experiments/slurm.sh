@@ -6,9 +6,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
-# --signal: SLURM sends SIGTERM two minutes before the time limit (or up to a minute earlier). The run saves and exits with 143,
-# and the script requeues the job. (A requeue or preemption by SLURM sends SIGTERM too, and SLURM then restarts the job by itself.
-# So does scancel, after which nothing may restart it.)
+# --signal: SLURM sends SIGTERM two minutes before the time limit. The run saves and exits with 143, and the script requeues the
+# job. (scancel, preemption, and a requeue send SIGTERM too, but then the job is no longer RUNNING, and SLURM decides.)
 trap : TERM # at the time limit, this shell gets SIGTERM too; it must survive to requeue the job
 runs=$1 logs=$2
 IFS=$'\t' read -r name command < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$runs")
@@ -19,8 +18,8 @@ for attempt in 1 2; do # retry a failed run once, from its last checkpoint
   srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c "exec $command" >>"$log" 2>&1
   code=$?
   echo "=== ended with exit code $code" >>"$log"
-  near_limit=$(($(date +%s) >= ${SLURM_JOB_END_TIME:-0} - 200))
-  [ "$code" -eq 143 ] && [ "$near_limit" -eq 1 ] && scontrol requeue "$SLURM_JOB_ID"
+  job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  [ "$code" -eq 143 ] && scontrol show job "$job" | grep -q JobState=RUNNING && scontrol requeue "$job"
   case $code in 0 | 2 | 143) break ;; esac # 2: wrong flags, not worth a retry
 done
 exit "$code"
