@@ -605,6 +605,7 @@ from tests.utils.runs.test_resume import SAVEABLE
 from tests.utils.runs.test_run import metrics
 from utils.runs.flags import RunArgs
 from utils.runs.run import Run
+from utils.runs.signals import ECHO_SECONDS
 updates, times, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 with Run(RunArgs(logdir=sys.argv[4], run_name=name, total_timesteps=100), "test", 10) as run:
     state = run.restore(make_state(), SAVEABLE)
@@ -613,7 +614,7 @@ with Run(RunArgs(logdir=sys.argv[4], run_name=name, total_timesteps=100), "test"
     def send():
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.7)
+            time.sleep(ECHO_SECONDS + 0.2)
     threading.Thread(target=send, daemon=True).start()
     busy = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0] > -1, lambda x: x + 1.0, x))
     jax.block_until_ready(busy(jax.numpy.zeros(9)))
