@@ -13,8 +13,9 @@ from envs.observations import Part
 DEVICES = "devices"  # axis of the device mesh along which the environments are divided
 
 
-def own_seed(seed: int) -> int:
-    """Return a seed for a JAX environment. With the run's own seed, it would draw the same random numbers as the script."""
+def own_seed(*seed: int) -> int:
+    """Return a seed for a JAX environment. With the run's own seed, it would draw the same random numbers as the script. More
+    numbers, such as the iteration at which a run resumes, give other seeds."""
     return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 

@@ -16,7 +16,7 @@ from envs.minatar import MinAtar
 from envs.observations import is_image
 from envs.options import EnvError
 from envs.pool import MODULES, Pool, can_be_drawn, env_seeds, module_of, pool_ids, pool_rewards, pool_spec
-from envs.protocol import Env
+from envs.protocol import Env, own_seed
 from envs.scan import Halves
 
 IN_JAX = ("minatar", "gridworld", "own")  # families that are not envpool's
@@ -141,7 +141,7 @@ def make_env(args: Any, iteration: int = 0) -> Env:
     if args.env_id in MINATAR:
         return MinAtar(args.env_id, args.num_envs, args.seed)
     if own.is_path(args.env_id):
-        seed = int(np.random.SeedSequence([args.seed, iteration]).generate_state(1)[0]) if iteration else args.seed
+        seed = own_seed(args.seed, iteration) if iteration else args.seed
         return own.make(args.env_id, args.num_envs, seed, args.env_option)
     flags = args.reward_clip, atari_protocol(args), args.env_step, iteration, args.full_action_space, args.num_devices
     pool = partial(make_pool, args.env_id, args.num_envs, args.seed, *flags, typed=args.env_option)

@@ -38,6 +38,7 @@ import dream_spi  # noqa: E402
 import ppo_atari_envpool_xla_jax_scan as ppo  # noqa: E402
 from envs.own import short  # noqa: E402
 from envs.registry import is_pooled, make_env  # noqa: E402
+from experiments.study.plan import named  # noqa: E402
 from experiments.study.records import COLUMNS, RunRecord, check_table, stretches, typed_flags  # noqa: E402
 from utils.dreams.replay import prefill_iterations  # noqa: E402
 from utils.files import locked, write_csv  # noqa: E402
@@ -187,8 +188,7 @@ def plan(args: Args) -> dict[str, tuple[Any, list[dict]]]:
     except ValueError as error:
         raise UsageError(f"--flags {args.flags!r}: {str(error).lower()}") from None
     for flag in ("env-id", "seed"):
-        given = any(word.replace("_", "-").partition("=")[0] == f"--{flag}" for word in typed)
-        require(not given, f"--flags: --{flag} is not allowed; use --{flag}s instead")
+        require(flag not in named(typed), f"--flags: --{flag} is not allowed; use --{flag}s instead")
     values = [{}]
     if args.vary:
         name, *words = args.vary

@@ -51,7 +51,7 @@ def without_locks(error: Exception) -> bool:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock on the file, so that several processes can read, extend, and replace it in turn. A file system without locks
     gives none."""
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False, preserve_lock_file=True)
     try:
         lock.acquire()
     except (NotImplementedError, OSError) as error:

@@ -168,10 +168,8 @@ def plan(
         require(len(words) > 0, f"--scripts {text!r}: is empty; name a script")
         word, *own = words
         path = script_path(word)
-        for given in (*own, *flags):
-            given = given.replace("_", "-").partition("=")[0]
-            own_flag = given.startswith("--") and given.removeprefix("--") in RUNNERS
-            require(not own_flag, f"{given}: is set for each run; leave it out, and choose --env-ids, seeds and --logdir")
+        given = next((flag for flag in RUNNERS if flag in named([*own, *flags])), None)
+        require(given is None, f"--{given}: is set for each run; leave it out, and choose --env-ids, seeds and --logdir")
         both = " and ".join(f"--{flag}" for flag in sorted(named(own) & named(flags)))
         require(not both, f"--scripts {text!r}: {both} is also given after --, for all runs; give it in one place")
         name = "__".join(filter(None, (SHORT.get(path.stem, path.stem), slug(own))))

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
-import filelock
 import numpy as np
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -29,7 +28,7 @@ from envs.own import absolute
 from experiments.study.plan import SEARCH, TRIALS
 from experiments.study.records import RunRecord, last_tenth
 from experiments.study.space import Params, Space, rounded
-from utils.files import without_locks, write_json
+from utils.files import locked, write_json
 from utils.runs.flags import UsageError, require
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -179,18 +178,8 @@ class Search:
         if self.path is None:  # nothing is written
             yield
             return
-        lock = filelock.FileLock(self.logdir / ".search", fallback_to_soft=False, preserve_lock_file=True)
-        try:
-            lock.acquire()
-        except (NotImplementedError, OSError) as error:
-            if not without_locks(error):
-                raise
+        with locked(self.logdir / SEARCH):
             yield
-            return
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _check_settings(self) -> None:
         if not (self.logdir / SEARCH).exists():

@@ -35,6 +35,11 @@ IDENTITY = ("name", "algorithm", "script", "seed", "flags")  # entries of `descr
 OPTIONAL = ("extended_from", "wandb")  # entries that it stores if they exist
 
 
+def lasting(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a run's record that every checkpoint stores too, from the record or from a checkpoint."""
+    return {name: entries[name] for name in (*IDENTITY, *OPTIONAL) if name in entries}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results depend on."""
     installed = {"python": platform.python_version()}

@@ -131,8 +131,7 @@ class Run:
         if self.record is None:
             what = f"{self.folder / folder.RECORD} is missing or damaged"
             require(self.saved is not None, f"{what}, and there is no checkpoint; choose another --run-name")
-            kept = (*folder.IDENTITY, *folder.OPTIONAL)
-            self.record = {name: self.saved.progress[name] for name in kept if name in self.saved.progress} | {"sittings": []}
+            self.record = folder.lasting(self.saved.progress) | {"sittings": []}
             self.said.append(f"*** {what}; rebuilt from the checkpoint ***")
         stored = self.saved.progress if self.saved else self.record
         remedy = "choose another --run-name" if self.args.run_name else "leave out --resume, which starts a new run"
@@ -470,7 +469,7 @@ class Run:
             self.record.pop("finished_at", None)
             write_json(self.folder / folder.RECORD, self.record)
         sitting = self.record["sittings"][-1]
-        progress = {name: self.record[name] for name in (*folder.IDENTITY, *folder.OPTIONAL) if name in self.record}
+        progress = folder.lasting(self.record)
         progress |= {name: sitting[name] for name in ("versions", "git_commit", "git_dirty")}
         progress |= {"step": step, "iteration": self.iteration, "log": self.logger.progress()}
         trees = self._split(state)
