@@ -1,6 +1,6 @@
 """Convolutions with one kernel per action, computed only for the action taken.
 
-Each sample gathers its action's kernels and applies them as sums of products. Computing all A actions to select one would cost
+Each sample takes its action's kernels and applies them as sums of products. Computing all A actions to select one would cost
 A times as much time and memory.
 
 The convolutions are grouped, and groups are the last axis of a map: channel k * G + g is the k-th of group g. The groups fill a
@@ -8,9 +8,13 @@ CPU's vector registers, so the small products of kernels and pixels need neither
 which are several times slower there.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+TERMS = 8  # of a sum in one loop of a CPU's program
 
 
 def groups(channels: int) -> int:
@@ -37,12 +41,17 @@ def of_action(table: Float[Array, "A *shape"], action: Int[Array, " N"]) -> Floa
 
 def _of_action_backward(residuals, g):
     table, action = residuals
-    # a product is deterministic; the gradient of indexing is not, because a GPU varies the order of the sum
-    taken = jax.nn.one_hot(action, table.shape[0], dtype=g.dtype)
-    return jnp.matmul(taken.T, g.reshape(g.shape[0], -1), precision="highest").reshape(table.shape), None
+    return sum_by_action(g, action, table.shape[0]), None
 
 
 of_action.defvjp(lambda table, action: (of_action(table, action), (table, action)), _of_action_backward)
+
+
+def sum_by_action(x: Float[Array, "N *shape"], action: Int[Array, " N"], num_actions: int) -> Float[Array, "A *shape"]:
+    """Sum x over the samples of each action."""
+    # a product is deterministic; the gradient of indexing is not, because a GPU varies the order of the sum
+    taken = jax.nn.one_hot(action, num_actions, dtype=x.dtype)
+    return jnp.matmul(taken.T, x.reshape(x.shape[0], -1), precision="highest").reshape(num_actions, *x.shape[1:])
 
 
 @jax.custom_vjp
@@ -83,4 +92,101 @@ product.defvjp(
 outer_product.defvjp(
     lambda y, x: (outer_product(y, x), (y, x)),
     lambda residuals, g: (product(g, residuals[1]), product(g.swapaxes(1, 2), residuals[0])),
+)
+
+
+def applied(
+    kernels: Float[Array, "A o c G"], action: Int[Array, " N"], x: Float[Array, "N h w c G"]
+) -> Float[Array, "N h w o G"]:
+    """Multiply each pixel's channels by the kernels of the sample's action, group by group."""
+    if x.shape[1:3] == (1, 1):
+        return vector_product(kernels, action, x[:, 0, 0])[:, None, None]
+    return product(of_action(kernels, action), x)
+
+
+@jax.custom_vjp
+def vector_product(
+    kernels: Float[Array, "A o c G"], action: Int[Array, " N"], x: Float[Array, "N c G"]
+) -> Float[Array, "N o G"]:
+    """Compute `applied` for a map of one pixel. A sample's kernels are then much larger than the sample, and on a CPU writing
+    them out takes ten times as long as the products."""
+    return jax.lax.platform_dependent(kernels, action, x, cpu=cpu_vector_product, default=gathered_vector_product)
+
+
+def gathered_vector_product(
+    kernels: Float[Array, "A o c G"], action: Int[Array, " N"], x: Float[Array, "N c G"]
+) -> Float[Array, "N o G"]:
+    """Compute `vector_product` from a copy of each sample's kernels."""
+    return summed_product(kernels[action], x[:, None, None])[:, 0, 0]
+
+
+def cpu_vector_product(
+    kernels: Float[Array, "A o c G"], action: Int[Array, " N"], x: Float[Array, "N c G"]
+) -> Float[Array, "N o G"]:
+    """Compute `vector_product` term by term. XLA reads the kernels where they are if no loop has more than `TERMS` terms, and
+    no other product reads the same ones, hence the first barrier."""
+    (kernels, x), total = jax.lax.optimization_barrier((kernels, x)), None
+    for start in range(0, x.shape[1], TERMS):
+        terms = range(start, min(start + TERMS, x.shape[1]))
+        part = sum(kernels[:, :, i][action] * x[:, None, i] for i in terms)
+        total = jax.lax.optimization_barrier(part if total is None else total + part)
+    return total
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def vector_outer_product(
+    y: Float[Array, "N o G"], action: Int[Array, " N"], x: Float[Array, "N c G"], num_actions: int
+) -> Float[Array, "A o c G"]:
+    """Sum the outer products of y's and x's channels over the samples of each action, group by group."""
+    cpu = partial(cpu_vector_outer_product, num_actions=num_actions)
+    gathered = partial(gathered_vector_outer_product, num_actions=num_actions)
+    return jax.lax.platform_dependent(y, action, x, cpu=cpu, default=gathered)
+
+
+def gathered_vector_outer_product(
+    y: Float[Array, "N o G"], action: Int[Array, " N"], x: Float[Array, "N c G"], num_actions: int
+) -> Float[Array, "A o c G"]:
+    """Compute `vector_outer_product` from each sample's outer product."""
+    return sum_by_action(y[:, :, None] * x[:, None], action, num_actions)
+
+
+def cpu_vector_outer_product(
+    y: Float[Array, "N o G"], action: Int[Array, " N"], x: Float[Array, "N c G"], num_actions: int
+) -> Float[Array, "A o c G"]:
+    """Compute `vector_outer_product` in a loop that adds `TERMS` samples of one action to its sum, which stays in the cache."""
+    n, order = action.shape[0], jnp.argsort(action)
+    count = jnp.bincount(action, length=num_actions)
+    rounds = -(-count // TERMS)  # of each action; zeros fill the last one
+    most = -(-n // TERMS) + num_actions
+    shifts = (jnp.cumsum(rounds) - rounds) * TERMS - (jnp.cumsum(count) - count)
+    place = jnp.arange(n) + shifts[action[order]]
+    source = jnp.full(most * TERMS, n).at[place].set(order, unique_indices=True)
+    y, x = (jnp.take(a, source, axis=0, mode="fill", fill_value=0.0).reshape(most, TERMS, *a.shape[1:]) for a in (y, x))
+
+    def add(total, this):
+        y, x, action = this
+        new = total[action] + sum(y[i, :, None] * x[i, None] for i in range(TERMS))
+        return jax.lax.dynamic_update_index_in_dim(total, new, action, 0), None
+
+    zeros = jnp.zeros((num_actions, y.shape[2], *x.shape[2:]), x.dtype)
+    actions = jnp.repeat(jnp.arange(num_actions), rounds, total_repeat_length=most)
+    return jax.lax.scan(add, zeros, (y, x, actions))[0]
+
+
+# the gradients are again these two products, so gradients of every order are fast
+vector_product.defvjp(
+    lambda kernels, action, x: (vector_product(kernels, action, x), (kernels, action, x)),
+    lambda residuals, g: (
+        vector_outer_product(g, *residuals[1:], residuals[0].shape[0]),
+        None,
+        vector_product(residuals[0].swapaxes(1, 2), residuals[1], g),
+    ),
+)
+vector_outer_product.defvjp(
+    lambda y, action, x, num_actions: (vector_outer_product(y, action, x, num_actions), (y, action, x)),
+    lambda num_actions, residuals, g: (
+        vector_product(g, *residuals[1:]),
+        None,
+        vector_product(g.swapaxes(1, 2), residuals[1], residuals[0]),
+    ),
 )

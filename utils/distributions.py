@@ -200,18 +200,23 @@ def _average_scale_backward(axis, residuals, g):
     # divide once, not per component; where the average is 0, every (w s)^2 is 0 and any divisor will do
     g = jax.lax.optimization_barrier(g / jnp.where(average > 0, average, 1.0))
     g = jnp.expand_dims(g, axis)
-    return weights * _summed_like(g * scale**2, weights), g * weights**2 * scale
+    return weights * _summed(g * scale**2, scale.shape, weights.shape), g * weights**2 * scale
 
 
-def _summed_like(x, like):
-    """Sum x to the shape of `like`: the gradient of broadcasting `like` to the shape of x."""
-    axes = [i for i in range(x.ndim) if like.shape[i] < x.shape[i]]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _summed(x, shape, to):
+    """Sum x to the shape `to`: the gradient of broadcasting an array to x's `shape`."""
+    axes = [i for i in range(len(shape)) if to[i] < shape[i]]
     if axes:
         # sum the shortest axis in a loop, which vectorizes; reductions are slow in XLA's CPU backend
-        shortest = min(axes, key=lambda i: x.shape[i])
-        terms = (jax.lax.index_in_dim(x, k, shortest) for k in range(x.shape[shortest]))
+        shortest = min(axes, key=lambda i: shape[i])
+        terms = (jax.lax.index_in_dim(x, k, shortest) for k in range(shape[shortest]))
         x = jax.lax.optimization_barrier(sum(terms))
     return jnp.sum(x, axes, keepdims=True)
+
+
+# the gradient of the loop would be a sum of as many arrays
+_summed.defvjp(lambda x, shape, to: (_summed(x, shape, to), None), lambda shape, to, _, g: (jnp.broadcast_to(g, shape),))
 
 
 average_scale.defvjp(_average_scale_forward, _average_scale_backward)

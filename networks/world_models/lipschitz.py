@@ -22,7 +22,7 @@ from networks.lipschitz import (
     projection,
     still_init,
 )
-from networks.per_action import by_group, groups, of_action, product, shift
+from networks.per_action import applied, by_group, groups, of_action, shift
 from utils.distributions import INITIAL_SCALE, Deterministic, Normal, average_scale, count_maps, initial_bias, positive_scale
 
 SCALE_SHARE = 0.1  # fraction of K for the scales; the locations get the rest
@@ -86,16 +86,16 @@ class Transition(nn.Module):
         x = by_group(hidden)
         if not vector:
             p, q = projection(kernels[:, :, :, maps:]).transpose(3, 2, 0, 1, 4)  # [A, c, c, G] each, symmetric
-            x = x + product(taken(q), shift(x, 0, 1) - x)
-            x = x + product(taken(p), shift(x, 1, 0) - x)
+            x = x + applied(q, action, shift(x, 0, 1) - x)
+            x = x + applied(p, action, shift(x, 1, 0) - x)
 
         # only the average of the locations is used, so their kernels are averaged before the product
         average = partial(jnp.einsum, precision="highest")
-        loc = product(taken(average("amocg,am->aocg", h[:, :components], weights)), x)
+        loc = applied(average("amocg,am->aocg", h[:, :components], weights), action, x)
         loc = loc.reshape(z.shape) + taken(average("amc,am->ac", bias[:, :components], weights))[:, None, None]
         if maps == components:  # no scales
             return Deterministic(self.constant * loc)
-        scales = product(taken(h[:, components:].reshape(num_actions, -1, c, g)), x)
+        scales = applied(h[:, components:].reshape(num_actions, -1, c, g), action, x)
         scales = scales.reshape(*z.shape[:3], components, channels) + taken(bias[:, components:])[:, None, None]
         scale = average_scale(taken(weights)[:, None, None, :, None], positive_scale(scales), axis=3)
         return Normal((1 - SCALE_SHARE) * self.constant * loc, SCALE_SHARE * self.constant * scale, 1.0)

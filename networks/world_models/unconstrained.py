@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from networks.architectures import ACTIVATIONS, Dense
 from networks.convolution import conv2d
-from networks.per_action import by_group, groups, of_action, product, shift
+from networks.per_action import applied, by_group, groups, of_action, shift
 from utils.distributions import INITIAL_SCALE, Deterministic, Normal, count_maps, initial_bias, positive_scale, soft_mixture
 
 
@@ -42,7 +42,7 @@ class Transition(nn.Module):
         bias = self.param("bias", initial_bias, (num_actions, maps, channels), components, self.initial_scale)
         x = by_group(hidden)
         x = jnp.concatenate([shift(x, i, j) for i in range(taps) for j in range(taps)], axis=3)
-        raw = product(of_action(kernels, action), x)
+        raw = applied(kernels, action, x)
         raw = raw.reshape(*z.shape[:3], maps, channels) + of_action(bias, action)[:, None, None]
         if maps == components:  # no scales
             return Deterministic(raw.reshape(z.shape))
