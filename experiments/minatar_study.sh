@@ -15,6 +15,7 @@ shared=(--search learning-rate=log:2e-4:8e-3 --search num-minibatches=4,8,16,32 
 model=(--search transition-loss-coef=log:1e-5:1e-1 --search reward-loss-coef=log:1e-4:1 --search transition-layers=,128,"512 512"
   --search transition-density=deterministic,normal,mixture_normal --search lipschitz-nets=True,False)
 dreams=(--search heads-learning-rate=log:2e-4:8e-3 --search imagination-horizon=1:6 --search real-value-coef=log:1e-1:1e1)
+runs=(--total-timesteps 500000)
 
 search() { # folder, flags of tune.py
   uv run --extra tune --extra minatar experiments/tune.py --logdir "$logdir/search/$1" --trials 24 --pruner median \
@@ -24,10 +25,10 @@ search() { # folder, flags of tune.py
 [ $# -gt 0 ] || set -- ppo deep_mdp_ppo deep_spi dream_spi dyna
 for algorithm; do
   case $algorithm in
-    ppo) search ppo --script ppo -- --total-timesteps 500000 ;;
-    deep_mdp_ppo | deep_spi) search "$algorithm" --script "$algorithm" "${model[@]}" -- --total-timesteps 500000 ;;
-    dream_spi) search dream_spi --script dream_spi "${model[@]}" "${dreams[@]}" -- --total-timesteps 500000 ;;
-    dyna) search dyna --script dream_spi "${model[@]}" "${dreams[@]}" -- --total-timesteps 500000 --dyna-style ;;
+    ppo) search ppo --script ppo -- "${runs[@]}" ;;
+    deep_mdp_ppo | deep_spi) search "$algorithm" --script "$algorithm" "${model[@]}" -- "${runs[@]}" ;;
+    dream_spi) search dream_spi --script dream_spi "${model[@]}" "${dreams[@]}" -- "${runs[@]}" ;;
+    dyna) search dyna --script dream_spi "${model[@]}" "${dreams[@]}" -- "${runs[@]}" --dyna-style ;;
     *) echo "error: $algorithm: choose ppo, deep_mdp_ppo, deep_spi, dream_spi, or dyna" >&2 && exit 2 ;;
   esac
 done

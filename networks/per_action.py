@@ -125,11 +125,11 @@ def cpu_vector_product(
 ) -> Float[Array, "N o G"]:
     """Compute `vector_product` term by term. XLA reads the kernels where they are if no loop has more than `TERMS` terms, and
     no other product reads the same ones, hence the first barrier."""
-    (kernels, x), total = jax.lax.optimization_barrier((kernels, x)), None
-    for start in range(0, x.shape[1], TERMS):
-        terms = range(start, min(start + TERMS, x.shape[1]))
-        part = sum(kernels[:, :, i][action] * x[:, None, i] for i in terms)
-        total = jax.lax.optimization_barrier(part if total is None else total + part)
+    kernels, x = jax.lax.optimization_barrier((kernels, x))
+    total, terms = jnp.zeros((), x.dtype), range(x.shape[1])
+    for start in terms[::TERMS]:
+        part = sum(kernels[:, :, i][action] * x[:, None, i] for i in terms[start : start + TERMS])
+        total = jax.lax.optimization_barrier(total + part)
     return total
 
 
@@ -174,19 +174,15 @@ def cpu_vector_outer_product(
 
 
 # the gradients are again these two products, so gradients of every order are fast
-vector_product.defvjp(
-    lambda kernels, action, x: (vector_product(kernels, action, x), (kernels, action, x)),
-    lambda residuals, g: (
-        vector_outer_product(g, *residuals[1:], residuals[0].shape[0]),
-        None,
-        vector_product(residuals[0].swapaxes(1, 2), residuals[1], g),
-    ),
-)
-vector_outer_product.defvjp(
-    lambda y, action, x, num_actions: (vector_outer_product(y, action, x, num_actions), (y, action, x)),
-    lambda num_actions, residuals, g: (
-        vector_product(g, *residuals[1:]),
-        None,
-        vector_product(g.swapaxes(1, 2), residuals[1], residuals[0]),
-    ),
-)
+def _vector_product_backward(residuals, g):
+    kernels, action, x = residuals
+    return vector_outer_product(g, action, x, len(kernels)), None, vector_product(kernels.swapaxes(1, 2), action, g)
+
+
+def _vector_outer_product_backward(_, residuals, g):
+    y, action, x = residuals
+    return vector_product(g, action, x), None, vector_product(g.swapaxes(1, 2), action, y)
+
+
+vector_product.defvjp(lambda *inputs: (vector_product(*inputs), inputs), _vector_product_backward)
+vector_outer_product.defvjp(lambda *inputs: (vector_outer_product(*inputs), inputs[:3]), _vector_outer_product_backward)

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from networks.convolution import conv2d
 from networks.lipschitz import LipschitzConv, group_sort, orthogonal, projection, shifting_kernel
-from networks.per_action import groups, of_action, outer_product, product, shift
+from networks.per_action import groups
 from networks.world_models import lipschitz as certified
 from networks.world_models import unconstrained
 from utils.distributions import (
@@ -175,7 +175,7 @@ def test_average_scale_and_its_gradients_up_to_second_order():
     actual, expected, of_zeros = both(weights, scale, jnp.zeros((3, 2, 5, 4)))
     assert_allclose(actual[0], expected[0], rtol=1e-6)
     for a, e in zip(actual[1:], expected[1:], strict=True):
-        assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+        assert_allclose(a, e, rtol=1e-4, atol=1e-6)
     assert not np.asarray(of_zeros).any()
 
 
@@ -228,50 +228,6 @@ def all_actions_then_select(p, z, action, lipschitz, components):
             jnp.stack([shares[0] * (w * maps[:components]).sum(0), shares[1] * jnp.sqrt(((w * scales) ** 2).sum(0))])
         )
     return jnp.stack(outputs)[action, :, jnp.arange(len(z))]
-
-
-def test_products_by_group_and_their_gradients_up_to_second_order():
-    rng = np.random.default_rng(0)
-    shapes = (3, 2, 4, 5), (3, 2, 3, 4, 5), (3, 2, 3, 2, 5)
-    kernels, x, y = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
-    slow = lambda kernels, x: jnp.einsum("nocg,nhwcg->nhwog", kernels, x, precision="highest")  # noqa: E731
-
-    def second(f, *at):  # gradients of the norm of gradients
-        gradients = jax.grad(lambda k, x: jnp.sum(jnp.sin(f(k, x))), (0, 1))
-        return jax.grad(lambda k, x: sum(jnp.sum(g**2) for g in gradients(k, x)), (0, 1))(*at)
-
-    @jax.jit
-    def all_of(kernels, x, y):
-        outer = jnp.einsum("nhwog,nhwcg->nocg", y, x, precision="highest")
-        first = (product(kernels, x), outer_product(y, x)), (slow(kernels, x), outer)
-        return *first, second(product, kernels, x), second(slow, kernels, x)
-
-    actual, expected, actual_second, expected_second = jax.device_get(all_of(kernels, x, y))
-    for a, e in zip(actual, expected, strict=True):
-        assert_allclose(a, e, atol=1e-5)
-    for a, e in zip(actual_second, expected_second, strict=True):
-        assert_allclose(a, e, rtol=1e-4, atol=1e-4 * np.abs(e).max())
-
-
-def test_entries_of_actions_and_their_gradients_are_those_of_indexing():
-    table, action = jax.random.normal(KEY, (4, 2, 3)), jnp.array([2, 0, 2, 2])  # one repeated, two absent
-    f = lambda entries: lambda t: jnp.sum(jnp.sin(entries(t)) * jnp.arange(24.0).reshape(4, 2, 3))  # noqa: E731
-
-    @jax.jit
-    def both(table):
-        ways = (lambda t: of_action(t, action)), (lambda t: t[action])
-        return [(entries(table), jax.grad(f(entries))(table)) for entries in ways]
-
-    (found, slope), (expected, expected_slope) = both(table)
-    assert_array_equal(found, expected)
-    assert_allclose(slope, expected_slope, rtol=1e-6)
-
-
-def test_shift_by_hand_and_off_the_map():
-    x = jnp.arange(1.0, 5.0).reshape(1, 2, 2, 1, 1)
-    assert_array_equal(shift(x, 0, 1).ravel(), [2, 0, 4, 0])
-    assert_array_equal(shift(x, 1, 0).ravel(), [3, 4, 0, 0])
-    assert_array_equal(shift(x[:, :1, :1], 1, 1).ravel(), [0])
 
 
 @pytest.mark.parametrize("num_actions, lipschitz", [(2, True), pytest.param(18, True, marks=pytest.mark.slow), (2, False)])
