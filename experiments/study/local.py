@@ -195,6 +195,10 @@ class Source:
     def over(self, run: PlannedRun, state: Progress) -> None:
         """Note the state of a run that is finished, or that has failed and will not be retried."""
 
+    def rank(self, run: PlannedRun) -> int:
+        """Return a number: the waiting run with the lowest one starts first, and of several, the one that came first."""
+        return 0
+
     def summary(self, runs: list[PlannedRun], states: dict[str, Progress], together: int) -> str:
         """Return one line about the progress of all runs; see `status.summary`."""
         return status.summary(runs, states, together)
@@ -221,7 +225,13 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
         while waiting or workers or not ended:
             if signals.received:
                 raise Interrupted(signals.received)
-            new = None if ended else source.more()
+            for worker in [w for w in workers if w.process.poll() is not None]:
+                workers.remove(worker)
+                again = _ended(logdir, worker, attempts, live, worker.run.name in source.dropped)
+                waiting += [worker.run] if again else []
+                if not again:
+                    source.over(worker.run, state_of(logdir, worker.run))
+            new = None if ended else source.more()  # knows what has just ended, before its slot is taken
             ended = new is None
             if new:
                 runs += new
@@ -232,17 +242,11 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
                 for run in finished:
                     source.over(run, known[run.name])
                 waiting += [run for run in new if run not in finished]
-            for worker in [w for w in workers if w.process.poll() is not None]:
-                workers.remove(worker)
-                again = _ended(logdir, worker, attempts, live, worker.run.name in source.dropped)
-                waiting += [worker.run] if again else []
-                if not again:
-                    source.over(worker.run, state_of(logdir, worker.run))
             for worker in workers:
                 if worker.run.name in source.dropped.keys() - stopped:
                     stopped.add(worker.run.name)  # a second signal would end it without saving
                     worker.process.terminate()
-            waiting = [run for run in waiting if run.name not in source.dropped]
+            waiting = sorted((run for run in waiting if run.name not in source.dropped), key=source.rank)
             if time.monotonic() - looked > LOOK_SECONDS or new:
                 looked = time.monotonic()
                 here = {worker.run.name for worker in workers}

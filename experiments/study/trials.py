@@ -77,6 +77,12 @@ class Trials(Source):
         else:
             self.failed[run.name] = f"{run.env_id}, seed {run.seed}: {state.error or 'stopped by a signal'}"
 
+    def rank(self, run: PlannedRun) -> int:
+        """Return the number of the run's environment if trials are pruned by environments: a trial does not begin its second
+        while another one waits for its first, because it may be pruned before."""
+        asked = self.search.settings
+        return asked.env_ids.index(run.env_id) if asked.pruner != "none" and asked.prune_on == "games" else 0
+
     def more(self) -> list[PlannedRun] | None:
         """Judge the trials in progress, and return the runs of those that begin. None once all trials are over, or if other
         processes work on those that are left."""

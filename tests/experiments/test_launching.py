@@ -409,6 +409,30 @@ def test_what_fails_is_tried_once_more_and_then_listed(tmp_path, capsys):
     assert sittings(good) == 2 and rows(bad) == list(range(10, 110, 10))
 
 
+def test_a_run_that_comes_as_another_ends_may_start_before_one_that_waits(tmp_path):
+    """Only one run at a time: the lowest rank is first, also if it comes when a slot becomes free."""
+    order, first = tmp_path / "order", planned(tmp_path, env_ids=GAMES)
+    (late,) = planned(tmp_path, env_ids=GAMES[:1], seeds=(2,))
+    runs = [run._replace(command=["sh", "-c", f"echo {run.name} >> {order}; exit 2"]) for run in (*first, late)]
+
+    class Adding(local.Source):
+        whole = False
+
+        def more(self):
+            coming, self.coming = self.coming, []
+            return None if self.whole and not coming else coming
+
+        def over(self, run, state):
+            if run == runs[0]:
+                self.coming, self.whole = runs[2:], True
+
+        def rank(self, run):
+            return GAMES.index(run.env_id)
+
+    assert local.launch(tmp_path, Adding(runs[:2]), local.make_slots((), 1, 1)) == runs
+    assert order.read_text().split() == [runs[i].name for i in (0, 2, 1)]
+
+
 HOLDS = "import fcntl, sys, time; lock = open(sys.argv[1]); fcntl.flock(lock, fcntl.LOCK_EX); time.sleep(600)"
 
 

@@ -414,6 +414,7 @@ def test_a_bad_trial_is_pruned_and_its_other_runs_are_stopped(prune_on, tmp_path
                 record(tmp_path, run, 10.0)
                 source.over(run, state_of(tmp_path, run))
     first, second = runs
+    assert [source.rank(run) for run in runs] == ([0, 1] if prune_on == "games" else [0, 0])
     record(tmp_path, second, 1.0, 0.3)
     source.over(second, Progress("failed", error="exit code 1: error: not finite in update 4"))
     assert source.more() == [] and not source.is_over()
