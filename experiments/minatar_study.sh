@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# The searches of the MinAtar study (docs/minatar.md): five algorithms, the same number of trials, and the same intervals for the
-# flags that they share.
+# The MinAtar study (docs/minatar.md).
 #
-#     bash experiments/minatar_study.sh [ALGORITHM ...]
+#     bash experiments/minatar_study.sh [STEP ...]
 #
-# Repeat the command after an interruption. LOGDIR (default runs/minatar) is the folder, WORKERS (default 2) the number of runs
-# at a time. The runs train for half of the study's steps, on a seed that the study does not use.
+# ppo, deep_mdp_ppo, deep_spi, dream_spi, dyna: the search of an algorithm (dyna: DreamSPI with --dyna-style). Each has the same
+#   number of trials, and the same intervals for the flags that they share. The runs train for half of the study's steps, on a
+#   seed that the study does not use.
+# sensitivity: Deep SPI over eps and c_P, and over c_R and c_P, on two games and the gridworld.
+#
+# Without a step, all of them. Repeat the command after an interruption. LOGDIR (default runs/minatar) is the folder, WORKERS
+# (default 2) the number of runs at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 logdir=${LOGDIR:-runs/minatar}
@@ -22,13 +26,31 @@ search() { # folder, flags of tune.py
     --seeds 901 --workers "${WORKERS:-2}" "${shared[@]}" "${@:2}"
 }
 
-[ $# -gt 0 ] || set -- ppo deep_mdp_ppo deep_spi dream_spi dyna
-for algorithm; do
-  case $algorithm in
+coefficients=(0 5e-4 5e-3 5e-2) # of c_P, and of c_R
+
+sensitivity() { # name, flag, its values, flags of all runs
+  local scripts=() name=$1 flag=$2 x y
+  for x in $3; do
+    for y in "${coefficients[@]}"; do scripts+=("deep_spi --$flag $x --transition-loss-coef $y"); done
+  done
+  uv run experiments/gridworld_sensitivity.py --x "$flag" $3 --y transition-loss-coef "${coefficients[@]}" "${@:4}" \
+    --seeds 101 102 103 --output "$logdir/gridworld_$name"
+  uv run --extra minatar experiments/run.py --scripts "${scripts[@]}" --env-ids Asterix-MinAtar Breakout-MinAtar --num-seeds 3 \
+    --logdir "$logdir/$name" --workers "${WORKERS:-2}" -- --total-timesteps 250000 "${@:4}"
+  uv run experiments/heatmap.py "$logdir/$name" --x "$flag" --y transition-loss-coef --output "$logdir/minatar_$name.png"
+}
+
+[ $# -gt 0 ] || set -- ppo deep_mdp_ppo deep_spi dream_spi dyna sensitivity
+for step; do
+  case $step in
     ppo) search ppo --script ppo -- "${runs[@]}" ;;
-    deep_mdp_ppo | deep_spi) search "$algorithm" --script "$algorithm" "${model[@]}" -- "${runs[@]}" ;;
+    deep_mdp_ppo | deep_spi) search "$step" --script "$step" "${model[@]}" -- "${runs[@]}" ;;
     dream_spi) search dream_spi --script dream_spi "${model[@]}" "${dreams[@]}" -- "${runs[@]}" ;;
     dyna) search dyna --script dream_spi "${model[@]}" "${dreams[@]}" -- "${runs[@]}" --dyna-style ;;
-    *) echo "error: $algorithm: choose ppo, deep_mdp_ppo, deep_spi, dream_spi, or dyna" >&2 && exit 2 ;;
+    sensitivity)
+      sensitivity eps clip-coef "0.0101 0.05 0.1 0.2 0.3"
+      sensitivity coefficients reward-loss-coef "${coefficients[*]}" --clip-coef 0.1
+      ;;
+    *) echo "error: $step: choose ppo, deep_mdp_ppo, deep_spi, dream_spi, dyna, or sensitivity" >&2 && exit 2 ;;
   esac
 done
