@@ -369,18 +369,20 @@ def update_model(
     draw_key, loss_key = jax.random.split(key)
     if args.use_replay_buffer:
         draws = jax.random.split(draw_key, replay.replay_updates(args))
+
+        def take(draw, params):
+            fields, *others = replay.for_policy(params, replay.sample(state.replay, draw, args), agent, args)
+            return by_device(Minibatch(**fields)), *others
+
     else:
         draws = minibatch_indices(draw_key, args)
         steps, advantages = on_each_device((steps, advantages))  # copied once: a minibatch needs steps from all devices
 
-    def take(draw, params):
-        if args.use_replay_buffer:
-            fields, *others = replay.for_policy(params, replay.sample(state.replay, draw, args), agent, args)
-            return by_device(Minibatch(**fields)), *others
-        first, env = draw
-        length = 1 if args.minibatch_by == "transition" else args.num_steps
-        ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
-        return gather(steps, advantages, first, env, args), ended, 1.0
+        def take(draw, _):
+            first, env = draw
+            length = 1 if args.minibatch_by == "transition" else args.num_steps
+            ended = steps.terminated[first + jnp.arange(length)[:, None], env].reshape(-1)
+            return gather(steps, advantages, first, env, args), ended, 1.0
 
     def minibatch_step(carry, drawn):
         draw, key = drawn

@@ -12,7 +12,8 @@
 # (default 2) the number of runs at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-logdir=${LOGDIR:-runs/minatar}
+logdir=${LOGDIR:-runs/minatar} workers=${WORKERS:-2}
+steps=(ppo deep_mdp_ppo deep_spi dream_spi dyna sensitivity)
 
 shared=(--search learning-rate=log:2e-4:8e-3 --search num-minibatches=4,8,16,32 --search update-epochs=2:6
   --search clip-coef=0.05:0.4 --search ent-coef=log:1e-4:5e-2 --search adam-eps=1e-8,1e-5)
@@ -23,7 +24,7 @@ runs=(--total-timesteps 500000)
 
 search() { # folder, flags of tune.py
   uv run --extra tune --extra minatar experiments/tune.py --logdir "$logdir/search/$1" --trials 24 --pruner median \
-    --seeds 901 --workers "${WORKERS:-2}" "${shared[@]}" "${@:2}"
+    --seeds 901 --workers "$workers" "${shared[@]}" "${@:2}"
 }
 
 coefficients=(0 5e-4 5e-3 5e-2) # of c_P, and of c_R
@@ -36,11 +37,11 @@ sensitivity() { # name, flag, its values, flags of all runs
   uv run experiments/gridworld_sensitivity.py --x "$flag" $3 --y transition-loss-coef "${coefficients[@]}" "${@:4}" \
     --seeds 101 102 103 --output "$logdir/gridworld_$name"
   uv run --extra minatar experiments/run.py --scripts "${scripts[@]}" --env-ids Asterix-MinAtar Breakout-MinAtar --num-seeds 3 \
-    --logdir "$logdir/$name" --workers "${WORKERS:-2}" -- --total-timesteps 250000 "${@:4}"
+    --logdir "$logdir/$name" --workers "$workers" -- --total-timesteps 250000 "${@:4}"
   uv run experiments/heatmap.py "$logdir/$name" --x "$flag" --y transition-loss-coef --output "$logdir/minatar_$name.png"
 }
 
-[ $# -gt 0 ] || set -- ppo deep_mdp_ppo deep_spi dream_spi dyna sensitivity
+[ $# -gt 0 ] || set -- "${steps[@]}"
 for step; do
   case $step in
     ppo) search ppo --script ppo -- "${runs[@]}" ;;
@@ -51,6 +52,6 @@ for step; do
       sensitivity eps clip-coef "0.0101 0.05 0.1 0.2 0.3"
       sensitivity coefficients reward-loss-coef "${coefficients[*]}" --clip-coef 0.1
       ;;
-    *) echo "error: $step: choose ppo, deep_mdp_ppo, deep_spi, dream_spi, dyna, or sensitivity" >&2 && exit 2 ;;
+    *) echo "error: $step: choose from ${steps[*]}" >&2 && exit 2 ;;
   esac
 done

@@ -227,9 +227,9 @@ def launch(logdir: Path, source: Source, slots: list[Slot], live: status.Live | 
                 raise Interrupted(signals.received)
             for worker in [w for w in workers if w.process.poll() is not None]:
                 workers.remove(worker)
-                again = _ended(logdir, worker, attempts, live, worker.run.name in source.dropped)
-                waiting += [worker.run] if again else []
-                if not again:
+                if _ended(logdir, worker, attempts, live, worker.run.name in source.dropped):  # again
+                    waiting.append(worker.run)
+                else:
                     source.over(worker.run, state_of(logdir, worker.run))
             new = None if ended else source.more()  # knows what has just ended, before its slot is taken
             ended = new is None
